@@ -1,0 +1,270 @@
+//! What is stored: an answer's head, made ready to send, its body, and what the verdict on it needs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::{Extensions, StatusCode};
+
+use super::Tick;
+use super::invalidation::{Address, Position, Standing};
+use super::links::LinkPatch;
+
+/// A response head, ready to be sent many times: without hop-by-hop fields and `Age`, with `Date`.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its fields, in values that own their bytes and nobody else's.
+    pub headers: HeaderMap,
+    /// How the upstream wrote its field names, where that is not Title-Case.
+    pub casing: Option<Casing>,
+    /// `Link` and `Location` values that name the upstream.
+    pub links: Vec<LinkPatch>,
+}
+
+/// The HTTP library's own record of header case, as response extensions: it can be cloned, not read.
+#[derive(Debug, Clone)]
+pub struct Casing(pub Arc<Extensions>);
+
+/// How long an entry may be used for what. Milliseconds, from the moment the answer came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Terms {
+    /// Its age when it came: RFC 9111 §4.2.3, `corrected_initial_age`.
+    pub initial_age: u64,
+    /// Fresh until here. Negative: it came stale.
+    pub fresh_for: i64,
+    /// Beyond freshness, served while a refresh runs.
+    pub while_revalidate: u64,
+    /// Beyond freshness, served when the upstream answers with a failure.
+    pub if_error: u64,
+    /// Beyond freshness, served when the upstream gives no answer.
+    pub disconnected: u64,
+    /// Beyond freshness, served when nothing else is left.
+    pub last_known_good: u64,
+    /// Beyond freshness, kept because it can be validated.
+    pub validation: u64,
+    /// `no-cache`: never served without validation.
+    pub always_validate: bool,
+}
+
+impl Terms {
+    /// Kept until here, then swept.
+    pub fn keep_for(&self) -> u64 {
+        let longest =
+            [self.while_revalidate, self.if_error, self.disconnected, self.last_known_good, self.validation];
+        let beyond = longest.into_iter().max().unwrap_or(0);
+        beyond.saturating_add_signed(self.fresh_for)
+    }
+}
+
+/// The request headers an answer depends on, and what they were: RFC 9111 §4.1.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Variant(pub Vec<(HeaderName, Box<[HeaderValue]>)>);
+
+impl Variant {
+    /// What `names` were in a request.
+    pub fn of(names: Vec<HeaderName>, request: &HeaderMap) -> Variant {
+        let values = |name: &HeaderName| request.get_all(name).iter().map(own).collect();
+        Variant(names.into_iter().map(|name| (name.clone(), values(&name))).collect())
+    }
+
+    /// Would this request select the same answer?
+    pub fn selected_by(&self, request: &HeaderMap) -> bool {
+        self.0.iter().all(|(name, values)| request.get_all(name).iter().eq(values.iter()))
+    }
+}
+
+/// One stored answer.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its head.
+    pub head: Arc<Head>,
+    /// Its whole body.
+    pub body: Bytes,
+    /// Which requests it is for, among those of its key.
+    pub variant: Variant,
+    /// When it came.
+    pub born: Tick,
+    /// What it may be used for, and how long.
+    pub terms: Terms,
+    /// What it can be purged by.
+    pub address: Address,
+    /// The ledger's position before its fetch began.
+    pub position: Position,
+    /// The short public name of its key.
+    pub key_name: Box<str>,
+    /// Its tags, for people.
+    pub tags: Box<[String]>,
+    /// The rule it came under.
+    pub rule: Arc<str>,
+    /// The ledger's epoch at the last check, and what it said: `epoch << 2 | standing`.
+    checked: AtomicU64,
+}
+
+impl Entry {
+    /// An entry as it is built when its body is complete. `checked` starts at its own position.
+    #[allow(clippy::too_many_arguments)] // each is one field, named at the only place that builds entries
+    pub fn new(
+        head: Arc<Head>,
+        body: Bytes,
+        variant: Variant,
+        born: Tick,
+        terms: Terms,
+        address: Address,
+        position: Position,
+        about: About,
+    ) -> Entry {
+        let checked = AtomicU64::new(pack(position, Standing::Valid));
+        let About { key_name, tags, rule } = about;
+        Entry { head, body, variant, born, terms, address, position, key_name, tags, rule, checked }
+    }
+
+    /// Milliseconds since it came.
+    pub fn resident(&self, now: Tick) -> u64 {
+        now.since(self.born)
+    }
+
+    /// RFC 9111 §4.2.3 `current_age`, in whole seconds.
+    pub fn age(&self, now: Tick) -> u64 {
+        (self.terms.initial_age + self.resident(now)) / 1000
+    }
+
+    /// Seconds of freshness left; negative when stale, rounded away from freshness.
+    pub fn ttl(&self, now: Tick) -> i64 {
+        let left = self.terms.fresh_for - i64::try_from(self.resident(now)).unwrap_or(i64::MAX);
+        left.div_euclid(1000)
+    }
+
+    /// Has it outlived all its windows?
+    pub fn expired(&self, now: Tick) -> bool {
+        self.resident(now) > self.terms.keep_for()
+    }
+
+    /// The standing found at `epoch`, if it was last checked then.
+    pub fn standing_at(&self, epoch: Position) -> Option<Standing> {
+        let checked = self.checked.load(Ordering::Relaxed);
+        (checked >> 2 == epoch.0).then_some(match checked & 3 {
+            0 => Standing::Valid,
+            1 => Standing::Stale,
+            _ => Standing::Gone,
+        })
+    }
+
+    /// Remembers what the ledger said at `epoch`.
+    pub fn remember(&self, epoch: Position, standing: Standing) {
+        self.checked.store(pack(epoch, standing), Ordering::Relaxed);
+    }
+
+    /// Bytes it takes in memory, overhead counted.
+    pub fn weight(&self) -> u64 {
+        let variant: usize =
+            self.variant.0.iter().map(|(_, v)| 48 + v.iter().map(|v| v.len() + 40).sum::<usize>()).sum();
+        let tags: usize = self.tags.iter().map(|tag| tag.len() + 24).sum();
+        let address = self.address.authority.len() + self.address.target.len() + self.address.subjects.len() * 16;
+        (self.body.len() + self.head.weight() + variant + tags + address + self.key_name.len()) as u64
+            + size_of::<Entry>() as u64
+            + ALLOCATIONS
+    }
+}
+
+/// What an entry says of itself to people.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// The short public name of its key.
+    pub key_name: Box<str>,
+    /// Its tags.
+    pub tags: Box<[String]>,
+    /// Its rule.
+    pub rule: Arc<str>,
+}
+
+/// What the allocator adds to an entry's ten or so blocks.
+const ALLOCATIONS: u64 = 160;
+
+/// A header map's slot: hash, links, name and value.
+const HEADER_SLOT: usize = 104;
+
+impl Head {
+    /// Bytes it takes in memory.
+    pub fn weight(&self) -> usize {
+        let fields: usize = self.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + HEADER_SLOT).sum();
+        size_of::<Head>() + fields + self.links.len() * size_of::<LinkPatch>()
+    }
+}
+
+fn pack(epoch: Position, standing: Standing) -> u64 {
+    epoch.0 << 2 | standing as u64
+}
+
+/// A copy of a value that shares no bytes with the buffer it was read into.
+pub fn own(value: &HeaderValue) -> HeaderValue {
+    let mut copy = HeaderValue::from_bytes(value.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""));
+    copy.set_sensitive(value.is_sensitive());
+    copy
+}
+
+/// All answers stored under one key: one per variant, the newest first (RFC 9111 §4.1).
+#[derive(Debug, Clone, Default)]
+pub struct Resource {
+    variants: Vec<Arc<Entry>>,
+}
+
+/// So many variants of one URL are kept.
+pub const MAX_VARIANTS: usize = 16;
+
+impl Resource {
+    /// The newest answer that this request selects.
+    pub fn select(&self, request: &HeaderMap) -> Option<&Arc<Entry>> {
+        self.variants.iter().find(|entry| entry.variant.selected_by(request))
+    }
+
+    /// All of them.
+    pub fn variants(&self) -> &[Arc<Entry>] {
+        &self.variants
+    }
+
+    /// A copy with `entry` in the place of its like, within `max_weight` bytes.
+    #[must_use]
+    pub fn with(&self, entry: Arc<Entry>, max_weight: u64) -> Resource {
+        let mut variants = vec![entry];
+        let mut weight = variants[0].weight();
+        for other in
+            self.variants.iter().filter(|other| other.variant != variants[0].variant).cloned().collect::<Vec<_>>()
+        {
+            weight += other.weight();
+            if variants.len() == MAX_VARIANTS || weight > max_weight {
+                break;
+            }
+            variants.push(other);
+        }
+        Resource { variants }
+    }
+
+    /// A copy with only those that `keep` keeps; `None` if that is none.
+    pub fn filtered(&self, keep: impl Fn(&Entry) -> bool) -> Option<Resource> {
+        let variants: Vec<_> = self.variants.iter().filter(|entry| keep(entry)).cloned().collect();
+        (!variants.is_empty()).then_some(Resource { variants })
+    }
+
+    /// Bytes it takes in memory.
+    pub fn weight(&self) -> u64 {
+        self.variants.iter().map(|entry| entry.weight() + 8).sum::<u64>() + size_of::<Resource>() as u64
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! An entry of no particular content.
+
+    use super::{About, Address, Arc, Bytes, Entry, Head, HeaderMap, Position, StatusCode, Terms, Tick, Variant};
+
+    pub(crate) fn entry(terms: Terms) -> Entry {
+        let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
+        let address = Address { upstream: 0, authority: "".into(), target: "/".into(), subjects: Box::default() };
+        let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
+        let body = Bytes::from_static(b"body");
+        Entry::new(Arc::new(head), body, Variant::default(), Tick(0), terms, address, Position(0), about)
+    }
+}

@@ -1,0 +1,241 @@
+//! The two pattern languages of the configuration: globs for values, path patterns for rules. No regex, so
+//! matching takes time in proportion to the text.
+
+use std::fmt;
+
+use smallvec::SmallVec;
+
+/// `*` stands for any run of bytes, also none; everything else for itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Glob(Box<str>);
+
+impl Glob {
+    /// Any text is a glob.
+    pub fn new(pattern: &str) -> Glob {
+        Glob(pattern.into())
+    }
+
+    /// Does the whole of `text` match?
+    pub fn matches(&self, text: &[u8]) -> bool {
+        let pattern = self.0.as_bytes();
+        let (mut p, mut t) = (0, 0);
+        let mut star: Option<(usize, usize)> = None;
+        while t < text.len() {
+            if pattern.get(p) == Some(&b'*') {
+                star = Some((p, t));
+                p += 1;
+            } else if pattern.get(p) == Some(&text[t]) {
+                p += 1;
+                t += 1;
+            } else if let Some((star_p, star_t)) = star {
+                star = Some((star_p, star_t + 1));
+                p = star_p + 1;
+                t = star_t + 1;
+            } else {
+                return false;
+            }
+        }
+        pattern[p..].iter().all(|b| *b == b'*')
+    }
+}
+
+impl fmt::Display for Glob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a rule's `path` captured, in the order of its `{names}`.
+pub type Captures<'p> = SmallVec<[&'p str; 4]>;
+
+/// A rule's path: `/admin/api/*/products/{id}.json`. `{name}` takes one segment or the rest of one, `*` any
+/// run inside a segment, a closing `**` any rest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PathPattern {
+    pub(super) segments: Vec<Segment>,
+    pub(super) rest: bool,
+    names: Vec<Box<str>>,
+    text: Box<str>,
+}
+
+/// One segment of a pattern, between slashes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Segment {
+    Literal(Box<str>),
+    /// At least one piece is a wildcard.
+    Shaped(Vec<Piece>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Piece {
+    Text(Box<str>),
+    /// `*`: any run, also none.
+    Run,
+    /// `{name}`: at least one byte.
+    Capture,
+}
+
+impl PathPattern {
+    /// Reads a pattern; the error says what to write instead.
+    pub fn parse(text: &str) -> Result<PathPattern, String> {
+        let Some(path) = text.strip_prefix('/') else {
+            return Err(format!("a path pattern starts with a slash: write \"/{text}\""));
+        };
+        if text.contains('?') {
+            return Err("a path pattern has no query: write `when = { query = { name = \"value\" } }`".into());
+        }
+        let mut pattern = PathPattern { segments: Vec::new(), rest: false, names: Vec::new(), text: text.into() };
+        let mut segments = path.split('/').peekable();
+        while let Some(segment) = segments.next() {
+            if segment == "**" {
+                if segments.peek().is_some() {
+                    return Err("`**` stands for any rest, so it must be the last segment".into());
+                }
+                pattern.rest = true;
+            } else {
+                let segment = pattern.segment(segment)?;
+                pattern.segments.push(segment);
+            }
+        }
+        Ok(pattern)
+    }
+
+    /// The `{names}`, in order.
+    pub fn names(&self) -> &[Box<str>] {
+        &self.names
+    }
+
+    fn segment(&mut self, text: &str) -> Result<Segment, String> {
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            if let Some(after) = rest.strip_prefix('*') {
+                if after.starts_with('*') {
+                    return Err("`**` must be a whole segment; inside one, write `*`".into());
+                }
+                pieces.push(Piece::Run);
+                rest = after;
+            } else if let Some(after) = rest.strip_prefix('{') {
+                let (name, after) = after.split_once('}').ok_or("a `{` without its `}`")?;
+                if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+                    return Err(format!("`{{{name}}}`: a name has letters, digits and _ only"));
+                }
+                if self.names.iter().any(|known| **known == *name) {
+                    return Err(format!("`{{{name}}}` stands twice in this path"));
+                }
+                if matches!(pieces.last(), Some(Piece::Capture | Piece::Run)) {
+                    return Err(format!("`{{{name}}}` follows a wildcard at once; put text between them"));
+                }
+                self.names.push(name.into());
+                pieces.push(Piece::Capture);
+                rest = after;
+            } else {
+                let end = rest.find(['*', '{']).unwrap_or(rest.len());
+                pieces.push(Piece::Text(rest[..end].into()));
+                rest = &rest[end..];
+            }
+        }
+        Ok(match pieces.as_slice() {
+            [] => Segment::Literal("".into()),
+            [Piece::Text(only)] => Segment::Literal(only.clone()),
+            _ => Segment::Shaped(pieces),
+        })
+    }
+
+    /// What the pattern's names stand for in `path`, or `None` if it does not match.
+    pub fn captures<'p>(&self, path: &'p str) -> Option<Captures<'p>> {
+        let mut captures = Captures::new();
+        let mut segments = path.strip_prefix('/')?.split('/');
+        for pattern in &self.segments {
+            let segment = segments.next()?;
+            match pattern {
+                Segment::Literal(literal) if **literal == *segment => {}
+                Segment::Shaped(pieces) if match_pieces(pieces, segment, &mut captures) => {}
+                Segment::Literal(_) | Segment::Shaped(_) => return None,
+            }
+        }
+        (self.rest == segments.next().is_some()).then_some(captures)
+    }
+}
+
+impl fmt::Display for PathPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Matches one segment; on success `captures` has grown by the segment's names.
+pub(super) fn match_pieces<'p>(pieces: &[Piece], text: &'p str, captures: &mut Captures<'p>) -> bool {
+    let Some((first, rest)) = pieces.split_first() else {
+        return text.is_empty();
+    };
+    let least = match first {
+        Piece::Text(literal) => {
+            return text.strip_prefix(&**literal).is_some_and(|after| match_pieces(rest, after, captures));
+        }
+        Piece::Run => 0,
+        Piece::Capture => 1,
+    };
+    let depth = captures.len();
+    for end in (least..=text.len()).filter(|end| text.is_char_boundary(*end)) {
+        captures.truncate(depth);
+        if *first == Piece::Capture {
+            captures.push(&text[..end]);
+        }
+        if match_pieces(rest, &text[end..], captures) {
+            return true;
+        }
+    }
+    captures.truncate(depth);
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs() {
+        let table = [
+            ("*json*", "application/json", true),
+            ("*", "", true),
+            ("a*b*c", "aXXbYYc", true),
+            ("a*b*c", "aXXbYY", false),
+            ("utm_*", "utm_source", true),
+            ("utm_*", "outm_source", false),
+            ("", "", true),
+            ("", "x", false),
+        ];
+        for (glob, text, expected) in table {
+            assert_eq!(Glob::new(glob).matches(text.as_bytes()), expected, "{glob} {text}");
+        }
+    }
+
+    #[test]
+    fn paths() {
+        let table: &[(&str, &str, Option<&[&str]>)] = &[
+            ("/admin/api/*/products/{id}.json", "/admin/api/2026-07/products/632.json", Some(&["632"])),
+            ("/admin/api/*/products/{id}.json", "/admin/api/2026-07/products/.json", None),
+            ("/admin/api/*/products/{id}.json", "/admin/api/a/b/products/1.json", None),
+            ("/{a}-{b}", "/x-y-z", Some(&["x", "y-z"])),
+            ("/**", "/", Some(&[])),
+            ("/**", "/a/b", Some(&[])),
+            ("/a/**", "/a/", Some(&[])),
+            ("/a/**", "/a", None),
+            ("/a", "/a/", None),
+            ("/a*c", "/abbc", Some(&[])),
+            ("/", "/", Some(&[])),
+        ];
+        for (pattern, path, expected) in table {
+            let parsed = PathPattern::parse(pattern).expect("a pattern");
+            assert_eq!(parsed.captures(path).as_deref(), *expected, "{pattern} {path}");
+        }
+    }
+
+    #[test]
+    fn bad_patterns_say_what_to_write() {
+        for bad in ["a/b", "/a?b", "/**/a", "/{}", "/{a", "/{a}{b}", "/{a}/{a}", "/x**"] {
+            assert!(PathPattern::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

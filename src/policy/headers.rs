@@ -1,0 +1,125 @@
+//! Fields that are not forwarded, and fields that are not stored.
+
+use bytes::{Bytes, BytesMut};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+
+/// Hop-by-hop: RFC 9110 §7.6.1, and what older agents send.
+const HOP_BY_HOP: [HeaderName; 10] = [
+    CONNECTION,
+    TRANSFER_ENCODING,
+    TE,
+    TRAILER,
+    UPGRADE,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("proxy-authentication-info"),
+];
+
+/// What could make the upstream see another request than the one the cache keyed.
+const OVERRIDES: [HeaderName; 11] = [
+    FORWARDED,
+    HeaderName::from_static("x-forwarded-for"),
+    HeaderName::from_static("x-forwarded-host"),
+    HeaderName::from_static("x-forwarded-proto"),
+    HeaderName::from_static("x-forwarded-port"),
+    HeaderName::from_static("x-forwarded-prefix"),
+    HeaderName::from_static("x-forwarded-server"),
+    HeaderName::from_static("x-forwarded-scheme"),
+    HeaderName::from_static("x-forwarded-ssl"),
+    HeaderName::from_static("x-original-url"),
+    HeaderName::from_static("x-rewrite-url"),
+];
+
+/// A `Connection` field may not name these: it would make us drop what decides about the request.
+pub fn must_not_be_nominated(name: &HeaderName, keyed: impl Fn(&HeaderName) -> bool) -> bool {
+    *name == HOST
+        || *name == CONTENT_LENGTH
+        || *name == FORWARDED
+        || name.as_str().starts_with("x-forwarded-")
+        || name.as_str().starts_with("proxy-") && name.as_str() != "proxy-connection"
+        || keyed(name)
+}
+
+/// The names that `Connection` fields nominate. What is no name is passed over.
+pub fn nominated(headers: &HeaderMap) -> impl Iterator<Item = HeaderName> + '_ {
+    headers
+        .get_all(CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|b| *b == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+}
+
+/// Takes out the hop-by-hop fields of a request or an answer.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(CONNECTION) {
+        let names: Vec<_> = nominated(headers).collect();
+        for name in names {
+            headers.remove(name);
+        }
+    }
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+}
+
+/// Takes out of a request what is never forwarded.
+pub fn strip_overrides(headers: &mut HeaderMap) {
+    for name in &OVERRIDES {
+        headers.remove(name);
+    }
+    let method_overrides: Vec<_> =
+        headers.keys().filter(|name| name.as_str().starts_with("x-http-method")).cloned().collect();
+    for name in method_overrides {
+        headers.remove(name);
+    }
+}
+
+/// A copy whose values lie in one allocation of just their size, not in the network buffer they came in.
+pub fn compact(headers: &HeaderMap) -> HeaderMap {
+    let mut storage = BytesMut::with_capacity(headers.values().map(HeaderValue::len).sum());
+    for value in headers.values() {
+        storage.extend_from_slice(value.as_bytes());
+    }
+    let storage: Bytes = storage.freeze();
+    let mut copy = HeaderMap::with_capacity(headers.len());
+    let mut start = 0;
+    for (name, value) in headers {
+        let end = start + value.len();
+        if let Ok(value) = HeaderValue::from_maybe_shared(storage.slice(start..end)) {
+            copy.append(name, value);
+        }
+        start = end;
+    }
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_connection_names_goes_with_it() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in
+            [("connection", "close, X-Hop"), ("x-hop", "1"), ("keep-alive", "5"), ("te", "trailers"), ("x-stay", "1")]
+        {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-stay"]);
+    }
+
+    #[test]
+    fn a_compact_copy_is_equal_and_keeps_repeated_fields() {
+        let mut headers = HeaderMap::new();
+        headers.append("link", HeaderValue::from_static("<a>"));
+        headers.append("x", HeaderValue::from_static(""));
+        headers.append("link", HeaderValue::from_static("<b>"));
+        assert_eq!(compact(&headers), headers);
+    }
+}

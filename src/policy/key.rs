@@ -1,0 +1,240 @@
+//! What makes two requests the same: tenant first, then upstream, authority, path, query and keyed headers,
+//! each length-prefixed, so that ("ab", "c") is never ("a", "bc").
+//!
+//! Keys hold raw path and query in the client's order. Credentials enter only as a keyed digest.
+
+use std::sync::Arc;
+
+use http::header::{HeaderMap, HeaderName};
+use smallvec::SmallVec;
+
+use super::glob::Glob;
+use super::outcome::Bypass;
+use super::plan::parameters;
+
+/// The bytes of a key. Compared in full in memory; digested for Redis.
+pub type KeyBuf = SmallVec<[u8; 256]>;
+
+/// Leads every key, so that a change of the layout changes every key.
+const VERSION: u8 = 1;
+
+/// Secret for digests of credentials: of this deployment, or of this process.
+#[derive(Clone)]
+pub struct KeySecret(pub [u8; 32]);
+
+impl std::fmt::Debug for KeySecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KeySecret(…)")
+    }
+}
+
+/// Who may share what is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Partition {
+    /// Only requests with the same credentials.
+    #[default]
+    Credential,
+    /// All.
+    Everyone,
+}
+
+/// What the key of a rule is made of.
+#[derive(Debug, Clone, Default)]
+pub struct KeyPlan {
+    /// Which parameters of the query count.
+    pub query: QueryFilter,
+    /// Request headers that count, beside credentials.
+    pub headers: Vec<HeaderName>,
+    /// Who may share.
+    pub partition: Partition,
+    /// The headers that carry credentials.
+    pub credentials: Arc<[HeaderName]>,
+}
+
+/// Which query parameters are part of the key.
+#[derive(Debug, Clone, Default)]
+pub enum QueryFilter {
+    /// The raw query as it came.
+    #[default]
+    Whole,
+    /// Those a rule's list keeps: the last pattern that matches a name decides.
+    Filtered(Vec<(bool, Glob)>),
+}
+
+/// The parts of a request that a key is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyParts<'a> {
+    /// Which upstream, by its place in the configuration.
+    pub upstream: u16,
+    /// The authority, where an upstream has several.
+    pub authority: Option<&'a str>,
+    /// The raw path.
+    pub path: &'a str,
+    /// The raw query.
+    pub query: Option<&'a str>,
+    /// All request headers.
+    pub headers: &'a HeaderMap,
+}
+
+impl KeyPlan {
+    /// Writes the key of a request, or says why it must not have one.
+    pub fn key(&self, secret: &KeySecret, parts: &KeyParts<'_>) -> Result<KeyBuf, Bypass> {
+        let mut key = KeyBuf::new();
+        key.push(VERSION);
+        self.tenant(secret, parts.headers, &mut key)?;
+        key.extend_from_slice(&parts.upstream.to_be_bytes());
+        field(&mut key, parts.authority.unwrap_or_default().as_bytes());
+        field(&mut key, parts.path.as_bytes());
+        self.query(parts.query, &mut key);
+        for name in &self.headers {
+            let mut values = parts.headers.get_all(name).iter().peekable();
+            key.push(u8::from(values.peek().is_some()));
+            for value in values {
+                field(&mut key, value.as_bytes());
+            }
+            key.push(0xff);
+        }
+        Ok(key)
+    }
+
+    fn tenant(&self, secret: &KeySecret, headers: &HeaderMap, key: &mut KeyBuf) -> Result<(), Bypass> {
+        if self.partition == Partition::Everyone {
+            key.push(b'e');
+            return Ok(());
+        }
+        let mut held: SmallVec<[&HeaderName; 4]> = SmallVec::new();
+        for name in headers.keys() {
+            if self.credentials.contains(name) {
+                held.push(name);
+            } else if looks_like_credential(name.as_str()) && !self.headers.contains(name) {
+                return Err(Bypass::UnkeyedCredential);
+            }
+        }
+        if held.is_empty() {
+            key.push(b'n');
+            return Ok(());
+        }
+        held.sort_unstable_by_key(|name| name.as_str());
+        let mut digest = blake3::Hasher::new_keyed(&secret.0);
+        for name in held {
+            for value in headers.get_all(name) {
+                for part in [name.as_str().as_bytes(), value.as_bytes()] {
+                    digest.update(&(part.len() as u64).to_be_bytes());
+                    digest.update(part);
+                }
+            }
+        }
+        key.push(b'c');
+        key.extend_from_slice(digest.finalize().as_bytes());
+        Ok(())
+    }
+
+    fn query(&self, query: Option<&str>, key: &mut KeyBuf) {
+        match &self.query {
+            QueryFilter::Whole => {
+                key.push(u8::from(query.is_some()));
+                field(key, query.unwrap_or_default().as_bytes());
+            }
+            QueryFilter::Filtered(patterns) => {
+                for (name, value) in parameters(query).filter(|(name, _)| kept(patterns, name)) {
+                    field(key, name.as_bytes());
+                    key.push(u8::from(value.is_some()));
+                    field(key, value.unwrap_or_default().as_bytes());
+                }
+                key.push(0xff);
+            }
+        }
+    }
+}
+
+fn kept(patterns: &[(bool, Glob)], name: &str) -> bool {
+    patterns.iter().rev().find(|(_, glob)| glob.matches(name.as_bytes())).is_some_and(|(keep, _)| *keep)
+}
+
+/// A field's length never starts with 0xff, which closes lists.
+fn field(key: &mut KeyBuf, bytes: &[u8]) {
+    let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX >> 1);
+    key.extend_from_slice(&length.to_be_bytes());
+    key.extend_from_slice(bytes);
+}
+
+/// Header names that nobody configured but that smell of a credential.
+fn looks_like_credential(name: &str) -> bool {
+    const SUFFIXES: [&str; 6] = ["-token", "-key", "-secret", "-authorization", "-signature", "-session"];
+    const WHOLE: [&str; 5] = ["authorization", "cookie", "apikey", "token", "x-auth"];
+    const HARMLESS: [&str; 2] = ["idempotency-key", "sec-websocket-key"];
+    (SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) || WHOLE.contains(&name)) && !HARMLESS.contains(&name)
+}
+
+/// A short public name of a key, as `Cache-Status: …; key=` shows it: 64 bits of its BLAKE3 digest, in hex.
+pub fn short_name(key: &[u8]) -> String {
+    blake3::hash(key).to_hex()[..16].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+    use http::header::{ACCEPT, AUTHORIZATION};
+    use proptest::prelude::*;
+
+    const SECRET: KeySecret = KeySecret([7; 32]);
+
+    fn plan() -> KeyPlan {
+        KeyPlan { credentials: [AUTHORIZATION].into(), ..KeyPlan::default() }
+    }
+
+    fn parts<'a>(path: &'a str, query: Option<&'a str>, headers: &'a HeaderMap) -> KeyParts<'a> {
+        KeyParts { upstream: 0, authority: None, path, query, headers }
+    }
+
+    fn with(name: &'static str, value: &'static str) -> HeaderMap {
+        HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))])
+    }
+
+    #[test]
+    fn credentials_part_tenants() {
+        let key = |headers: &HeaderMap| plan().key(&SECRET, &parts("/", None, headers));
+        let none = key(&HeaderMap::new());
+        assert_ne!(none, key(&with("authorization", "a")));
+        assert_ne!(key(&with("authorization", "a")), key(&with("authorization", "b")));
+        assert_eq!(none, key(&with("user-agent", "x")));
+        assert_eq!(key(&with("x-foo-token", "x")), Err(Bypass::UnkeyedCredential));
+        let everyone = KeyPlan { partition: Partition::Everyone, ..plan() };
+        let shared = |headers: &HeaderMap| everyone.key(&SECRET, &parts("/", None, headers));
+        assert_eq!(shared(&with("authorization", "a")), shared(&with("x-foo-token", "b")));
+    }
+
+    #[test]
+    fn the_secret_itself_is_not_in_the_key() {
+        let headers = with("authorization", "Bearer canary");
+        let key = plan().key(&SECRET, &parts("/", None, &headers)).expect("a key");
+        assert!(!key.windows(6).any(|w| w == b"canary"));
+    }
+
+    #[test]
+    fn filtered_queries_drop_only_what_they_name() {
+        let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
+        let plan = KeyPlan { query: filter, ..KeyPlan::default() };
+        let headers = HeaderMap::new();
+        let key = |query| plan.key(&SECRET, &parts("/", query, &headers)).expect("a key");
+        assert_eq!(key(Some("a=1&utm_x=2")), key(Some("a=1")));
+        assert_ne!(key(Some("a=1")), key(Some("a=2")));
+        assert_ne!(key(Some("a")), key(Some("a=")));
+    }
+
+    proptest! {
+        #[test]
+        fn different_requests_never_share_a_key(
+            a in ("/[a-c?&=/]{0,6}", proptest::option::of("[a-c&=]{0,6}"), "[a-c]{0,3}"),
+            b in ("/[a-c?&=/]{0,6}", proptest::option::of("[a-c&=]{0,6}"), "[a-c]{0,3}"),
+        ) {
+            let plan = KeyPlan { headers: vec![ACCEPT], ..plan() };
+            let key = |(path, query, accept): &(String, Option<String>, String)| {
+                let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_str(accept).expect("a value"))]);
+                plan.key(&SECRET, &parts(path, query.as_deref(), &headers)).expect("a key")
+            };
+            prop_assert_eq!(a == b, key(&a) == key(&b));
+        }
+    }
+}

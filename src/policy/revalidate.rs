@@ -1,0 +1,151 @@
+//! Conditional requests, in both directions: asked by a client of us (RFC 9110 §13), and by us of the
+//! upstream (RFC 9111 §4.3).
+
+use http::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, HeaderMap, HeaderName, HeaderValue,
+    IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, LAST_MODIFIED,
+};
+use http::{Method, StatusCode};
+
+use super::entry::Head;
+
+/// Takes the client's own conditions off a request that the cache makes for itself, and puts in those of
+/// what is stored.
+pub fn condition(request: &mut HeaderMap, stored: Option<&Head>) {
+    for name in [IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_MATCH, IF_UNMODIFIED_SINCE, IF_RANGE] {
+        request.remove(name);
+    }
+    let Some(stored) = stored else { return };
+    if let Some(etag) = stored.headers.get(ETAG) {
+        request.insert(IF_NONE_MATCH, etag.clone());
+    }
+    if let Some(modified) = stored.headers.get(LAST_MODIFIED) {
+        request.insert(IF_MODIFIED_SINCE, modified.clone());
+    }
+}
+
+/// Would a 304 do for this client? `If-None-Match` first, `If-Modified-Since` only without it:
+/// RFC 9110 §13.2.2.
+pub fn not_modified(method: &Method, request: &HeaderMap, head: &Head) -> bool {
+    if head.status != StatusCode::OK || (*method != Method::GET && *method != Method::HEAD) {
+        return false;
+    }
+    if request.contains_key(IF_NONE_MATCH) {
+        return head.headers.get(ETAG).is_some_and(|etag| none_match_fails(request, etag));
+    }
+    let Some(since) = request.get(IF_MODIFIED_SINCE) else { return false };
+    let date = |value: &HeaderValue| httpdate::parse_http_date(value.to_str().ok()?).ok();
+    match (head.headers.get(LAST_MODIFIED).and_then(date), date(since)) {
+        (Some(modified), Some(since)) => modified <= since,
+        (None, _) | (_, None) => false,
+    }
+}
+
+/// Weak comparison with each member: RFC 9110 §8.8.3.2, §13.1.2.
+fn none_match_fails(request: &HeaderMap, etag: &HeaderValue) -> bool {
+    let opaque = |tag: &[u8]| tag.strip_prefix(b"W/").unwrap_or(tag).to_vec();
+    let stored = opaque(etag.as_bytes());
+    let members = request.get_all(IF_NONE_MATCH).iter().flat_map(|value| EntityTags(value.as_bytes()));
+    members.into_iter().any(|tag| tag == b"*" || opaque(tag) == stored)
+}
+
+/// Splits a list of entity tags; a comma in quotes does not count.
+struct EntityTags<'a>(&'a [u8]);
+
+impl<'a> Iterator for EntityTags<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        loop {
+            if self.0.is_empty() {
+                return None;
+            }
+            let mut quoted = false;
+            let separates = |byte: &u8| {
+                quoted ^= *byte == b'"';
+                *byte == b',' && !quoted
+            };
+            let end = self.0.iter().position(separates).unwrap_or(self.0.len());
+            let member = self.0[..end].trim_ascii();
+            self.0 = self.0.get(end + 1..).unwrap_or_default();
+            if !member.is_empty() {
+                return Some(member);
+            }
+        }
+    }
+}
+
+/// The fields of a 304 to a client: RFC 9110 §15.4.5. Everything but what describes the body that is not sent.
+pub fn without_content(headers: &mut HeaderMap) {
+    for name in [CONTENT_LENGTH, CONTENT_TYPE, CONTENT_ENCODING] {
+        headers.remove(name);
+    }
+}
+
+/// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
+/// bytes stay (RFC 9111 §3.2).
+pub fn freshen(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {
+    const KEPT: [HeaderName; 3] = [CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_RANGE];
+    let mut merged = stored.clone();
+    merged.remove(DATE);
+    for name in answered.keys().filter(|name| !KEPT.contains(name)) {
+        merged.remove(name);
+        for value in answered.get_all(name) {
+            merged.append(name, value.clone());
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        HeaderMap::from_iter(lines.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))))
+    }
+
+    #[test]
+    fn clients_conditions() {
+        let stored = [("etag", "W/\"a,b\""), ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT")];
+        let head = Head { status: StatusCode::OK, headers: map(&stored), casing: None, links: Vec::new() };
+        let table: &[(&[(&'static str, &'static str)], bool)] = &[
+            (&[("if-none-match", "\"a,b\"")], true),
+            (&[("if-none-match", "\"x\", W/\"a,b\"")], true),
+            (&[("if-none-match", "*")], true),
+            (&[("if-none-match", "\"x\"")], false),
+            (&[("if-none-match", "\"x\""), ("if-modified-since", "Fri, 20 Nov 2026 12:00:00 GMT")], false),
+            (&[("if-modified-since", "Fri, 20 Nov 2026 12:00:00 GMT")], true),
+            (&[("if-modified-since", "Fri, 20 Nov 2026 11:59:59 GMT")], false),
+            (&[("if-modified-since", "nonsense")], false),
+            (&[], false),
+        ];
+        for (lines, expected) in table {
+            assert_eq!(not_modified(&Method::GET, &map(lines), &head), *expected, "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_304_updates_what_it_names_and_keeps_what_describes_the_bytes() {
+        let stored = map(&[("x-a", "old"), ("x-b", "kept"), ("content-length", "4"), ("etag", "\"1\"")]);
+        let merged =
+            freshen(&stored, &map(&[("x-a", "new"), ("content-length", "0"), ("cache-control", "max-age=9")]));
+        let expected = [
+            ("x-a", "new"),
+            ("x-b", "kept"),
+            ("content-length", "4"),
+            ("etag", "\"1\""),
+            ("cache-control", "max-age=9"),
+        ];
+        assert_eq!(merged, map(&expected));
+    }
+
+    #[test]
+    fn our_conditions_replace_the_clients() {
+        let head =
+            Head { status: StatusCode::OK, headers: map(&[("etag", "\"1\"")]), casing: None, links: Vec::new() };
+        let mut request = map(&[("if-none-match", "\"client\""), ("if-range", "\"x\"")]);
+        condition(&mut request, Some(&head));
+        assert_eq!(request, map(&[("if-none-match", "\"1\"")]));
+    }
+}

@@ -1,0 +1,335 @@
+//! Why wasn't this cached? Here: may this answer be stored, and for how long? (RFC 9111 §3, §4.2)
+
+use std::time::{Duration, SystemTime};
+
+use http::header::{
+    AGE, AUTHORIZATION, CONTENT_RANGE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, LAST_MODIFIED, SET_COOKIE, VARY,
+};
+use http::{Method, StatusCode};
+
+use super::directives::{CacheControl, seconds};
+use super::entry::Terms;
+use super::millis;
+use super::outcome::Skip;
+use super::plan::{CacheMode, Plan};
+
+/// Without a lifetime, a tenth of the time since Last-Modified (RFC 9111 §4.2.2), at most this.
+const HEURISTIC_CAP: Duration = Duration::from_hours(24);
+
+/// How long a stale answer may stand in for an upstream that gives none, where nothing forbids it
+/// (RFC 9111 §4.2.4), and how long one that can be validated is kept for that.
+const DISCONNECTED: Duration = Duration::from_hours(24);
+
+/// A request with a larger head may itself be the reason of a 400, 405 or 414: not stored then.
+const SMALL_HEAD: usize = 4096;
+
+/// A request, as far as storing its answer depends on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// Its method.
+    pub method: &'a Method,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// An answer's head, and when it came.
+#[derive(Debug, Clone, Copy)]
+pub struct Answered<'a> {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+    /// Wall time of its arrival.
+    pub at: SystemTime,
+    /// Time from the request to the head: RFC 9111 §4.2.3 `response_delay`.
+    pub delay: Duration,
+}
+
+/// Store it, so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// For so long.
+    pub terms: Terms,
+    /// Under these request headers: RFC 9111 §4.1.
+    pub vary: Vec<HeaderName>,
+    /// Without these fields.
+    pub drop: Vec<HeaderName>,
+}
+
+/// The decision.
+pub fn decide(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan) -> Result<Store, Skip> {
+    if answered.status == StatusCode::PARTIAL_CONTENT || answered.headers.contains_key(CONTENT_RANGE) {
+        return Err(Skip::Partial);
+    }
+    if *asked.method == Method::HEAD {
+        return Err(Skip::Head);
+    }
+    let vary = vary(answered.headers)?;
+    match plan.mode {
+        CacheMode::Off => Err(Skip::Status),
+        CacheMode::Override { ttl, negative_ttl } => by_rule(answered, plan, ttl, negative_ttl, vary),
+        CacheMode::Http => by_headers(asked, answered, plan, vary),
+    }
+}
+
+/// May others who asked for the same share even an answer that is not stored, because it is a failure?
+pub fn may_share_failure(answered: &Answered<'_>, plan: &Plan) -> bool {
+    let directives = CacheControl::of_response(answered.headers);
+    let forbidden = plan.mode == CacheMode::Http && (directives.no_store || directives.private);
+    !forbidden && !answered.headers.contains_key(SET_COOKIE)
+}
+
+fn by_rule(
+    answered: &Answered<'_>,
+    plan: &Plan,
+    ttl: Duration,
+    negative_ttl: Option<Duration>,
+    mut vary: Vec<HeaderName>,
+) -> Result<Store, Skip> {
+    let fresh = match answered.status.as_u16() {
+        200 | 203 | 204 | 301 | 308 => ttl,
+        404 | 410 => negative_ttl.ok_or(Skip::Status)?,
+        _ => return Err(Skip::Status),
+    };
+    if !vary.contains(&http::header::ACCEPT_ENCODING) {
+        vary.push(http::header::ACCEPT_ENCODING);
+    }
+    let negative = answered.status.is_client_error();
+    let window = |d: Option<Duration>| if negative { 0 } else { d.map_or(0, millis) };
+    let terms = Terms {
+        initial_age: initial_age(answered),
+        fresh_for: signed(millis(fresh)),
+        while_revalidate: window(plan.stale_while_revalidate),
+        if_error: window(plan.stale_if_error),
+        disconnected: window(plan.stale_if_error),
+        last_known_good: window(plan.last_known_good),
+        validation: if has_validator(answered.headers) { millis(fresh) } else { 0 },
+        always_validate: false,
+    };
+    Ok(Store { terms, vary, drop: vec![SET_COOKIE] })
+}
+
+fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec<HeaderName>) -> Result<Store, Skip> {
+    let directives = CacheControl::of_response(answered.headers);
+    if directives.no_store {
+        return Err(Skip::NoStore);
+    }
+    if directives.private {
+        return Err(Skip::Private);
+    }
+    let may_share = directives.public || directives.s_maxage.is_some() || directives.must_revalidate;
+    if asked.headers.contains_key(AUTHORIZATION) && !may_share {
+        return Err(Skip::Authorization);
+    }
+    let head_size: usize = asked.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 4).sum();
+    if never_stored(answered.status, head_size) {
+        return Err(Skip::Status);
+    }
+    let age = initial_age(answered);
+    let lifetime = lifetime(answered, &directives);
+    let validator = has_validator(answered.headers);
+    let fresh_for = match lifetime {
+        Some(lifetime) => signed(lifetime).saturating_sub(signed(age)),
+        None if validator && understood(answered.status) => -1,
+        None if understood(answered.status) => return Err(Skip::NoFreshness),
+        None => return Err(Skip::Status),
+    };
+    let never_stale = directives.must_revalidate
+        || directives.proxy_revalidate
+        || directives.s_maxage.is_some()
+        || directives.no_cache;
+    let window = |said: Option<u64>, configured: Option<Duration>| {
+        if never_stale { 0 } else { said.map_or_else(|| configured.map_or(0, millis), |s| s.saturating_mul(1000)) }
+    };
+    let keep = if never_stale { 0 } else { millis(DISCONNECTED) };
+    let terms = Terms {
+        initial_age: age,
+        fresh_for,
+        while_revalidate: window(directives.stale_while_revalidate, plan.stale_while_revalidate),
+        if_error: window(directives.stale_if_error, plan.stale_if_error),
+        disconnected: keep,
+        last_known_good: window(None, plan.last_known_good),
+        validation: if validator { millis(DISCONNECTED) } else { 0 },
+        always_validate: directives.no_cache,
+    };
+    if fresh_for <= 0 && !validator && terms.while_revalidate == 0 && terms.if_error == 0 && keep == 0 {
+        return Err(Skip::NoFreshness);
+    }
+    Ok(Store { terms, vary, drop: directives.drop_fields })
+}
+
+/// Freshness lifetime in milliseconds: RFC 9111 §4.2.1, then §4.2.2.
+fn lifetime(answered: &Answered<'_>, directives: &CacheControl) -> Option<u64> {
+    if let Some(seconds) = directives.s_maxage.or(directives.max_age) {
+        return Some(seconds.saturating_mul(1000));
+    }
+    let date = date(answered.headers, &DATE).unwrap_or(answered.at);
+    if answered.headers.contains_key(EXPIRES) {
+        let expires = self::date(answered.headers, &EXPIRES);
+        return Some(expires.and_then(|e| e.duration_since(date).ok()).map_or(0, millis));
+    }
+    if !(heuristically_cacheable(answered.status) || directives.public) {
+        return None;
+    }
+    let modified = self::date(answered.headers, &LAST_MODIFIED)?;
+    let since = date.duration_since(modified).ok()?;
+    Some(millis((since / 10).min(HEURISTIC_CAP)))
+}
+
+/// RFC 9111 §4.2.3 `corrected_initial_age`, in milliseconds.
+pub fn initial_age(answered: &Answered<'_>) -> u64 {
+    let first = answered.headers.get(AGE).map(|v| v.as_bytes().split(|b| *b == b',').next().unwrap_or_default());
+    let age = seconds(first.map(<[u8]>::trim_ascii)).unwrap_or(0).saturating_mul(1000);
+    // Date has whole seconds: compare whole seconds, so that a fresh answer is not a second old.
+    let second = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let apparent = date(answered.headers, &DATE).map_or(0, |date| second(answered.at).saturating_sub(second(date)));
+    age.saturating_add(millis(answered.delay)).max(apparent.saturating_mul(1000))
+}
+
+fn date(headers: &HeaderMap, name: &HeaderName) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(name)?.to_str().ok()?).ok()
+}
+
+fn has_validator(headers: &HeaderMap) -> bool {
+    headers.contains_key(ETAG) || headers.contains_key(LAST_MODIFIED)
+}
+
+/// The request headers an answer says it depends on: RFC 9111 §4.1, RFC 9110 §12.5.5.
+fn vary(headers: &HeaderMap) -> Result<Vec<HeaderName>, Skip> {
+    let mut names = Vec::new();
+    let members = headers.get_all(VARY).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+    for member in members.map(<[u8]>::trim_ascii).filter(|m| !m.is_empty()) {
+        let name = HeaderName::from_bytes(member).map_err(|_| Skip::VaryStar)?;
+        if name.as_str() == "*" {
+            return Err(Skip::VaryStar);
+        }
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// RFC 9110 §15.1.
+fn heuristically_cacheable(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 200 | 203 | 204 | 300 | 301 | 308 | 404 | 405 | 410 | 414 | 501)
+}
+
+/// Final statuses whose caching rules we know: RFC 9111 §3.
+fn understood(status: StatusCode) -> bool {
+    heuristically_cacheable(status)
+}
+
+fn never_stored(status: StatusCode, request_head: usize) -> bool {
+    match status.as_u16() {
+        413 | 431 | 304 => true,
+        400 | 405 | 414 => request_head >= SMALL_HEAD,
+        _ => status.is_informational(),
+    }
+}
+
+fn signed(ms: u64) -> i64 {
+    i64::try_from(ms).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::route::testing::plan;
+    use http::HeaderValue;
+
+    const NOW: &str = "Fri, 20 Nov 2026 12:00:00 GMT";
+
+    fn map(lines: &[(&'static str, &str)]) -> HeaderMap {
+        let line =
+            |(n, v): &(&'static str, &str)| (HeaderName::from_static(n), HeaderValue::from_str(v).expect("a value"));
+        HeaderMap::from_iter(lines.iter().map(line))
+    }
+
+    fn decided(mode: CacheMode, status: u16, asked: &HeaderMap, headers: &HeaderMap) -> Result<Store, Skip> {
+        let mut plan = plan("x", "/**");
+        plan.mode = mode;
+        let answered = Answered {
+            status: StatusCode::from_u16(status).expect("a status"),
+            headers,
+            at: httpdate::parse_http_date(NOW).expect("a date"),
+            delay: Duration::ZERO,
+        };
+        decide(&Asked { method: &Method::GET, headers: asked }, &answered, &plan)
+    }
+
+    #[test]
+    fn http_lifetimes() {
+        type Lines<'a> = &'a [(&'static str, &'a str)];
+        let table: &[(u16, Lines<'_>, Result<i64, Skip>)] = &[
+            (200, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (200, &[("cache-control", "max-age=60, s-maxage=10")], Ok(10_000)),
+            (200, &[("cache-control", "max-age=60"), ("age", "20")], Ok(40_000)),
+            (200, &[("cache-control", "max-age=60"), ("date", "Fri, 20 Nov 2026 11:59:50 GMT")], Ok(50_000)),
+            (200, &[("cache-control", "max-age=60"), ("age", "1.5")], Ok(60_000)),
+            (200, &[("expires", "Fri, 20 Nov 2026 12:01:00 GMT"), ("date", NOW)], Ok(60_000)),
+            (200, &[("expires", "0"), ("etag", "\"a\"")], Ok(0)),
+            (200, &[("last-modified", "Fri, 20 Nov 2026 11:00:00 GMT"), ("date", NOW)], Ok(360_000)),
+            (302, &[("last-modified", "Fri, 20 Nov 2026 11:00:00 GMT"), ("date", NOW)], Err(Skip::Status)),
+            (302, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (404, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (431, &[("cache-control", "max-age=60")], Err(Skip::Status)),
+            (206, &[("cache-control", "max-age=60")], Err(Skip::Partial)),
+            (200, &[("etag", "\"a\"")], Ok(-1)),
+            (200, &[], Err(Skip::NoFreshness)),
+            (200, &[("cache-control", "no-store, max-age=60")], Err(Skip::NoStore)),
+            (200, &[("cache-control", "private, max-age=60")], Err(Skip::Private)),
+            (200, &[("cache-control", "max-age=60"), ("vary", "*")], Err(Skip::VaryStar)),
+            (200, &[("cache-control", "max-age=60"), ("vary", "Accept, *")], Err(Skip::VaryStar)),
+        ];
+        for (status, lines, expected) in table {
+            let found = decided(CacheMode::Http, *status, &HeaderMap::new(), &map(lines)).map(|s| s.terms.fresh_for);
+            assert_eq!(found, *expected, "{status} {lines:?}");
+        }
+    }
+
+    #[test]
+    fn authorization_needs_leave_to_share() {
+        let asked = map(&[("authorization", "Bearer x")]);
+        let table = [
+            ("max-age=60", Err(Skip::Authorization)),
+            ("max-age=60, public", Ok(())),
+            ("s-maxage=60", Ok(())),
+            ("max-age=60, must-revalidate", Ok(())),
+        ];
+        for (directives, expected) in table {
+            let headers = map(&[("cache-control", directives)]);
+            assert_eq!(decided(CacheMode::Http, 200, &asked, &headers).map(|_| ()), expected, "{directives}");
+        }
+    }
+
+    #[test]
+    fn must_revalidate_closes_every_stale_window() {
+        let headers = map(&[("cache-control", "max-age=1, must-revalidate, stale-if-error=60"), ("etag", "\"a\"")]);
+        let terms = decided(CacheMode::Http, 200, &HeaderMap::new(), &headers).expect("stored").terms;
+        assert_eq!((terms.if_error, terms.while_revalidate, terms.disconnected, terms.last_known_good), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn override_asks_nobody() {
+        let mode = CacheMode::Override { ttl: Duration::from_mins(1), negative_ttl: Some(Duration::from_secs(10)) };
+        let table = [
+            (200, Ok(60_000)),
+            (301, Ok(60_000)),
+            (404, Ok(10_000)),
+            (302, Err(Skip::Status)),
+            (500, Err(Skip::Status)),
+            (403, Err(Skip::Status)),
+        ];
+        let headers = map(&[("cache-control", "no-store, private, max-age=0"), ("set-cookie", "a=b")]);
+        for (status, expected) in table {
+            let found = decided(mode, status, &map(&[("authorization", "x")]), &headers);
+            assert_eq!(found.clone().map(|s| s.terms.fresh_for), expected, "{status}");
+            if let Ok(store) = found {
+                assert_eq!((store.vary, store.drop), (vec![http::header::ACCEPT_ENCODING], vec![SET_COOKIE]));
+            }
+        }
+        let star = map(&[("vary", "*")]);
+        assert_eq!(decided(mode, 200, &HeaderMap::new(), &star), Err(Skip::VaryStar));
+    }
+}

@@ -1,0 +1,128 @@
+//! What a stored answer is about: tags from a rule's templates, and digests ([`Subject`]) of everything a
+//! purge can name, scoped to upstream and authority.
+
+use super::glob::PathPattern;
+
+/// A rule's tag: `product:{id}`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TagTemplate(Vec<Part>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Part {
+    Text(Box<str>),
+    /// The n-th name of the path pattern.
+    Capture(usize),
+}
+
+impl TagTemplate {
+    /// Reads a template whose `{names}` the path pattern captures; the error says what to write instead.
+    pub fn parse(text: &str, path: &PathPattern) -> Result<TagTemplate, String> {
+        if text.is_empty() || text.contains(char::is_whitespace) {
+            return Err(format!("tag {text:?}: a tag is not empty and has no spaces"));
+        }
+        let mut parts = Vec::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once('{') {
+            let (name, after) =
+                after.split_once('}').ok_or_else(|| format!("tag {text:?}: a `{{` without its `}}`"))?;
+            let index = path.names().iter().position(|known| **known == *name).ok_or_else(|| {
+                format!("tag {text:?}: the path {path} captures no `{{{name}}}`; write it into the path")
+            })?;
+            parts.extend([Part::Text(before.into()), Part::Capture(index)]);
+            rest = after;
+        }
+        parts.push(Part::Text(rest.into()));
+        Ok(TagTemplate(parts))
+    }
+
+    /// The tag for what the path captured.
+    pub fn fill(&self, captures: &[&str]) -> String {
+        self.0.iter().fold(String::new(), |tag, part| match part {
+            Part::Text(text) => tag + text,
+            Part::Capture(index) => tag + captures.get(*index).copied().unwrap_or_default(),
+        })
+    }
+}
+
+/// Where tags and URLs mean something: one upstream, and there one authority or all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scope<'a> {
+    /// The upstream, by its place in the configuration.
+    pub upstream: u16,
+    /// The authority; `None`: all of this upstream.
+    pub authority: Option<&'a str>,
+}
+
+/// 128 bits of a BLAKE3 digest of something a purge can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Subject(u128);
+
+impl Subject {
+    /// Everything in the scope.
+    pub fn everything(scope: Scope<'_>) -> Subject {
+        Subject::digest(b"all", scope, "")
+    }
+
+    /// Everything with this tag.
+    pub fn tag(scope: Scope<'_>, tag: &str) -> Subject {
+        Subject::digest(b"tag", scope, tag)
+    }
+
+    /// One path and query.
+    pub fn target(scope: Scope<'_>, target: &str) -> Subject {
+        Subject::digest(b"url", scope, target)
+    }
+
+    /// One path with any query.
+    pub fn path(scope: Scope<'_>, path: &str) -> Subject {
+        Subject::digest(b"pth", scope, path)
+    }
+
+    fn digest(kind: &[u8], scope: Scope<'_>, name: &str) -> Subject {
+        let authority = scope.authority.unwrap_or("*");
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(kind).update(&scope.upstream.to_be_bytes());
+        hasher.update(&(authority.len() as u64).to_be_bytes()).update(authority.as_bytes()).update(name.as_bytes());
+        let mut first = [0; 16];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        Subject(u128::from_be_bytes(first))
+    }
+}
+
+/// All that one stored answer can be purged by.
+pub fn subjects(scope: Scope<'_>, target: &str, tags: &[String]) -> Vec<Subject> {
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    let any = Scope { authority: None, ..scope };
+    let scopes: &[Scope<'_>] = if scope.authority.is_some() { &[scope, any] } else { &[any] };
+    let mut subjects = Vec::with_capacity(scopes.len() * (3 + tags.len()));
+    for scope in scopes {
+        subjects.extend([Subject::everything(*scope), Subject::target(*scope, target), Subject::path(*scope, path)]);
+        subjects.extend(tags.iter().map(|tag| Subject::tag(*scope, tag)));
+    }
+    subjects
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_take_what_the_path_captured() {
+        let path = PathPattern::parse("/{shop}/products/{id}.json").expect("a pattern");
+        let fill = |text: &str| TagTemplate::parse(text, &path).map(|t| t.fill(&["acme", "7"]));
+        assert_eq!(fill("product:{id}").as_deref(), Ok("product:7"));
+        assert_eq!(fill("{shop}/{id}!").as_deref(), Ok("acme/7!"));
+        assert!(fill("product:{nope}").is_err());
+        assert!(fill("").is_err());
+    }
+
+    #[test]
+    fn a_scope_keeps_its_subjects_apart() {
+        let one = Scope { upstream: 0, authority: Some("a.example") };
+        let other = Scope { upstream: 0, authority: Some("b.example") };
+        assert_ne!(Subject::tag(one, "x"), Subject::tag(other, "x"));
+        assert_ne!(Subject::tag(one, "/x"), Subject::target(one, "/x"));
+        let any = Subject::tag(Scope { upstream: 0, authority: None }, "x");
+        assert!(subjects(one, "/x?y", &["x".into()]).contains(&any));
+    }
+}
