@@ -1,2 +1,3 @@
 //! x
+pub mod config;
 pub mod policy;

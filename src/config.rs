@@ -1,0 +1,223 @@
+//! What the operator decided, validated and compiled: no serde here, and nothing left to go wrong later.
+//!
+//! [`load`] is the way in: it reads the file, the environment and the flags, in that order of increasing
+//! strength, and answers with a [`Config`] or with errors that name file, line, column and what to write.
+
+mod error;
+mod file;
+mod interpolate;
+mod rules;
+mod secret;
+mod upstreams;
+mod validate;
+mod values;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderName;
+use http::uri::{Authority, Scheme};
+
+use crate::policy::glob::Glob;
+use crate::policy::key::KeySecret;
+use crate::policy::retry::Retry;
+use crate::policy::route::Router;
+
+pub use error::ConfigError;
+pub use secret::Secret;
+pub use validate::load;
+pub use values::{parse_duration, parse_size};
+
+/// Everything the program needs to know to start.
+#[derive(Debug)]
+pub struct Config {
+    /// Where it came from: `flags`, or the file's path.
+    pub source: String,
+    /// What runs: one listener and one API each.
+    pub upstreams: Vec<Upstream>,
+    /// The memory tier.
+    pub memory: Memory,
+    /// Limits on what clients may do.
+    pub limits: Limits,
+    /// Secret for digests of credentials; `None`: made up at start.
+    pub key_secret: Option<KeySecret>,
+    /// The admin listener; `None`: off.
+    pub admin: Option<Admin>,
+    /// How long to let requests finish on SIGTERM.
+    pub grace: Duration,
+    /// How to log.
+    pub log: Log,
+    /// Defaults that this version does not act on yet, one line each.
+    pub notes: Vec<String>,
+}
+
+/// What the command line adds to, or puts in the place of, the file.
+#[derive(Debug, Clone, Default)]
+pub struct Flags {
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// `--upstream`.
+    pub upstream: Option<String>,
+    /// `--listen`.
+    pub listen: Option<String>,
+    /// `--profile`.
+    pub profile: Option<String>,
+    /// `--ttl`.
+    pub ttl: Option<String>,
+    /// `--redis`.
+    pub redis: Option<String>,
+}
+
+/// One API behind one listener.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Its name in logs, metrics and purges.
+    pub name: Arc<str>,
+    /// Where applications connect to.
+    pub listen: SocketAddr,
+    /// Where requests go.
+    pub target: Target,
+    /// `generic`, `shopify`.
+    pub profile: &'static str,
+    /// The operator's rules, then the profile's, then the closing one.
+    pub router: Router,
+    /// How many rules are the operator's or the profile's.
+    pub rules: usize,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
+    /// The safe retry.
+    pub retry: Retry,
+    /// TLS towards the upstream.
+    pub tls: Tls,
+}
+
+/// Where requests go.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// One origin.
+    Origin {
+        /// `http` or `https`.
+        scheme: Scheme,
+        /// Host and port.
+        authority: Authority,
+        /// Forward (and key) the client's Host rather than the authority.
+        preserve_host: bool,
+    },
+    /// The client names the host; these are allowed.
+    Hosts(Vec<HostPattern>),
+}
+
+/// `[scheme://]pattern[:port]`.
+#[derive(Debug, Clone)]
+pub struct HostPattern {
+    /// `https` unless it says otherwise.
+    pub scheme: Scheme,
+    /// One glob a label.
+    pub labels: Vec<Glob>,
+    /// A port other than the scheme's.
+    pub port: Option<u16>,
+}
+
+impl HostPattern {
+    /// Is this authority (lower-case host, port if named) allowed by it? `*` stands for one label.
+    pub fn matches(&self, host: &str, port: Option<u16>) -> bool {
+        let default = if self.scheme == Scheme::HTTPS { 443 } else { 80 };
+        let labels: Vec<&str> = host.split('.').collect();
+        port.unwrap_or(default) == self.port.unwrap_or(default)
+            && labels.len() == self.labels.len()
+            && self.labels.iter().zip(labels).all(|(glob, label)| !label.is_empty() && glob.matches(label.as_bytes()))
+    }
+}
+
+/// How long an upstream may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// DNS, TCP and TLS together.
+    pub connect: Duration,
+    /// From sending the request to the response head.
+    pub first_byte: Duration,
+    /// Between two pieces of a body.
+    pub idle: Duration,
+    /// A whole fetch that is being stored.
+    pub fetch: Duration,
+}
+
+/// TLS towards the upstream.
+#[derive(Debug, Clone, Default)]
+pub struct Tls {
+    /// Trust these certificates (PEM) instead of the system's.
+    pub ca: Option<PathBuf>,
+    /// Client certificate chain and key (PEM).
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// Sizes of the memory tier, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Memory {
+    /// All entries together, overhead counted.
+    pub max_bytes: u64,
+    /// One entry.
+    pub max_entry_bytes: u64,
+    /// All running fetches together.
+    pub max_inflight_bytes: u64,
+}
+
+/// Limits on what clients may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of a request body.
+    pub request_body: u64,
+    /// Bytes of all header lines.
+    pub headers: u64,
+    /// Bytes of the request target.
+    pub url: u64,
+    /// Open client connections per listener.
+    pub connections: usize,
+    /// From a request's first byte to the end of its head.
+    pub header_time: Duration,
+    /// An idle connection is closed after this.
+    pub keep_alive: Duration,
+    /// A client that takes nothing for so long is cut.
+    pub write_stall: Duration,
+    /// The same, for one that others wait for behind a full window.
+    pub shared_write_stall: Duration,
+}
+
+/// The admin listener.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    /// Where.
+    pub listen: SocketAddr,
+    /// Its bearer token; `None`: open, on loopback only.
+    pub token: Option<Secret>,
+}
+
+/// How to log.
+#[derive(Debug, Clone)]
+pub struct Log {
+    /// A filter like `info` or `sidecache=debug,hyper=warn`.
+    pub filter: String,
+    /// One JSON object a line.
+    pub json: bool,
+}
+
+/// Headers that carry credentials, unless `security.credential_headers` says otherwise.
+pub fn default_credential_headers() -> Vec<HeaderName> {
+    [
+        "authorization",
+        "cookie",
+        "x-api-key",
+        "api-key",
+        "apikey",
+        "x-auth-token",
+        "x-access-token",
+        "private-token",
+        "x-shopify-access-token",
+        "x-shopify-storefront-access-token",
+        "shopify-storefront-private-token",
+    ]
+    .map(HeaderName::from_static)
+    .to_vec()
+}

@@ -1,0 +1,178 @@
+//! What can I configure? This: the file, as serde reads it. Unknown keys are errors.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use toml::Spanned;
+use toml::Value;
+
+use super::values::{Dur, OneOrMany, SecretRef, Size, Window};
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct File {
+    pub(super) mode: Option<Spanned<String>>,
+    pub(super) upstream: Vec<Spanned<Upstream>>,
+    pub(super) ttl: BTreeMap<String, Dur>,
+    pub(super) memory: Memory,
+    pub(super) limits: Limits,
+    pub(super) security: Security,
+    pub(super) admin: Admin,
+    pub(super) shutdown: Shutdown,
+    pub(super) log: Log,
+    // Known, and refused until they are built.
+    pub(super) redis: Option<Spanned<Value>>,
+    pub(super) probes: Option<Spanned<Value>>,
+    pub(super) webhook: Option<Spanned<Value>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Upstream {
+    pub(super) name: Option<Spanned<String>>,
+    pub(super) listen: Option<Spanned<String>>,
+    pub(super) url: Option<Spanned<String>>,
+    pub(super) hosts: Option<Vec<Spanned<String>>>,
+    pub(super) host: Option<Spanned<String>>,
+    pub(super) profile: Option<Spanned<String>>,
+    pub(super) profile_rules: Option<bool>,
+    pub(super) partition: Option<Spanned<String>>,
+    pub(super) timeouts: Timeouts,
+    pub(super) retry: Retry,
+    pub(super) tls: Tls,
+    pub(super) defaults: Rule,
+    pub(super) rule: Vec<Spanned<Rule>>,
+    // Known, and refused until they are built.
+    pub(super) budget: Option<Spanned<Value>>,
+    pub(super) breaker: Option<Spanned<Value>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Timeouts {
+    pub(super) deadline: Option<Dur>,
+    pub(super) connect: Option<Dur>,
+    pub(super) first_byte: Option<Dur>,
+    pub(super) idle: Option<Dur>,
+    pub(super) fetch: Option<Dur>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Retry {
+    pub(super) attempts: Option<u32>,
+    pub(super) base: Option<Dur>,
+    pub(super) cap: Option<Dur>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Tls {
+    pub(super) ca: Option<Spanned<String>>,
+    pub(super) cert: Option<Spanned<String>>,
+    pub(super) key: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Rule {
+    pub(super) name: Option<Spanned<String>>,
+    pub(super) path: Option<Spanned<OneOrMany<String>>>,
+    pub(super) methods: Option<Spanned<Vec<String>>>,
+    pub(super) when: Option<When>,
+    pub(super) cache: Option<Spanned<String>>,
+    pub(super) ttl: Option<Spanned<String>>,
+    pub(super) stale_while_revalidate: Option<Window>,
+    pub(super) stale_if_error: Option<Window>,
+    pub(super) last_known_good: Option<Window>,
+    pub(super) negative_ttl: Option<Window>,
+    pub(super) key: Option<Key>,
+    pub(super) tags: Option<Spanned<Vec<String>>>,
+    pub(super) reject_empty: Option<Spanned<String>>,
+    pub(super) deadline: Option<Dur>,
+    pub(super) fallback: Option<Spanned<Fallback>>,
+}
+
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct When {
+    pub(super) query: BTreeMap<String, String>,
+    pub(super) headers: BTreeMap<Spanned<String>, String>,
+    pub(super) graphql: Option<Spanned<Value>>,
+}
+
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Key {
+    pub(super) query: Option<Vec<String>>,
+    pub(super) headers: Option<Vec<Spanned<String>>>,
+    pub(super) partition: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Fallback {
+    pub(super) file: Option<Spanned<String>>,
+    pub(super) body: Option<String>,
+    pub(super) status: Option<Spanned<u16>>,
+    pub(super) content_type: Option<Spanned<String>>,
+    pub(super) on: Option<Spanned<Vec<String>>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Memory {
+    pub(super) max_bytes: Option<Spanned<Size>>,
+    pub(super) max_entry_bytes: Option<Spanned<Size>>,
+    pub(super) max_inflight_bytes: Option<Size>,
+    // Has a meaning with Redis only.
+    pub(super) max_unverified: Option<Spanned<Dur>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Limits {
+    pub(super) request_body: Option<Size>,
+    pub(super) headers: Option<Size>,
+    pub(super) url: Option<Size>,
+    pub(super) connections: Option<usize>,
+    pub(super) header_time: Option<Dur>,
+    pub(super) keep_alive: Option<Dur>,
+    pub(super) write_stall: Option<Dur>,
+    pub(super) shared_write_stall: Option<Dur>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Security {
+    pub(super) secret: Option<Spanned<OneOrMany<SecretRef>>>,
+    pub(super) credential_headers: Option<Vec<Spanned<String>>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Admin {
+    pub(super) listen: Option<Spanned<String>>,
+    pub(super) token: Option<Spanned<SecretRef>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Shutdown {
+    pub(super) grace: Option<Dur>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Log {
+    pub(super) filter: Option<String>,
+    pub(super) format: Option<Spanned<String>>,
+}
+
+/// A profile: rules as data.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Profile {
+    pub(super) defaults: Rule,
+    pub(super) rule: Vec<Spanned<Rule>>,
+}

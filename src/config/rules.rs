@@ -1,0 +1,301 @@
+//! From a rule of the file to compiled [`Plan`]s: one for each of its paths.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use toml::Spanned;
+
+use super::error::{ConfigError, Source};
+use super::file;
+use super::values::{OneOrMany, Window};
+use crate::policy::glob::{Glob, PathPattern};
+use crate::policy::key::{KeyPlan, Partition, QueryFilter};
+use crate::policy::outcome::Failure;
+use crate::policy::plan::{CacheMode, Methods, Payload, Plan, When};
+use crate::policy::tags::TagTemplate;
+
+/// Longest fallback payload that is read.
+const MAX_PAYLOAD: u64 = 8 << 20;
+
+/// What a rule is compiled with, beside itself.
+pub(super) struct Surroundings<'a> {
+    pub(super) source: Source<'a>,
+    /// Paths in the file are relative to this.
+    pub(super) folder: &'a Path,
+    pub(super) upstream: &'a str,
+    pub(super) classes: &'a dyn Fn(&str) -> Option<Duration>,
+    pub(super) partition: Partition,
+    pub(super) credentials: Arc<[HeaderName]>,
+    pub(super) deadline: Duration,
+}
+
+type Errors = Vec<ConfigError>;
+
+/// `rule`, with what it leaves open taken from `defaults`.
+pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
+    let file::Rule {
+        name,
+        path,
+        methods,
+        when,
+        cache,
+        ttl,
+        stale_while_revalidate,
+        stale_if_error,
+        last_known_good,
+        negative_ttl,
+        key,
+        tags,
+        reject_empty,
+        deadline,
+        fallback,
+    } = rule;
+    // A rule that chooses `http` or `off` for itself does not inherit a ttl.
+    let own_mode = cache.as_ref().is_some_and(|c| c.get_ref() != "override");
+    file::Rule {
+        name,
+        path,
+        methods: methods.or_else(|| defaults.methods.clone()),
+        when: when.or_else(|| defaults.when.clone()),
+        // A rule that has its own ttl does not inherit a mode that contradicts it.
+        cache: if ttl.is_some() { cache } else { cache.or_else(|| defaults.cache.clone()) },
+        ttl: if own_mode { ttl } else { ttl.or_else(|| defaults.ttl.clone()) },
+        stale_while_revalidate: stale_while_revalidate.or(defaults.stale_while_revalidate),
+        stale_if_error: stale_if_error.or(defaults.stale_if_error),
+        last_known_good: last_known_good.or(defaults.last_known_good),
+        negative_ttl: negative_ttl.or(defaults.negative_ttl),
+        key: key.or_else(|| defaults.key.clone()),
+        tags: tags.or_else(|| defaults.tags.clone()),
+        reject_empty: reject_empty.or_else(|| defaults.reject_empty.clone()),
+        deadline: deadline.or(defaults.deadline),
+        fallback: fallback.or_else(|| defaults.fallback.clone()),
+    }
+}
+
+impl Surroundings<'_> {
+    /// Compiles a rule, or adds to `errors` what is wrong with it.
+    pub(super) fn compile(
+        &self,
+        rule: &Spanned<file::Rule>,
+        defaults: &file::Rule,
+        errors: &mut Errors,
+    ) -> Vec<Plan> {
+        let span = rule.span();
+        let rule = inherit(rule.get_ref().clone(), defaults);
+        let before = errors.len();
+        let paths = self.paths(&rule, &span, errors);
+        let mode = self.collect(self.mode(&rule), errors).unwrap_or(CacheMode::Http);
+        let methods = self.collect(self.methods(&rule, mode), errors).unwrap_or_else(Methods::safe);
+        let when = self.collect(self.when(&rule), errors).unwrap_or_default();
+        let key = self.collect(self.key(&rule), errors).unwrap_or_default();
+        let fallback = self.collect(self.fallback(&rule), errors).flatten();
+        let reject_empty = self.collect(self.reject_empty(&rule), errors).flatten();
+        let tags = self.tags(&rule, &paths, errors);
+        if errors.len() > before {
+            return Vec::new();
+        }
+        let window = |w: Option<Window>| w.and_then(|w| w.0);
+        let name = |path: &PathPattern| match &rule.name {
+            Some(name) => name.get_ref().as_str().into(),
+            None => format!("{}{path}", self.upstream).into(),
+        };
+        let plan = |(path, tags): (PathPattern, Vec<TagTemplate>)| Plan {
+            name: name(&path),
+            methods: methods.clone(),
+            path,
+            when: when.clone(),
+            mode,
+            stale_while_revalidate: window(rule.stale_while_revalidate),
+            stale_if_error: window(rule.stale_if_error),
+            last_known_good: window(rule.last_known_good),
+            key: key.clone(),
+            tags,
+            reject_empty: reject_empty.clone(),
+            deadline: rule.deadline.map_or(self.deadline, |d| d.0),
+            fallback: fallback.clone(),
+        };
+        paths.into_iter().zip(tags).map(plan).collect()
+    }
+
+    fn collect<T>(&self, result: Result<T, (std::ops::Range<usize>, String)>, errors: &mut Errors) -> Option<T> {
+        result.map_err(|(span, message)| errors.push(self.source.error(&span, message))).ok()
+    }
+
+    fn paths(&self, rule: &file::Rule, span: &std::ops::Range<usize>, errors: &mut Errors) -> Vec<PathPattern> {
+        let Some(path) = &rule.path else {
+            errors.push(self.source.error(span, "a rule needs a path: write path = \"/products/{id}.json\""));
+            return Vec::new();
+        };
+        let OneOrMany(paths) = path.get_ref();
+        let parse = |text: &String| PathPattern::parse(text).map_err(|message| (path.span(), message));
+        paths.iter().filter_map(|text| self.collect(parse(text), errors)).collect()
+    }
+
+    fn mode(&self, rule: &file::Rule) -> Result<CacheMode, (std::ops::Range<usize>, String)> {
+        let word = rule.cache.as_ref().map(|c| c.get_ref().as_str());
+        match (word, &rule.ttl) {
+            (None | Some("override"), Some(ttl)) => {
+                let negative_ttl = rule.negative_ttl.and_then(|w| w.0);
+                Ok(CacheMode::Override { ttl: self.ttl(ttl)?, negative_ttl })
+            }
+            (Some("override"), None) => {
+                let span = rule.cache.as_ref().map_or(0..0, Spanned::span);
+                Err((span, "cache = \"override\" needs a ttl: write ttl = \"5m\" beside it".into()))
+            }
+            (Some(word @ ("http" | "off")), Some(ttl)) => Err((
+                ttl.span(),
+                format!("a ttl has no meaning with cache = \"{word}\": leave it out, or write cache = \"override\""),
+            )),
+            (None | Some("http"), None) => Ok(CacheMode::Http),
+            (Some("off"), None) => Ok(CacheMode::Off),
+            (Some(other), _) => {
+                let span = rule.cache.as_ref().map_or(0..0, Spanned::span);
+                Err((span, format!("cache = {other:?}: write \"http\", \"override\" or \"off\"")))
+            }
+        }
+    }
+
+    fn ttl(&self, text: &Spanned<String>) -> Result<Duration, (std::ops::Range<usize>, String)> {
+        if let Some(class) = (self.classes)(text.get_ref()) {
+            return Ok(class);
+        }
+        super::parse_duration(text.get_ref()).map_err(|message| {
+            let named = text.get_ref().bytes().next().is_some_and(|b| b.is_ascii_alphabetic());
+            let message = if named {
+                format!("no class {:?} in [ttl]: define it there, or write a duration like \"5m\"", text.get_ref())
+            } else {
+                message
+            };
+            (text.span(), message)
+        })
+    }
+
+    fn methods(&self, rule: &file::Rule, mode: CacheMode) -> Result<Methods, (std::ops::Range<usize>, String)> {
+        let Some(methods) = &rule.methods else { return Ok(Methods::safe()) };
+        let parse = |name: &String| Method::from_bytes(name.as_bytes()).map_err(|e| (methods.span(), e.to_string()));
+        let parsed = methods.get_ref().iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        if mode != CacheMode::Off && parsed.iter().any(|m| *m != Method::GET && *m != Method::HEAD) {
+            let message = "only GET and HEAD can be cached: leave the others out, or write cache = \"off\"";
+            return Err((methods.span(), message.into()));
+        }
+        Ok(Methods(parsed))
+    }
+
+    fn when(&self, rule: &file::Rule) -> Result<When, (std::ops::Range<usize>, String)> {
+        let Some(when) = &rule.when else { return Ok(When::default()) };
+        if let Some(graphql) = &when.graphql {
+            return Err((graphql.span(), "when.graphql is not built yet: remove it".into()));
+        }
+        let header =
+            |(name, glob): (&Spanned<String>, &String)| header_name(name).map(|name| (name, Glob::new(glob)));
+        Ok(When {
+            query: when.query.iter().map(|(name, glob)| (name.as_str().into(), Glob::new(glob))).collect(),
+            headers: when.headers.iter().map(header).collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn key(&self, rule: &file::Rule) -> Result<KeyPlan, (std::ops::Range<usize>, String)> {
+        let key = rule.key.clone().unwrap_or_default();
+        let query = match key.query {
+            None => QueryFilter::Whole,
+            Some(list) if list == ["*"] => QueryFilter::Whole,
+            Some(list) => QueryFilter::Filtered(
+                list.iter()
+                    .map(|p| p.strip_prefix('!').map_or_else(|| (true, Glob::new(p)), |p| (false, Glob::new(p))))
+                    .collect(),
+            ),
+        };
+        Ok(KeyPlan {
+            query,
+            headers: key.headers.unwrap_or_default().iter().map(header_name).collect::<Result<_, _>>()?,
+            partition: key.partition.as_ref().map_or(Ok(self.partition), partition)?,
+            credentials: self.credentials.clone(),
+        })
+    }
+
+    fn tags(&self, rule: &file::Rule, paths: &[PathPattern], errors: &mut Errors) -> Vec<Vec<TagTemplate>> {
+        let Some(tags) = &rule.tags else { return vec![Vec::new(); paths.len()] };
+        // With several paths, a tag is for those that capture its names; there must be one.
+        for text in tags.get_ref() {
+            let mut parsed = paths.iter().map(|path| TagTemplate::parse(text, path));
+            if let Some(Err(message)) = parsed.next()
+                && !parsed.any(|other| other.is_ok())
+            {
+                errors.push(self.source.error(&tags.span(), message));
+            }
+        }
+        let of =
+            |path: &PathPattern| tags.get_ref().iter().filter_map(|t| TagTemplate::parse(t, path).ok()).collect();
+        paths.iter().map(of).collect()
+    }
+
+    fn reject_empty(&self, rule: &file::Rule) -> Result<Option<Box<str>>, (std::ops::Range<usize>, String)> {
+        match &rule.reject_empty {
+            Some(pointer) if !pointer.get_ref().starts_with('/') => {
+                Err((pointer.span(), format!("reject_empty is a JSON pointer: write \"/{}\"", pointer.get_ref())))
+            }
+            other => Ok(other.as_ref().map(|p| p.get_ref().as_str().into())),
+        }
+    }
+
+    fn fallback(&self, rule: &file::Rule) -> Result<Option<Payload>, (std::ops::Range<usize>, String)> {
+        let Some(spanned) = &rule.fallback else { return Ok(None) };
+        let fallback = spanned.get_ref();
+        let body = match (&fallback.file, &fallback.body) {
+            (Some(file), None) => self.payload(file)?,
+            (None, Some(body)) => Bytes::from(body.clone()),
+            (Some(_), Some(_)) => return Err((spanned.span(), "a fallback has a file or a body, not both".into())),
+            (None, None) => {
+                return Err((spanned.span(), "a fallback needs a file = \"…\" or a body = \"…\"".into()));
+            }
+        };
+        let status = fallback.status.as_ref().map_or(Ok(StatusCode::OK), |status| {
+            StatusCode::from_u16(*status.get_ref())
+                .ok()
+                .filter(|s| !s.is_informational())
+                .ok_or_else(|| (status.span(), format!("{} is no status: write 200 to 599", status.get_ref())))
+        })?;
+        let content_type = fallback.content_type.as_ref().map_or_else(
+            || Ok(HeaderValue::from_static("application/json")),
+            |text| HeaderValue::from_str(text.get_ref()).map_err(|e| (text.span(), e.to_string())),
+        )?;
+        let on = match &fallback.on {
+            None => Failure::CAUSES.to_vec(),
+            Some(list) => list.get_ref().iter().map(|name| cause(name, list)).collect::<Result<_, _>>()?,
+        };
+        Ok(Some(Payload { body, status, content_type, on }))
+    }
+
+    fn payload(&self, file: &Spanned<String>) -> Result<Bytes, (std::ops::Range<usize>, String)> {
+        let path = self.folder.join(file.get_ref());
+        let fail = |why: String| (file.span(), format!("fallback file {}: {why}", path.display()));
+        let size = fs::metadata(&path).map_err(|e| fail(e.to_string()))?.len();
+        if size > MAX_PAYLOAD {
+            return Err(fail(format!("{size} bytes are more than the {MAX_PAYLOAD} that are read")));
+        }
+        fs::read(&path).map(Bytes::from).map_err(|e| fail(e.to_string()))
+    }
+}
+
+fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, (std::ops::Range<usize>, String)> {
+    let known = Failure::CAUSES.into_iter().find(|cause| *cause == name);
+    known.ok_or_else(|| (list.span(), format!("on = {name:?}: write some of {:?}", Failure::CAUSES)))
+}
+
+pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, (std::ops::Range<usize>, String)> {
+    HeaderName::from_bytes(name.get_ref().as_bytes())
+        .map_err(|_| (name.span(), format!("{:?} is no header name", name.get_ref())))
+}
+
+pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, (std::ops::Range<usize>, String)> {
+    match word.get_ref().as_str() {
+        "credential" => Ok(Partition::Credential),
+        "everyone" => Ok(Partition::Everyone),
+        "app" => Err((word.span(), "partition = \"app\" is not built yet: write \"credential\"".into())),
+        other => Err((word.span(), format!("partition = {other:?}: write \"credential\" or \"everyone\""))),
+    }
+}

@@ -1,0 +1,251 @@
+//! From an `[[upstream]]` of the file to a compiled [`Upstream`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::uri::Scheme;
+use http::{HeaderName, Uri};
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::error::{ConfigError, Source};
+use super::file;
+use super::rules::{Surroundings, partition};
+use super::validate::{Fault, Validator, address, from_flags};
+use super::values::OneOrMany;
+use super::{HostPattern, Target, Timeouts, Tls, Upstream};
+use crate::policy::glob::Glob;
+use crate::policy::key::Partition;
+use crate::policy::plan::Plan;
+use crate::policy::retry::Retry;
+use crate::policy::route::Router;
+
+/// Profiles are data: their rules, and the hosts that choose them by themselves.
+const PROFILES: [(&str, &str, Option<&str>); 2] =
+    [("generic", "", None), ("shopify", include_str!("profiles/shopify.toml"), Some(".myshopify.com"))];
+
+impl Validator<'_> {
+    pub(super) fn upstream(
+        &mut self,
+        spanned: &Spanned<file::Upstream>,
+        classes: &BTreeMap<String, Duration>,
+        credentials: &Arc<[HeaderName]>,
+        others: usize,
+    ) -> Option<Upstream> {
+        let given = spanned.get_ref();
+        self.note_unbuilt(given);
+        let target = self.target(spanned);
+        let (profile, profile_text) = self.profile(given);
+        let fallback_name = if profile == "generic" { "upstream" } else { profile };
+        let name: Arc<str> = given.name.as_ref().map_or(fallback_name, |n| n.get_ref().as_str()).into();
+        let listen = self.listen(given, others);
+        let word = given.partition.as_ref().map_or(Ok(Partition::default()), partition);
+        let (partition, folder) = (self.collect(word).unwrap_or_default(), self.folder.clone());
+        let class = |name: &str| classes.get(name).copied();
+        let surroundings = |source| Surroundings {
+            source,
+            folder: &folder,
+            upstream: &name,
+            classes: &class,
+            partition,
+            credentials: credentials.clone(),
+            deadline: given.timeouts.deadline.map_or(Duration::from_secs(5), |d| d.0),
+        };
+        let own = surroundings(self.source);
+        let compile = |rule: &_| own.compile(rule, &given.defaults, &mut self.errors);
+        let mut plans: Vec<Plan> = given.rule.iter().flat_map(compile).collect();
+        let mut rules = given.rule.len();
+        if given.profile_rules != Some(false) {
+            let source = Source { name: profile, text: profile_text };
+            let (count, compiled) = profile_rules(&surroundings(source), &mut self.errors);
+            rules += count;
+            plans.extend(compiled);
+        }
+        plans.extend(own.compile(&closing_rule(), &given.defaults, &mut self.errors));
+        let router = Router::new(plans.into_iter().map(Arc::new).collect());
+        let (timeouts, retry, tls) = (timeouts(&given.timeouts), retry(&given.retry), self.tls(&given.tls));
+        Some(Upstream { name, listen: listen?, target: target?, profile, router, rules, timeouts, retry, tls })
+    }
+
+    fn note_unbuilt(&mut self, given: &file::Upstream) {
+        match &given.budget {
+            Some(budget) if budget.get_ref().as_str() == Some("off") => {}
+            Some(budget) => {
+                let message = "budgets are not built yet: write budget = \"off\", or leave it out";
+                self.fault(&budget.span(), message);
+            }
+            None => {
+                let note = "not in this version: budget = \"learn\" (requests are not paced), breaker".to_owned();
+                if !self.notes.contains(&note) {
+                    self.notes.push(note);
+                }
+            }
+        }
+        if let Some(breaker) = &given.breaker {
+            self.fault(&breaker.span(), "[upstream.breaker] is not built yet: leave it out");
+        }
+    }
+
+    fn target(&mut self, spanned: &Spanned<file::Upstream>) -> Option<Target> {
+        let given = spanned.get_ref();
+        match (&given.url, &given.hosts) {
+            (Some(_), Some(_)) => {
+                self.fault(&spanned.span(), "an upstream has a url or hosts, not both");
+                None
+            }
+            (None, None) => {
+                self.fault(&spanned.span(), "an upstream needs a url: write url = \"https://your-api.example\"");
+                None
+            }
+            (None, Some(hosts)) => {
+                let patterns = hosts.iter().filter_map(|text| self.collect(host_pattern(text))).collect();
+                Some(Target::Hosts(patterns))
+            }
+            (Some(url), None) => {
+                let preserve_host = match given.host.as_ref().map(|h| (h.get_ref().as_str(), h.span())) {
+                    None | Some(("rewrite", _)) => false,
+                    Some(("preserve", _)) => true,
+                    Some((other, span)) => {
+                        self.fault(&span, format!("host = {other:?}: write \"preserve\" or \"rewrite\""));
+                        false
+                    }
+                };
+                self.collect(origin(url, preserve_host))
+            }
+        }
+    }
+
+    /// Named, or chosen by the host.
+    fn profile(&mut self, given: &file::Upstream) -> (&'static str, &'static str) {
+        if let Some(word) = &given.profile {
+            if let Some((name, text, _)) = PROFILES.iter().find(|(name, ..)| name == word.get_ref()) {
+                return (name, text);
+            }
+            let known: Vec<_> = PROFILES.iter().map(|(name, ..)| *name).collect();
+            self.fault(&word.span(), format!("profile = {:?}: write one of {known:?}", word.get_ref()));
+        }
+        let named: Vec<&str> = match (&given.url, &given.hosts) {
+            (Some(url), _) => vec![url.get_ref().trim_end_matches('/')],
+            (None, hosts) => hosts.iter().flatten().map(|h| h.get_ref().as_str()).collect(),
+        };
+        let chosen = PROFILES.iter().find(|(_, _, suffix)| {
+            suffix.is_some_and(|suffix| !named.is_empty() && named.iter().all(|host| host.ends_with(suffix)))
+        });
+        chosen.map_or((PROFILES[0].0, PROFILES[0].1), |(name, text, _)| (name, text))
+    }
+
+    /// The first upstream listens on 18080, the next ones on the ports after it, but not on the admin's.
+    fn listen(&mut self, given: &file::Upstream, others: usize) -> Option<SocketAddr> {
+        if let Some(text) = &given.listen {
+            return self.collect(address(text));
+        }
+        let port = 18080 + u16::try_from(others).unwrap_or(0);
+        Some(SocketAddr::from(([127, 0, 0, 1], if others == 0 { port } else { port + 9 })))
+    }
+
+    fn tls(&mut self, given: &file::Tls) -> Tls {
+        let identity = match (&given.cert, &given.key) {
+            (Some(cert), Some(key)) => Some((self.folder.join(cert.get_ref()), self.folder.join(key.get_ref()))),
+            (None, None) => None,
+            (Some(one), None) | (None, Some(one)) => {
+                self.fault(&one.span(), "a client certificate needs both: cert = \"…\" and key = \"…\"");
+                None
+            }
+        };
+        let ca = given.ca.as_ref().map(|ca| self.folder.join(ca.get_ref()));
+        for (path, span) in ca.iter().zip(given.ca.iter().map(Spanned::span)) {
+            if let Err(why) = std::fs::metadata(path) {
+                self.fault(&span, format!("tls.ca {}: {why}", path.display()));
+            }
+        }
+        Tls { ca, identity }
+    }
+}
+
+/// Closes every list of rules: what nothing else matched is decided by the upstream's headers.
+fn closing_rule() -> Spanned<file::Rule> {
+    let path = OneOrMany(vec!["/**".to_owned()]);
+    let name = Some(from_flags("default".to_owned()));
+    from_flags(file::Rule { name, path: Some(from_flags(path)), ..file::Rule::default() })
+}
+
+fn profile_rules(surroundings: &Surroundings<'_>, errors: &mut Vec<ConfigError>) -> (usize, Vec<Plan>) {
+    let parsed = toml::Deserializer::parse(surroundings.source.text).and_then(file::Profile::deserialize);
+    match parsed {
+        Ok(profile) => {
+            let compile = |rule: &_| surroundings.compile(rule, &profile.defaults, errors);
+            (profile.rule.len(), profile.rule.iter().flat_map(compile).collect())
+        }
+        Err(error) => {
+            errors.push(surroundings.source.toml_error(&error));
+            (0, Vec::new())
+        }
+    }
+}
+
+fn timeouts(given: &file::Timeouts) -> Timeouts {
+    let seconds = Duration::from_secs;
+    let fetch = given.fetch.map_or(seconds(120), |d| d.0);
+    Timeouts {
+        connect: given.connect.map_or(seconds(2), |d| d.0),
+        first_byte: given.first_byte.map_or(fetch, |d| d.0),
+        idle: given.idle.map_or(seconds(30), |d| d.0),
+        fetch,
+    }
+}
+
+fn retry(given: &file::Retry) -> Retry {
+    Retry {
+        attempts: given.attempts.unwrap_or(2).max(1),
+        base: given.base.map_or(Duration::from_millis(50), |d| d.0),
+        cap: given.cap.map_or(Duration::from_secs(1), |d| d.0),
+    }
+}
+
+fn origin(text: &Spanned<String>, preserve_host: bool) -> Result<Target, Fault> {
+    let fail = |why: String| (text.span(), why);
+    let written = text.get_ref().as_str();
+    let uri: Uri = written.parse().map_err(|e| fail(format!("{written:?} is no URL: {e}")))?;
+    let parts = uri.into_parts();
+    let (Some(scheme), Some(authority)) = (parts.scheme, parts.authority) else {
+        return Err(fail(format!(
+            "{written:?} has no scheme: write \"https://{}\"",
+            written.trim_start_matches('/')
+        )));
+    };
+    if scheme != Scheme::HTTP && scheme != Scheme::HTTPS {
+        return Err(fail(format!("scheme {scheme:?}: write http:// or https://")));
+    }
+    if parts.path_and_query.is_some_and(|p| p.as_str() != "/") {
+        return Err(fail(format!("an upstream is one origin, without a path: write \"{scheme}://{authority}\"")));
+    }
+    if authority.as_str().contains('@') {
+        return Err(fail("a URL does not carry credentials: the client's headers do".into()));
+    }
+    Ok(Target::Origin { scheme, authority, preserve_host })
+}
+
+/// `[scheme://]pattern[:port]`.
+fn host_pattern(text: &Spanned<String>) -> Result<HostPattern, Fault> {
+    let written = text.get_ref().as_str();
+    let (scheme, rest) = match written.split_once("://") {
+        Some(("http", rest)) => (Scheme::HTTP, rest),
+        Some(("https", rest)) => (Scheme::HTTPS, rest),
+        None => (Scheme::HTTPS, written),
+        Some((other, _)) => return Err((text.span(), format!("scheme {other:?}: write http:// or https://"))),
+    };
+    let (host, port) = match rest.rsplit_once(':') {
+        Some((host, port)) => {
+            let port = port.parse().map_err(|_| (text.span(), format!("{port:?} is no port")))?;
+            (host, Some(port))
+        }
+        None => (rest, None),
+    };
+    if host.is_empty() || host.contains(['/', '@', ' ']) || host.split('.').any(str::is_empty) {
+        return Err((text.span(), format!("{written:?} is no host pattern: write \"*.myshopify.com\"")));
+    }
+    let labels = host.to_ascii_lowercase().split('.').map(Glob::new).collect();
+    Ok(HostPattern { scheme, labels, port })
+}

@@ -1,0 +1,296 @@
+//! From file, environment and flags to a [`Config`], or to every error at once.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderName;
+use serde::Deserialize;
+use toml::Spanned;
+use toml::de::DeTable;
+
+use super::error::{ConfigError, Source};
+use super::rules::header_name;
+use super::values::{OneOrMany, SecretRef};
+use super::{Admin, Config, Flags, Limits, Log, Memory, Secret};
+use super::{default_credential_headers, file, interpolate};
+use crate::policy::key::KeySecret;
+
+/// One thing wrong, at a span.
+pub(super) type Fault = (Range<usize>, String);
+
+/// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
+pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
+    let path = flags.config.clone().or_else(|| {
+        let here = PathBuf::from("sidecache.toml");
+        here.exists().then_some(here)
+    });
+    let name = path.as_ref().map_or_else(|| "flags".to_owned(), |p| p.display().to_string());
+    let text = match &path {
+        None => String::new(),
+        Some(path) => fs::read_to_string(path)
+            .map_err(|e| vec![ConfigError::at(&name, format!("can't read the configuration: {e}"))])?,
+    };
+    let source = Source { name: &name, text: &text };
+    let vars: Vec<(String, String)> = std::env::vars().filter(|(k, _)| k.starts_with("SIDECACHE_")).collect();
+    let mut file = parse(source, &vars).map_err(|e| vec![e])?;
+    apply_flags(&mut file, flags);
+    let folder = path.as_ref().and_then(|p| p.parent()).unwrap_or(Path::new("")).to_owned();
+    let mut validator = Validator { source, folder, errors: Vec::new(), notes: Vec::new() };
+    let config = validator.config(file);
+    if validator.errors.is_empty() { Ok(config) } else { Err(validator.errors) }
+}
+
+fn parse(source: Source<'_>, vars: &[(String, String)]) -> Result<file::File, ConfigError> {
+    let mut table = DeTable::parse(source.text).map_err(|e| source.toml_error(&e))?;
+    interpolate::interpolate(table.get_mut(), source, &|name| std::env::var(name).ok())?;
+    interpolate::overlay(table.get_mut(), vars)?;
+    file::File::deserialize(toml::Deserializer::from(table)).map_err(|e| source.toml_error(&e))
+}
+
+pub(super) fn from_flags<T>(value: T) -> Spanned<T> {
+    Spanned::new(0..0, value)
+}
+
+/// Flags set or replace what the first upstream says.
+fn apply_flags(file: &mut file::File, flags: &Flags) {
+    if file.upstream.is_empty() && flags.upstream.is_some() {
+        file.upstream.push(from_flags(file::Upstream::default()));
+    }
+    if let Some(redis) = &flags.redis {
+        file.redis = Some(from_flags(toml::Value::String(redis.clone())));
+    }
+    let Some(upstream) = file.upstream.first_mut() else { return };
+    let upstream = upstream.get_mut();
+    if let Some(url) = &flags.upstream {
+        upstream.url = Some(from_flags(url.clone()));
+    }
+    if let Some(listen) = &flags.listen {
+        upstream.listen = Some(from_flags(listen.clone()));
+    }
+    if let Some(profile) = &flags.profile {
+        upstream.profile = Some(from_flags(profile.clone()));
+    }
+    if let Some(ttl) = &flags.ttl {
+        let path = from_flags(OneOrMany(vec!["/**".to_owned()]));
+        let name = from_flags("all".to_owned());
+        let ttl = from_flags(ttl.clone());
+        let rule = file::Rule { name: Some(name), path: Some(path), ttl: Some(ttl), ..file::Rule::default() };
+        upstream.rule.push(from_flags(rule));
+    }
+}
+
+/// Collects what is wrong, so that one run names everything.
+pub(super) struct Validator<'a> {
+    pub(super) source: Source<'a>,
+    pub(super) folder: PathBuf,
+    pub(super) errors: Vec<ConfigError>,
+    pub(super) notes: Vec<String>,
+}
+
+impl Validator<'_> {
+    pub(super) fn collect<T>(&mut self, result: Result<T, Fault>) -> Option<T> {
+        result.map_err(|(span, message)| self.fault(&span, message)).ok()
+    }
+
+    pub(super) fn fault(&mut self, span: &Range<usize>, message: impl Into<String>) {
+        let error = self.source.error(span, message);
+        self.errors.push(error);
+    }
+
+    fn config(&mut self, file: file::File) -> Config {
+        self.refuse_unbuilt(&file);
+        if file.upstream.is_empty() && self.errors.is_empty() {
+            let message = "nothing to run: give --upstream https://your-api.example, or --config FILE";
+            self.errors.push(ConfigError::at(self.source.name, message));
+        }
+        let memory = self.memory(&file.memory);
+        let limits = limits(&file.limits);
+        let credentials = self.credentials(&file.security);
+        let key_secret = self.key_secret(&file.security);
+        let classes = classes(&file.ttl);
+        let mut upstreams = Vec::new();
+        for upstream in &file.upstream {
+            let others = upstreams.len();
+            let built = self.upstream(upstream, &classes, &credentials, others);
+            upstreams.extend(built);
+        }
+        self.distinct(&upstreams, &file.upstream);
+        let admin = self.admin(&file.admin);
+        Config {
+            source: self.source.name.to_owned(),
+            upstreams,
+            memory,
+            limits,
+            key_secret,
+            admin,
+            grace: file.shutdown.grace.map_or(Duration::from_secs(25), |d| d.0),
+            log: self.log(&file.log),
+            notes: std::mem::take(&mut self.notes),
+        }
+    }
+
+    /// What the contract knows and this version does not do: an error where it was asked for.
+    fn refuse_unbuilt(&mut self, file: &file::File) {
+        if let Some(mode) = &file.mode
+            && mode.get_ref() != "normal"
+        {
+            let message = match mode.get_ref().as_str() {
+                "bypass" | "shadow" => format!("mode = {:?} is not built yet: write \"normal\"", mode.get_ref()),
+                other => format!("mode = {other:?}: write \"normal\""),
+            };
+            self.fault(&mode.span(), message);
+        }
+        let unbuilt = [
+            ("[redis]", &file.redis, "leave it out: everything is kept in memory"),
+            ("[probes]", &file.probes, "leave it out: the same paths are on the admin listener"),
+            ("[[webhook]]", &file.webhook, "leave it out"),
+        ];
+        for (what, given, instead) in unbuilt {
+            if let Some(given) = given {
+                self.fault(&given.span(), format!("{what} is not built yet: {instead}"));
+            }
+        }
+        if let Some(given) = &file.memory.max_unverified {
+            let message =
+                "memory.max_unverified has a meaning with [redis] only, which is not built yet: leave it out";
+            self.fault(&given.span(), message);
+        }
+    }
+
+    fn memory(&mut self, given: &file::Memory) -> Memory {
+        let size =
+            |s: &Option<Spanned<super::values::Size>>, default: u64| s.as_ref().map_or(default, |s| s.get_ref().0);
+        let memory = Memory {
+            max_bytes: size(&given.max_bytes, 64 << 20),
+            max_entry_bytes: size(&given.max_entry_bytes, 8 << 20),
+            max_inflight_bytes: given.max_inflight_bytes.map_or(32 << 20, |s| s.0),
+        };
+        if memory.max_entry_bytes > memory.max_bytes / 2 {
+            let span = given.max_entry_bytes.as_ref().or(given.max_bytes.as_ref()).map_or(0..0, Spanned::span);
+            let message = "memory.max_entry_bytes must be at most half of memory.max_bytes, or one answer pushes out all others";
+            self.fault(&span, message);
+        }
+        memory
+    }
+
+    fn credentials(&mut self, given: &file::Security) -> Arc<[HeaderName]> {
+        let Some(names) = &given.credential_headers else { return default_credential_headers().into() };
+        names.iter().filter_map(|name| self.collect(header_name(name))).collect()
+    }
+
+    fn key_secret(&mut self, given: &file::Security) -> Option<KeySecret> {
+        let spanned = given.secret.as_ref()?;
+        let OneOrMany(references) = spanned.get_ref();
+        let secrets: Vec<Option<Secret>> =
+            references.iter().map(|reference| self.secret(reference, &spanned.span())).collect();
+        let first = secrets.into_iter().next().flatten()?;
+        Some(KeySecret(blake3::derive_key("sidecache 2026 credential digests", first.reveal().as_bytes())))
+    }
+
+    fn secret(&mut self, reference: &SecretRef, span: &Range<usize>) -> Option<Secret> {
+        let (read, from) = match reference {
+            SecretRef::File(path) => {
+                let path = self.folder.join(path);
+                (fs::read_to_string(&path).map_err(|e| e.to_string()), format!("file {}", path.display()))
+            }
+            SecretRef::Env(name) => {
+                (std::env::var(name).map_err(|e| e.to_string()), format!("environment variable {name}"))
+            }
+        };
+        let result = match read.as_deref().map(str::trim) {
+            Ok("") => Err((span.clone(), format!("the secret in {from} is empty"))),
+            Ok(text) => Ok(Secret::new(text)),
+            Err(why) => Err((span.clone(), format!("can't read the secret from {from}: {why}"))),
+        };
+        self.collect(result)
+    }
+
+    /// No two listeners on one address, no two upstreams of one name.
+    fn distinct(&mut self, built: &[super::Upstream], given: &[Spanned<file::Upstream>]) {
+        if built.len() != given.len() {
+            return;
+        }
+        for (i, upstream) in built.iter().enumerate() {
+            for earlier in &built[..i] {
+                if earlier.name == upstream.name {
+                    let message = format!("two upstreams are called {:?}: write another name = \"…\"", upstream.name);
+                    self.fault(&given[i].span(), message);
+                }
+                if earlier.listen == upstream.listen && upstream.listen.port() != 0 {
+                    let message =
+                        format!("two upstreams listen on {}: write another listen = \"…\"", upstream.listen);
+                    self.fault(&given[i].span(), message);
+                }
+            }
+        }
+    }
+
+    fn admin(&mut self, given: &file::Admin) -> Option<Admin> {
+        let token = given.token.as_ref().and_then(|token| self.secret(token.get_ref(), &token.span()));
+        let listen = match &given.listen {
+            None => SocketAddr::from(([127, 0, 0, 1], 18081)),
+            Some(text) if text.get_ref() == "off" => return None,
+            Some(text) => self.collect(address(text))?,
+        };
+        if !listen.ip().is_loopback() && given.token.is_none() {
+            let span = given.listen.as_ref().map_or(0..0, Spanned::span);
+            let message = "the admin API beyond loopback needs a token: write token = { file = \"…\" } under [admin]";
+            self.fault(&span, message);
+        }
+        Some(Admin { listen, token })
+    }
+
+    fn log(&mut self, given: &file::Log) -> Log {
+        let json = match given.format.as_ref().map(|f| (f.get_ref().as_str(), f.span())) {
+            None | Some(("human", _)) => false,
+            Some(("json", _)) => true,
+            Some((other, span)) => {
+                self.fault(&span, format!("log.format = {other:?}: write \"human\" or \"json\""));
+                false
+            }
+        };
+        Log { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
+    }
+}
+
+/// `127.0.0.1:18080`; the error says what to write.
+pub(super) fn address(text: &Spanned<String>) -> Result<SocketAddr, Fault> {
+    text.get_ref().parse().map_err(|_| {
+        (
+            text.span(),
+            format!("{:?} is no address: write \"127.0.0.1:18080\"; port 0 takes any free one", text.get_ref()),
+        )
+    })
+}
+
+fn classes(given: &BTreeMap<String, super::values::Dur>) -> BTreeMap<String, Duration> {
+    let hours = Duration::from_hours;
+    let defaults = [
+        ("default", hours(1)),
+        ("session", hours(24)),
+        ("temporary", Duration::from_mins(5)),
+        ("long", hours(7 * 24)),
+    ];
+    let mut classes: BTreeMap<String, Duration> = defaults.map(|(name, ttl)| (name.to_owned(), ttl)).into();
+    classes.extend(given.iter().map(|(name, ttl)| (name.clone(), ttl.0)));
+    classes
+}
+
+fn limits(given: &file::Limits) -> Limits {
+    let seconds = Duration::from_secs;
+    Limits {
+        request_body: given.request_body.map_or(64 << 20, |s| s.0),
+        headers: given.headers.map_or(32 << 10, |s| s.0),
+        url: given.url.map_or(8 << 10, |s| s.0),
+        connections: given.connections.unwrap_or(10_000).max(1),
+        header_time: given.header_time.map_or(seconds(5), |d| d.0),
+        keep_alive: given.keep_alive.map_or(seconds(75), |d| d.0),
+        write_stall: given.write_stall.map_or(seconds(30), |d| d.0),
+        shared_write_stall: given.shared_write_stall.map_or(seconds(2), |d| d.0),
+    }
+}

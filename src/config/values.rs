@@ -1,0 +1,166 @@
+//! The scalar types of the file: durations, sizes, references to secrets. Each refuses what is ambiguous
+//! and says what to write.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::{Deserialize, Deserializer, Error, Visitor};
+
+/// `"250ms"`, `"5s"`, `"1h"`. A bare number is an error.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dur(pub(super) Duration);
+
+/// `"64MiB"`. A bare number is an error.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Size(pub(super) u64);
+
+/// A duration, or `"off"`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Window(pub(super) Option<Duration>);
+
+/// `{ file = "…" }` or `{ env = "…" }`.
+#[derive(Debug, Clone)]
+pub(super) enum SecretRef {
+    File(PathBuf),
+    Env(String),
+}
+
+/// One value or a list of them.
+#[derive(Debug, Clone)]
+pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
+
+/// Reads `"5s"`; the error says what to write.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let hint = "write a number and a unit: \"250ms\", \"5s\", \"2m\", \"1h\", \"7d\"";
+    let bare = text.bytes().all(|b| b.is_ascii_digit());
+    if bare {
+        return Err(format!("{text:?} has no unit: {hint}"));
+    }
+    humantime::parse_duration(text).map_err(|_| format!("{text:?} is no duration: {hint}"))
+}
+
+/// Reads `"64MiB"`; the error says what to write.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let hint = "write a number and a unit: \"2KiB\", \"64MiB\", \"1GiB\"";
+    if text.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(format!("{text:?} has no unit: {hint}"));
+    }
+    text.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size: {hint}"))
+}
+
+struct Text<T> {
+    expected: &'static str,
+    parse: fn(&str) -> Result<T, String>,
+}
+
+impl<T> Visitor<'_> for Text<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+        (self.parse)(text).map_err(E::custom)
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
+        (self.parse)(&number.to_string()).map_err(E::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Dur {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(Text { expected: "a duration like \"5s\"", parse: |t| parse_duration(t).map(Dur) })
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(Text { expected: "a size like \"64MiB\"", parse: |t| parse_size(t).map(Size) })
+    }
+}
+
+impl<'de> Deserialize<'de> for Window {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let parse = |t: &str| match t {
+            "off" => Ok(Window(None)),
+            text => parse_duration(text).map(|d| Window(Some(d))),
+        };
+        from.deserialize_any(Text { expected: "a duration like \"5s\", or \"off\"", parse })
+    }
+}
+
+impl<'de> Deserialize<'de> for SecretRef {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Reference;
+        impl<'de> Visitor<'de> for Reference {
+            type Value = SecretRef;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("{ file = \"…\" } or { env = \"…\" }")
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<SecretRef, E> {
+                Err(E::custom("a secret is never written down here: write { file = \"…\" } or { env = \"…\" }"))
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<SecretRef, A::Error> {
+                let entry = map.next_entry::<String, String>()?;
+                let more = map.next_key::<String>()?.is_some();
+                match entry.as_ref().map(|(k, v)| (k.as_str(), v)) {
+                    Some(("file", path)) if !more => Ok(SecretRef::File(path.into())),
+                    Some(("env", name)) if !more => Ok(SecretRef::Env(name.clone())),
+                    Some(_) | None => Err(A::Error::custom("write { file = \"…\" } or { env = \"…\" }")),
+                }
+            }
+        }
+        from.deserialize_any(Reference)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Any<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Any<T> {
+            type Value = OneOrMany<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("one value or a list of them")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+                T::deserialize(serde::de::value::StrDeserializer::new(text)).map(|v| OneOrMany(vec![v]))
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(|v| OneOrMany(vec![v]))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut values = Vec::new();
+                while let Some(value) = list.next_element()? {
+                    values.push(value);
+                }
+                Ok(OneOrMany(values))
+            }
+        }
+        from.deserialize_any(Any(std::marker::PhantomData))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_not_optional() {
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("7d"), Ok(Duration::from_hours(168)));
+        assert!(parse_duration("5").expect_err("no unit").contains("\"5s\""));
+        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
+        assert!(parse_size("64").expect_err("no unit").contains("MiB"));
+        assert!(parse_size("lots").is_err() && parse_duration("soon").is_err());
+    }
+}
