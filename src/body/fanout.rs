@@ -1,0 +1,331 @@
+//! One upstream body, many readers.
+//!
+//! The fetch writes at the upstream's speed into a buffer that grows to the size of one entry, within what
+//! all fetches together may hold. Readers stream along from its beginning, whenever they join. States:
+//!
+//! * **growing**: everything is kept, anyone may join, the result can be stored;
+//! * **windowed**: the buffer was outgrown. Nobody joins any more, what all have read is dropped, and the
+//!   fetch waits for the slowest reader, but cuts one that stands still while others wait;
+//! * **ended**, well or not: readers get the rest, and then the end.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body::SizeHint;
+use tokio::sync::Notify;
+
+use crate::body::BodyError;
+
+/// What a windowed fetch may be ahead of its slowest reader.
+const WINDOW: u64 = 256 << 10;
+
+/// Bytes that all running fetches hold together, and may hold.
+#[derive(Debug)]
+pub struct Purse {
+    held: AtomicU64,
+    max: u64,
+}
+
+impl Purse {
+    /// A purse of so many bytes.
+    pub fn new(max: u64) -> Arc<Purse> {
+        Arc::new(Purse { held: AtomicU64::new(0), max })
+    }
+
+    /// Bytes held now.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, bytes: u64) -> bool {
+        self.held
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
+                held.checked_add(bytes).filter(|sum| *sum <= self.max)
+            })
+            .is_ok()
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// The body of a running fetch.
+#[derive(Debug)]
+pub struct Fanout {
+    state: Mutex<State>,
+    /// A reader moved on or left.
+    moved: Notify,
+    purse: Arc<Purse>,
+    max_bytes: u64,
+    stall: Duration,
+    /// Content-Length, where the answer has one.
+    length: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    chunks: VecDeque<Bytes>,
+    /// How many chunks were dropped from the front.
+    dropped: usize,
+    /// Bytes in `chunks`.
+    buffered: u64,
+    /// Bytes taken from the purse.
+    reserved: u64,
+    windowed: bool,
+    end: Option<Result<(), BodyError>>,
+    readers: Vec<Option<Seat>>,
+}
+
+#[derive(Debug)]
+struct Seat {
+    /// The next chunk to read, counted from the first ever.
+    next: usize,
+    waker: Option<Waker>,
+    cut: bool,
+}
+
+/// Nobody reads any more, and it can't be stored: stop fetching.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Abandoned;
+
+impl Fanout {
+    /// An empty one, growing up to `max_bytes`.
+    pub fn new(purse: Arc<Purse>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
+        let state = Mutex::new(State::default());
+        Arc::new(Fanout { state, moved: Notify::new(), purse, max_bytes, stall, length })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves chunks and seats as they are: still true.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A reader from the first byte on, unless it is too late.
+    pub fn join(self: &Arc<Self>) -> Option<Reader> {
+        let mut state = self.lock();
+        if state.windowed {
+            return None;
+        }
+        state.readers.push(Some(Seat { next: 0, waker: None, cut: false }));
+        Some(Reader { fanout: self.clone(), seat: state.readers.len() - 1 })
+    }
+
+    /// Adds a chunk, waiting for room if the buffer was outgrown.
+    pub async fn push(&self, chunk: Bytes) -> Result<(), Abandoned> {
+        let size = chunk.len() as u64;
+        loop {
+            {
+                let mut state = self.lock();
+                if !state.windowed {
+                    if state.buffered + size <= self.max_bytes && self.purse.take(size) {
+                        state.reserved += size;
+                    } else {
+                        state.windowed = true;
+                    }
+                }
+                if state.windowed {
+                    state.drop_read();
+                    if state.readers.iter().flatten().all(|seat| seat.cut) {
+                        return Err(Abandoned);
+                    }
+                }
+                if !state.windowed || state.buffered == 0 || state.buffered + size <= WINDOW {
+                    state.buffered += size;
+                    state.chunks.push_back(chunk);
+                    state.wake_all();
+                    return Ok(());
+                }
+            }
+            if tokio::time::timeout(self.stall, self.moved.notified()).await.is_err() {
+                self.lock().cut_slowest();
+            }
+        }
+    }
+
+    /// The end: no chunk follows.
+    pub fn finish(&self, end: Result<(), BodyError>) {
+        let mut state = self.lock();
+        state.end = Some(end);
+        state.wake_all();
+    }
+
+    /// Was the buffer outgrown?
+    pub fn outgrown(&self) -> bool {
+        self.lock().windowed
+    }
+
+    /// Everything so far in one allocation of its size, if all of it is still here.
+    pub fn whole(&self) -> Option<Bytes> {
+        let state = self.lock();
+        if state.windowed {
+            return None;
+        }
+        let mut whole = BytesMut::with_capacity(usize::try_from(state.buffered).unwrap_or(0));
+        state.chunks.iter().for_each(|chunk| whole.extend_from_slice(chunk));
+        Some(whole.freeze())
+    }
+}
+
+impl Drop for Fanout {
+    fn drop(&mut self) {
+        self.purse.give_back(self.lock().reserved);
+    }
+}
+
+impl State {
+    fn wake_all(&mut self) {
+        self.readers.iter_mut().flatten().filter_map(|seat| seat.waker.take()).for_each(Waker::wake);
+    }
+
+    /// Drops the chunks that every reader has had.
+    fn drop_read(&mut self) {
+        let slowest = self.readers.iter().flatten().filter(|s| !s.cut).map(|s| s.next).min();
+        while slowest.is_none_or(|next| next > self.dropped) {
+            let Some(chunk) = self.chunks.pop_front() else { break };
+            self.dropped += 1;
+            self.buffered -= chunk.len() as u64;
+        }
+    }
+
+    /// Cuts those at the tail, if that frees others. Who reads alone only waits for its own connection's limit.
+    fn cut_slowest(&mut self) {
+        let positions: Vec<usize> = self.readers.iter().flatten().filter(|s| !s.cut).map(|s| s.next).collect();
+        let (Some(slowest), Some(fastest)) = (positions.iter().min(), positions.iter().max()) else { return };
+        if slowest == fastest {
+            return;
+        }
+        for seat in self.readers.iter_mut().flatten().filter(|seat| seat.next == *slowest) {
+            seat.cut = true;
+            if let Some(waker) = seat.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+}
+
+/// One reader of a [`Fanout`].
+#[derive(Debug)]
+pub struct Reader {
+    fanout: Arc<Fanout>,
+    seat: usize,
+}
+
+impl Reader {
+    /// The next chunk, the end, or why there is none.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
+        let mut state = self.fanout.lock();
+        let State { chunks, dropped, end, readers, windowed, .. } = &mut *state;
+        let Some(seat) = readers.get_mut(self.seat).and_then(Option::as_mut) else { return Poll::Ready(None) };
+        if seat.cut {
+            return Poll::Ready(Some(Err(BodyError::Stalled)));
+        }
+        if let Some(chunk) = chunks.get(seat.next - *dropped) {
+            seat.next += 1;
+            if *windowed {
+                self.fanout.moved.notify_one();
+            }
+            return Poll::Ready(Some(Ok(chunk.clone())));
+        }
+        match end {
+            Some(Ok(())) => Poll::Ready(None),
+            Some(Err(error)) => Poll::Ready(Some(Err(*error))),
+            None => {
+                seat.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// The Content-Length, where the answer has one.
+    pub fn size_hint(&self) -> SizeHint {
+        self.fanout.length.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if let Some(seat) = self.fanout.lock().readers.get_mut(self.seat) {
+            *seat = None;
+        }
+        self.fanout.moved.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    fn chunk(size: usize) -> Bytes {
+        Bytes::from(vec![b'x'; size])
+    }
+
+    async fn next(reader: &mut Reader) -> Option<Result<usize, BodyError>> {
+        poll_fn(|cx| reader.poll_next(cx)).await.map(|r| r.map(|c| c.len()))
+    }
+
+    #[tokio::test]
+    async fn who_joins_late_reads_from_the_first_byte() {
+        let fanout = Fanout::new(Purse::new(1000), 1000, Duration::from_secs(1), None);
+        fanout.push(chunk(10)).await.expect("room");
+        let mut late = fanout.join().expect("still growing");
+        fanout.push(chunk(20)).await.expect("room");
+        fanout.finish(Ok(()));
+        assert_eq!(next(&mut late).await, Some(Ok(10)));
+        assert_eq!(next(&mut late).await, Some(Ok(20)));
+        assert_eq!(next(&mut late).await, None);
+        assert_eq!(fanout.whole().map(|w| w.len()), Some(30));
+    }
+
+    #[tokio::test]
+    async fn the_purse_is_given_back() {
+        let purse = Purse::new(1000);
+        let fanout = Fanout::new(purse.clone(), 1000, Duration::from_secs(1), None);
+        fanout.push(chunk(600)).await.expect("room");
+        assert_eq!(purse.held(), 600);
+        drop(fanout);
+        assert_eq!(purse.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_outgrown_buffer_takes_no_more_readers_and_is_not_whole() {
+        let fanout = Fanout::new(Purse::new(1000), 100, Duration::from_secs(1), None);
+        let mut reader = fanout.join().expect("growing");
+        fanout.push(chunk(200)).await.expect("one window");
+        assert!(fanout.outgrown() && fanout.join().is_none() && fanout.whole().is_none());
+        assert_eq!(next(&mut reader).await, Some(Ok(200)));
+        drop(reader);
+        assert_eq!(fanout.push(chunk(1)).await, Err(Abandoned));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_stands_still_is_cut_when_others_wait() {
+        let fanout = Fanout::new(Purse::new(0), 0, Duration::from_secs(2), None);
+        let (mut quick, mut slow) = {
+            let mut state = fanout.lock();
+            state.readers.extend([0, 0].map(|next| Some(Seat { next, waker: None, cut: false })));
+            (Reader { fanout: fanout.clone(), seat: 0 }, Reader { fanout: fanout.clone(), seat: 1 })
+        };
+        let window = usize::try_from(WINDOW).expect("small");
+        fanout.push(chunk(window)).await.expect("one window");
+        assert_eq!(next(&mut quick).await, Some(Ok(window)));
+        fanout.push(chunk(1)).await.expect("the slow one was cut");
+        assert_eq!(next(&mut slow).await, Some(Err(BodyError::Stalled)));
+        assert_eq!(next(&mut quick).await, Some(Ok(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_fetch_fails_its_readers_after_what_came() {
+        let fanout = Fanout::new(Purse::new(100), 100, Duration::from_secs(1), None);
+        let mut reader = fanout.join().expect("growing");
+        fanout.push(chunk(1)).await.expect("room");
+        fanout.finish(Err(BodyError::Client));
+        assert_eq!(next(&mut reader).await, Some(Ok(1)));
+        assert_eq!(next(&mut reader).await, Some(Err(BodyError::Client)));
+    }
+}

@@ -1,0 +1,115 @@
+//! The way of a request. [`Proxy::handle`] is the table of contents: every step of it is a module below.
+
+pub mod fallback;
+pub mod fetch;
+pub mod flights;
+pub mod forward;
+pub mod invalidations;
+pub mod lookup;
+pub mod relay;
+pub mod respond;
+pub mod site;
+pub mod visit;
+pub mod wait;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response};
+
+use crate::body::Body;
+use crate::body::fanout::Purse;
+use crate::clock::Clock;
+use crate::policy::freshness::Demands;
+use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
+use crate::policy::outcome::{Bypass, StaleReason};
+use crate::policy::plan::Plan;
+use crate::policy::route::Route;
+use crate::store::Memory;
+use crate::telemetry::Telemetry;
+use flights::Flights;
+use invalidations::Invalidations;
+use lookup::Lookup;
+use site::{Place, Site};
+use visit::Visit;
+
+/// What all upstreams of a process share.
+#[derive(Debug)]
+pub struct Commons {
+    /// The time.
+    pub clock: Clock,
+    /// What is stored.
+    pub memory: Memory,
+    /// What was purged.
+    pub invalidations: Invalidations,
+    /// What is being fetched.
+    pub flights: Arc<Flights>,
+    /// What running fetches may hold.
+    pub purse: Arc<Purse>,
+    /// Digests credentials.
+    pub secret: KeySecret,
+    /// The largest answer that is stored.
+    pub max_entry_bytes: u64,
+    /// When a reader that others wait for is cut.
+    pub shared_write_stall: Duration,
+    /// What happened.
+    pub telemetry: Telemetry,
+}
+
+/// The proxy before one upstream.
+#[derive(Debug)]
+pub struct Proxy {
+    /// What it shares with the others.
+    pub commons: Arc<Commons>,
+    /// Its upstream.
+    pub site: Site,
+}
+
+impl Proxy {
+    /// Answers a request that has passed the guard.
+    ///
+    /// A hit returns without awaiting anything; everything else is boxed, so that this future stays small.
+    pub async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
+        let visit = Visit::begin(&self.commons.clock);
+        let place = match self.site.locate(request.uri(), request.headers()) {
+            Ok(place) => place,
+            Err(misdirected) => return self.misdirected(&request, &visit, misdirected),
+        };
+        let (plan, demands, key) = match self.admit(&request, &place) {
+            Ok(admitted) => admitted,
+            Err(reason) => return Box::pin(self.clone().relay(request, &place, reason, &visit)).await,
+        };
+        match self.look_up(&key, request.headers(), &demands, visit.now) {
+            Lookup::Fresh(entry) => self.hit(&request, &entry, plan, &visit),
+            Lookup::WhileRevalidate(entry) => {
+                self.refresh(&request, &place, plan, &key, &entry);
+                self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit)
+            }
+            Lookup::Fetch(_) if demands.only_if_cached() => self.not_cached(&request, plan, &visit),
+            Lookup::Fetch(miss) => Box::pin(self.clone().fetch(request, &place, plan, key, miss, &visit)).await,
+        }
+    }
+
+    /// May the cache be asked, under which rule, and by which key?
+    fn admit(&self, request: &Request<Body>, place: &Place) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
+        let (uri, headers) = (request.uri(), request.headers());
+        let plan = match self.site.router.route(request.method(), uri.path(), uri.query(), headers) {
+            Route::Cache(plan) => plan,
+            Route::Bypass(reason) => return Err(reason),
+        };
+        if !matches!(request.body(), Body::Empty) {
+            return Err(Bypass::RequestBody);
+        }
+        if headers.contains_key(http::header::RANGE) {
+            return Err(Bypass::Range);
+        }
+        let demands = Demands::of(plan, headers);
+        if demands.no_store() {
+            return Err(Bypass::NoStoreRequest);
+        }
+        let authority = place.keyed.as_deref();
+        let parts = KeyParts { upstream: self.site.index, authority, path: uri.path(), query: uri.query(), headers };
+        let key = plan.key.key(&self.commons.secret, &parts)?;
+        Ok((plan, demands, key))
+    }
+}

@@ -1,0 +1,307 @@
+//! A flight: sends the request, decides whether the answer may be stored, and brings it home.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{AGE, CONTENT_LENGTH, DATE, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{Method, Response, StatusCode};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::debug;
+
+use super::Proxy;
+use super::flights::{Arrival, Content, Landing, Lead};
+use super::forward::{outgoing, readable_codings_only};
+use super::site::{Place, tags};
+use crate::body::fanout::Fanout;
+use crate::body::{Body, BodyError};
+use crate::policy::Tick;
+use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
+use crate::policy::headers::{compact, strip_hop_by_hop};
+use crate::policy::inspect::is_empty_at;
+use crate::policy::invalidation::{Address, Position, Standing};
+use crate::policy::key::short_name;
+use crate::policy::links;
+use crate::policy::outcome::{Failure, Skip};
+use crate::policy::plan::Plan;
+use crate::policy::revalidate::{condition, freshen};
+use crate::policy::storage::{Answered, Asked, Store, decide, initial_age, may_share_failure};
+
+/// What a flight is to bring.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) asked: Arc<Parts>,
+    pub(super) place: Place,
+    pub(super) plan: Arc<Plan>,
+    pub(super) key: Box<[u8]>,
+    pub(super) address: Address,
+    /// The ledger's position before the fetch began.
+    pub(super) position: Position,
+    /// What is stored: validated, if it can be.
+    pub(super) stale: Option<Arc<Entry>>,
+}
+
+/// An answer's head, with the time of its arrival.
+struct Came {
+    response: Response<Body>,
+    born: Tick,
+    at: std::time::SystemTime,
+    delay: Duration,
+}
+
+impl Came {
+    fn answered(&self) -> Answered<'_> {
+        Answered { status: self.response.status(), headers: self.response.headers(), at: self.at, delay: self.delay }
+    }
+}
+
+impl Proxy {
+    /// The whole flight. Ends when the answer is stored, passed on, or known not to come.
+    pub(super) async fn fly(self: Arc<Self>, lead: Lead, job: Job) {
+        let by = Instant::now() + self.site.timeouts.fetch;
+        let mut request = outgoing(&job.asked, &job.place, Body::Empty);
+        if job.asked.method == Method::GET {
+            condition(request.headers_mut(), job.stale.as_deref().map(|entry| &*entry.head));
+        }
+        if job.plan.reject_empty.is_some() {
+            readable_codings_only(&mut request);
+        }
+        let sent = self.commons.clock.instant();
+        let answer = timeout_at(by, self.site.upstream.send(request)).await;
+        let delay = self.commons.clock.instant().saturating_duration_since(sent);
+        match answer {
+            Err(_elapsed) => self.failed(&lead, Failure::Timeout, delay, "timeouts.fetch has passed"),
+            Ok(Err(error)) => self.failed(&lead, error.failure, delay, &error.message),
+            Ok(Ok(mut response)) => {
+                strip_hop_by_hop(response.headers_mut());
+                let failure = Failure::from_status(response.status());
+                self.commons.telemetry.upstream_answered(failure, delay);
+                let (born, at) = (self.commons.clock.now(), self.commons.clock.wall());
+                self.came(lead, &job, Came { response, born, at, delay }, by).await;
+            }
+        }
+    }
+
+    fn failed(&self, lead: &Lead, failure: Failure, after: Duration, message: &str) {
+        self.commons.telemetry.upstream_failed(failure, after);
+        debug!(upstream = &*self.site.name, cause = failure.cause(), message, "no answer from upstream");
+        lead.land(Landing::Failed(failure));
+    }
+
+    /// An answer's head is here: what is it good for?
+    async fn came(&self, lead: Lead, job: &Job, came: Came, by: Instant) {
+        if came.response.status() == StatusCode::NOT_MODIFIED
+            && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
+        {
+            return self.validated(lead, job, stale, &came);
+        }
+        if let Some(failure) = Failure::from_status(came.response.status()) {
+            if !may_share_failure(&came.answered(), &job.plan) || job.asked.method == Method::HEAD {
+                return self.released(lead, job, came.response, Skip::Status);
+            }
+            let store = Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() };
+            return self.stream(lead, job, came, store, Some(failure), by).await;
+        }
+        let asked = Asked { method: &job.asked.method, headers: &job.asked.headers };
+        match decide(&asked, &came.answered(), &job.plan) {
+            Err(skip) => self.released(lead, job, came.response, skip),
+            Ok(_) if declared_length(&came.response) > Some(self.commons.max_entry_bytes) => {
+                self.released(lead, job, came.response, Skip::TooLarge);
+            }
+            Ok(store) if job.plan.reject_empty.is_some() && came.response.status().is_success() => {
+                self.inspect(lead, job, came, store, by).await;
+            }
+            Ok(store) => self.stream(lead, job, came, store, None, by).await,
+        }
+    }
+
+    /// Not for sharing. Next time nobody waits for it.
+    fn released(&self, lead: Lead, job: &Job, mut response: Response<Body>, skip: Skip) {
+        if skip != Skip::Head {
+            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
+        }
+        response.extensions_mut().insert(skip);
+        lead.release(response);
+    }
+
+    /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
+    fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
+        let headers = freshen(&stale.head.headers, came.response.headers());
+        let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
+        let asked = Asked { method: &job.asked.method, headers: &job.asked.headers };
+        let (store, stored) = match decide(&asked, &answered, &job.plan) {
+            Ok(store) => (store, Ok(())),
+            // The upstream has taken its leave to store back: good for those who wait, and for nobody else.
+            Err(skip) => (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip)),
+        };
+        let head = Arc::new(self.head(stale.head.status, &headers, stale.head.casing.clone(), job, &store, came));
+        let entry = Arc::new(self.entry(job, head.clone(), stale.body.clone(), &store, came.born));
+        if stored.is_ok() {
+            self.keep(job, &entry);
+        }
+        let arrival = Arrival {
+            head,
+            status: StatusCode::NOT_MODIFIED,
+            failure: None,
+            stored,
+            variant: entry.variant.clone(),
+            born: came.born,
+            initial_age: initial_age(&answered),
+            content: Content::Stored(entry),
+        };
+        lead.land(Landing::Shared(Arc::new(arrival)));
+    }
+
+    /// Reads the whole body first, because the rule looks into it. One that is too large to look into is not
+    /// empty, and streams on.
+    async fn inspect(&self, lead: Lead, job: &Job, mut came: Came, store: Store, by: Instant) {
+        let max = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
+        let mut whole = Vec::new();
+        loop {
+            match timeout_at(by, came.response.body_mut().next()).await {
+                Ok(None) => break,
+                Ok(Some(Ok(chunk))) if whole.len() + chunk.len() <= max => whole.extend_from_slice(&chunk),
+                Ok(Some(Ok(chunk))) => {
+                    whole.extend_from_slice(&chunk);
+                    let rest = std::mem::replace(came.response.body_mut(), Body::Empty);
+                    *came.response.body_mut() = Body::prefixed(Bytes::from(whole), rest);
+                    return self.released(lead, job, came.response, Skip::TooLarge);
+                }
+                Ok(Some(Err(BodyError::Upstream(failure)))) => return lead.land(Landing::Failed(failure)),
+                Ok(Some(Err(_))) => return lead.land(Landing::Failed(Failure::Connect)),
+                Err(_elapsed) => return lead.land(Landing::Failed(Failure::Timeout)),
+            }
+        }
+        let pointer = job.plan.reject_empty.as_deref().unwrap_or_default();
+        let empty = is_empty_at(pointer, came.response.headers(), &whole, max);
+        *came.response.body_mut() = Body::Full(Bytes::from(whole));
+        self.stream(lead, job, came, store, empty.then_some(Failure::Empty), by).await;
+    }
+
+    /// Lands, streams the body to all who came, and stores it when it is whole.
+    async fn stream(
+        &self,
+        mut lead: Lead,
+        job: &Job,
+        came: Came,
+        store: Store,
+        failure: Option<Failure>,
+        by: Instant,
+    ) {
+        let casing = came.response.extensions().get::<Casing>().cloned();
+        let status = came.response.status();
+        let head = Arc::new(self.head(status, came.response.headers(), casing, job, &store, &came));
+        let length = declared_length(&came.response);
+        let (purse, stall) = (self.commons.purse.clone(), self.commons.shared_write_stall);
+        let fanout = Fanout::new(purse, self.commons.max_entry_bytes, stall, length);
+        let arrival = Arrival {
+            head: head.clone(),
+            status,
+            failure,
+            stored: if failure.is_some() { Err(Skip::Status) } else { Ok(()) },
+            variant: Variant::of(store.vary.clone(), &job.asked.headers),
+            born: came.born,
+            initial_age: store.terms.initial_age,
+            content: Content::Coming(fanout.clone()),
+        };
+        lead.land(Landing::Shared(Arc::new(arrival)));
+        let born = came.born;
+        let complete = self.pump(&mut lead, came.response.into_body(), &fanout, by).await;
+        if complete
+            && failure.is_none()
+            && let Some(body) = fanout.whole()
+        {
+            let entry = Arc::new(self.entry(job, head, body, &store, born));
+            self.keep(job, &entry);
+        }
+    }
+
+    /// Moves the body over. True if all of it came.
+    async fn pump(&self, lead: &mut Lead, mut body: Body, fanout: &Fanout, by: Instant) -> bool {
+        loop {
+            // Once it is too large to be stored, only standing still ends it.
+            let outgrown = fanout.outgrown();
+            if outgrown {
+                lead.leave();
+            }
+            let next = if outgrown {
+                timeout(self.site.timeouts.idle, body.next()).await
+            } else {
+                timeout_at(by, body.next()).await
+            };
+            let end = match next {
+                Ok(Some(Ok(chunk))) => match fanout.push(chunk).await {
+                    Ok(()) => continue,
+                    Err(_abandoned) => return false,
+                },
+                Ok(None) => Ok(()),
+                Ok(Some(Err(error))) => Err(error),
+                Err(_elapsed) => Err(BodyError::Upstream(Failure::Timeout)),
+            };
+            if let Err(error) = end {
+                debug!(upstream = &*self.site.name, %error, "the answer ended early");
+            }
+            // A flight whose body broke off must not be found by the next request.
+            if end.is_err() {
+                lead.leave();
+            }
+            fanout.finish(end);
+            return end.is_ok();
+        }
+    }
+
+    /// Stores an entry, unless it was purged while it was fetched.
+    fn keep(&self, job: &Job, entry: &Arc<Entry>) {
+        if self.commons.invalidations.standing(entry) == Standing::Valid {
+            self.commons.memory.put(&job.key, entry.clone());
+            self.commons.flights.unmark_hit_for_miss(&job.key);
+            self.commons.telemetry.stored();
+        } else {
+            debug!(upstream = &*self.site.name, "not stored: {}", Skip::Invalidated.token());
+        }
+    }
+
+    fn entry(&self, job: &Job, head: Arc<Head>, body: Bytes, store: &Store, born: Tick) -> Entry {
+        let about = About {
+            key_name: short_name(&job.key).into(),
+            tags: tags(&job.plan, job.asked.uri.path()).into(),
+            rule: job.plan.name.clone(),
+        };
+        let variant = Variant::of(store.vary.clone(), &job.asked.headers);
+        Entry::new(head, body, variant, born, store.terms, job.address.clone(), job.position, about)
+    }
+
+    /// A head made ready to be sent many times.
+    fn head(
+        &self,
+        status: StatusCode,
+        headers: &HeaderMap,
+        casing: Option<Casing>,
+        job: &Job,
+        store: &Store,
+        came: &Came,
+    ) -> Head {
+        let mut headers = compact(headers);
+        for name in store.drop.iter().chain([&AGE]) {
+            headers.remove(name);
+        }
+        add_date(&mut headers, came.at);
+        let links = links::find(&headers, &job.place.host);
+        Head { status, headers, casing, links }
+    }
+}
+
+/// An answer without `Date` gets the time it came: RFC 9110 §6.6.1.
+pub(super) fn add_date(headers: &mut HeaderMap, at: std::time::SystemTime) {
+    if !headers.contains_key(DATE)
+        && let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(at))
+    {
+        headers.insert(DATE, date);
+    }
+}
+
+fn declared_length(response: &Response<Body>) -> Option<u64> {
+    const NAME: HeaderName = CONTENT_LENGTH;
+    response.headers().get(NAME)?.to_str().ok()?.parse().ok()
+}

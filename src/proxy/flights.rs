@@ -1,0 +1,245 @@
+//! Who waits for whom: one fetch per key.
+//!
+//! A flight is *waiting* for its head, then it has *landed*: as an answer that all may share, as one that
+//! nobody may (everyone goes for themselves), or as a failure. It is a task of its own, so no client's leaving
+//! ends it; should the task itself vanish, its sender goes with it and everybody hears of it.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{Response, StatusCode};
+use quick_cache::sync::Cache;
+use tokio::sync::{oneshot, watch};
+
+use super::invalidations::Invalidations;
+use crate::body::Body;
+use crate::body::fanout::{Fanout, Reader};
+use crate::policy::Tick;
+use crate::policy::entry::{Entry, Head, Variant};
+use crate::policy::invalidation::{Address, Position};
+use crate::policy::outcome::{Failure, Skip};
+
+/// For so long nobody waits for a key whose answer could not be shared.
+const HIT_FOR_MISS: Duration = Duration::from_mins(2);
+
+/// Keys remembered as not worth waiting for.
+const MAX_HIT_FOR_MISS: usize = 10_000;
+
+/// How a flight ended, as far as its waiters are concerned.
+#[derive(Debug, Clone)]
+pub enum Landing {
+    /// An answer for all who asked for the same.
+    Shared(Arc<Arrival>),
+    /// Not for sharing: the leader has it, everyone else fetches for themselves.
+    Released,
+    /// No answer.
+    Failed(Failure),
+}
+
+/// A shared answer.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Its head, as it will be stored.
+    pub head: Arc<Head>,
+    /// What the upstream said: 304 where `head` was freshened by it.
+    pub status: StatusCode,
+    /// Set if it is a failure.
+    pub failure: Option<Failure>,
+    /// Whether it is stored.
+    pub stored: Result<(), Skip>,
+    /// Which requests it is for.
+    pub variant: Variant,
+    /// When the head came.
+    pub born: Tick,
+    /// Its age then, in milliseconds.
+    pub initial_age: u64,
+    /// Its body.
+    pub content: Content,
+}
+
+/// A shared body.
+#[derive(Debug)]
+pub enum Content {
+    /// Complete, and stored.
+    Stored(Arc<Entry>),
+    /// Coming.
+    Coming(Arc<Fanout>),
+}
+
+impl Arrival {
+    /// The body from its first byte, unless it has become too large to join.
+    pub fn body(&self) -> Option<Body> {
+        match &self.content {
+            Content::Stored(entry) => Some(Body::Full(entry.body.clone())),
+            Content::Coming(fanout) => fanout.join().map(|reader: Reader| Body::Shared(reader)),
+        }
+    }
+}
+
+/// All running flights.
+#[derive(Debug)]
+pub struct Flights {
+    running: Mutex<HashMap<Box<[u8]>, Arc<Flight>>>,
+    hit_for_miss: Cache<u64, Tick>,
+    hasher: RandomState,
+}
+
+#[derive(Debug)]
+struct Flight {
+    address: Address,
+    position: Position,
+    landing: watch::Receiver<Option<Landing>>,
+}
+
+/// What a request gets when it asks for a flight.
+#[derive(Debug)]
+pub enum Seat {
+    /// Nobody fetches this yet: whoever holds the [`Lead`] does.
+    Lead(Lead, Waiter),
+    /// Somebody does.
+    Follow(Waiter),
+}
+
+/// The place of one who waits for a landing.
+#[derive(Debug)]
+pub struct Waiter {
+    landing: watch::Receiver<Option<Landing>>,
+    /// The leader's own, for an answer that is not shared.
+    private: Option<oneshot::Receiver<Response<Body>>>,
+}
+
+/// What comes of waiting.
+#[derive(Debug)]
+pub enum Waited {
+    /// The flight landed.
+    Landed(Landing),
+    /// It landed, and the answer is this request's alone.
+    Private(Response<Body>),
+    /// The task is gone without a word: try again.
+    Lost,
+}
+
+/// The duty to fetch. Dropping it, by panic too, ends the flight.
+#[derive(Debug)]
+pub struct Lead {
+    flights: Arc<Flights>,
+    /// Under which key others find this flight; none for one that flies alone.
+    key: Option<Box<[u8]>>,
+    landing: watch::Sender<Option<Landing>>,
+    private: Option<oneshot::Sender<Response<Body>>>,
+}
+
+impl Default for Flights {
+    fn default() -> Self {
+        Flights { running: Mutex::default(), hit_for_miss: Cache::new(MAX_HIT_FOR_MISS), hasher: RandomState::new() }
+    }
+}
+
+impl Flights {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Box<[u8]>, Arc<Flight>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins the flight for a key, or begins one. Nobody joins a flight that a purge has outdated: that one
+    /// flies on for those it has, and a new one takes its place.
+    pub fn board(
+        self: &Arc<Self>,
+        key: &[u8],
+        address: &Address,
+        position: Position,
+        invalidations: &Invalidations,
+    ) -> Seat {
+        let mut running = self.lock();
+        if let Some(flight) = running.get(key)
+            && !invalidations.outdated(&flight.address, flight.position)
+        {
+            return Seat::Follow(Waiter { landing: flight.landing.clone(), private: None });
+        }
+        let (lead, waiter) = self.flight(Some(key.into()));
+        let landing = waiter.landing.clone();
+        running.insert(key.into(), Arc::new(Flight { address: address.clone(), position, landing }));
+        Seat::Lead(lead, waiter)
+    }
+
+    /// A flight that nobody else finds.
+    pub fn alone(self: &Arc<Self>) -> (Lead, Waiter) {
+        self.flight(None)
+    }
+
+    fn flight(self: &Arc<Self>, key: Option<Box<[u8]>>) -> (Lead, Waiter) {
+        let (landing, landed) = watch::channel(None);
+        let (private, own) = oneshot::channel();
+        let lead = Lead { flights: self.clone(), key, landing, private: Some(private) };
+        (lead, Waiter { landing: landed, private: Some(own) })
+    }
+
+    /// Is this key one that is not worth waiting for?
+    pub fn is_hit_for_miss(&self, key: &[u8], now: Tick) -> bool {
+        self.hit_for_miss.get(&self.hasher.hash_one(key)).is_some_and(|until| now < until)
+    }
+
+    /// Remembers that this key's answers can't be shared.
+    pub fn mark_hit_for_miss(&self, key: &[u8], now: Tick) {
+        self.hit_for_miss.insert(self.hasher.hash_one(key), now.plus(HIT_FOR_MISS));
+    }
+
+    /// They can, after all.
+    pub fn unmark_hit_for_miss(&self, key: &[u8]) {
+        self.hit_for_miss.remove(&self.hasher.hash_one(key));
+    }
+
+    /// How many are under way that others can join.
+    pub fn running(&self) -> usize {
+        self.lock().len()
+    }
+}
+
+impl Waiter {
+    /// Waits for the landing.
+    pub async fn landing(mut self) -> Waited {
+        let landing = match self.landing.wait_for(Option::is_some).await {
+            Ok(landing) => landing.clone(),
+            Err(_gone) => None,
+        };
+        match (landing, self.private) {
+            (Some(Landing::Released), Some(private)) => private.await.map_or(Waited::Lost, Waited::Private),
+            (Some(landing), _) => Waited::Landed(landing),
+            (None, _) => Waited::Lost,
+        }
+    }
+}
+
+impl Lead {
+    /// Tells everybody. What is landed with [`Landing::Shared`] can still be joined until the lead is dropped.
+    pub fn land(&self, landing: Landing) {
+        self.landing.send_replace(Some(landing));
+    }
+
+    /// Tells everybody to fetch for themselves, and gives the leader what came.
+    pub fn release(mut self, response: Response<Body>) {
+        self.leave();
+        if let Some(private) = self.private.take() {
+            // If the leader has left, nobody wants it.
+            let _ = private.send(response);
+        }
+        self.land(Landing::Released);
+    }
+
+    /// From now on nobody finds this flight.
+    pub fn leave(&mut self) {
+        let Some(key) = self.key.take() else { return };
+        let mut running = self.flights.lock();
+        let ours = running.get(&key).is_some_and(|flight| flight.landing.same_channel(&self.landing.subscribe()));
+        if ours {
+            running.remove(&key);
+        }
+    }
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}

@@ -1,0 +1,62 @@
+//! The request as it goes upstream.
+
+use http::header::{ACCEPT_ENCODING, EXPECT, HOST, HeaderValue, VIA};
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{Request, Uri, Version};
+
+use super::site::Place;
+use crate::body::Body;
+use crate::policy::headers::{strip_hop_by_hop, strip_overrides};
+
+/// A request for the upstream, from the client's: hop-by-hop and override fields dropped, Host set, `Via`
+/// appended, header case kept. The target stays as it came, to the byte.
+pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
+    let mut request = Request::new(body);
+    *request.method_mut() = asked.method.clone();
+    *request.uri_mut() = uri(asked, place);
+    *request.version_mut() = Version::HTTP_11;
+    *request.extensions_mut() = asked.extensions.clone();
+    let headers = request.headers_mut();
+    headers.clone_from(&asked.headers);
+    strip_hop_by_hop(headers);
+    strip_overrides(headers);
+    headers.remove(EXPECT);
+    headers.remove(HOST);
+    if let Ok(host) = HeaderValue::from_str(&place.host) {
+        headers.insert(HOST, host);
+    }
+    headers.append(VIA, via(asked.version));
+    request
+}
+
+/// For a rule that looks into bodies: only codings it can read.
+pub fn readable_codings_only(request: &mut Request<Body>) {
+    let accepts_gzip = request.headers().get_all(ACCEPT_ENCODING).iter().any(|value| {
+        value.as_bytes().split(|b| *b == b',').any(|coding| {
+            let mut parts = coding.split(|b| *b == b';').map(<[u8]>::trim_ascii);
+            let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case(b"gzip"));
+            named && !parts.any(|weight| matches!(weight, b"q=0" | b"q=0.0" | b"q=0.00" | b"q=0.000"))
+        })
+    });
+    let codings = if accepts_gzip { "gzip" } else { "identity" };
+    request.headers_mut().insert(ACCEPT_ENCODING, HeaderValue::from_static(codings));
+}
+
+fn uri(asked: &Parts, place: &Place) -> Uri {
+    let slash = PathAndQuery::from_static("/");
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(place.scheme.clone());
+    parts.authority = Some(place.connect.clone());
+    parts.path_and_query = Some(asked.uri.path_and_query().cloned().unwrap_or(slash));
+    // Scheme, authority and path are all there: that is all a URI needs.
+    Uri::from_parts(parts).unwrap_or_default()
+}
+
+fn via(version: Version) -> HeaderValue {
+    if version == Version::HTTP_10 {
+        HeaderValue::from_static("1.0 sidecache")
+    } else {
+        HeaderValue::from_static("1.1 sidecache")
+    }
+}

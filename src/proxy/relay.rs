@@ -1,0 +1,103 @@
+//! Handing through: what no rule may answer from the cache. And what writes do to it.
+
+use std::sync::Arc;
+
+use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
+use http::request::Parts;
+use http::{Request, Response, Uri};
+use tracing::debug;
+
+use super::Proxy;
+use super::forward::outgoing;
+use super::site::{Place, tags};
+use super::visit::Visit;
+use crate::body::Body;
+use crate::policy::headers::strip_hop_by_hop;
+use crate::policy::invalidation::{Selector, Strength};
+use crate::policy::outcome::{Bypass, Failure, Fetched, Outcome};
+use crate::policy::retry::Ended;
+use crate::policy::tags::{Scope, Subject};
+use crate::upstream::SendError;
+
+impl Proxy {
+    /// Sends the request on as it is, and its answer back.
+    pub(super) async fn relay(
+        self: Arc<Self>,
+        request: Request<Body>,
+        place: &Place,
+        reason: Bypass,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let (parts, body) = request.into_parts();
+        let outgoing = outgoing(&parts, place, body);
+        let asked = Arc::new(parts);
+        let answer = if asked.method.is_safe() {
+            self.site.upstream.send(outgoing).await
+        } else {
+            self.clone().write(asked.clone(), place.clone(), outgoing).await
+        };
+        let took = visit.elapsed();
+        match answer {
+            Ok(mut response) => {
+                let failure = Failure::from_status(response.status());
+                self.commons.telemetry.upstream_answered(failure, took);
+                strip_hop_by_hop(response.headers_mut());
+                let fetched = Fetched::bypass(reason, Some(response.status()));
+                self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, visit)
+            }
+            Err(error) => {
+                self.commons.telemetry.upstream_failed(error.failure, took);
+                debug!(upstream = &*self.site.name, message = error.message, "no answer from upstream");
+                let fetched = Fetched::bypass(reason, None);
+                let outcome = Outcome::Failed { fetched, failure: error.failure };
+                self.failure(&*asked, &outcome, error.failure, None, visit)
+            }
+        }
+    }
+
+    /// A write goes to its answer even if its client leaves: what it changes must not be served from before.
+    async fn write(
+        self: Arc<Self>,
+        asked: Arc<Parts>,
+        place: Place,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, SendError> {
+        let write = async move {
+            let answer = self.site.upstream.send(request).await;
+            let may_have_changed = match &answer {
+                Ok(response) => response.status().is_success() || response.status().is_redirection(),
+                // No answer says nothing about what was done.
+                Err(error) => error.ended != Ended::Unsent,
+            };
+            if may_have_changed {
+                self.invalidate(&asked, &place, answer.as_ref().ok().map(Response::headers));
+            }
+            answer
+        };
+        tokio::spawn(write).await.unwrap_or_else(|panicked| {
+            let (failure, ended) = (Failure::Internal, Ended::Otherwise);
+            Err(SendError { failure, ended, message: panicked.to_string() })
+        })
+    }
+
+    /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and
+    /// with any query; and the tags of the rule that caches it.
+    fn invalidate(&self, asked: &Parts, place: &Place, answer: Option<&HeaderMap>) {
+        let scope = Scope { upstream: self.site.index, authority: place.keyed.as_deref() };
+        let named = [LOCATION, CONTENT_LOCATION].into_iter().filter_map(|name| {
+            let target: Uri = answer?.get(name)?.to_str().ok()?.parse().ok()?;
+            let same = target.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
+            same.then(|| target.path().to_owned())
+        });
+        let paths = named.chain([asked.uri.path().to_owned()]);
+        let rule = self.site.router.rule_for_write(asked.uri.path(), asked.uri.query(), &asked.headers);
+        let tags = rule.map(|plan| tags(plan, asked.uri.path())).unwrap_or_default();
+        let selectors: Vec<_> = paths
+            .map(|path| Subject::path(scope, &path))
+            .chain(tags.iter().map(|tag| Subject::tag(scope, tag)))
+            .map(Selector::Subject)
+            .collect();
+        self.commons.invalidations.record(selectors, Strength::Hard);
+        self.commons.telemetry.written();
+    }
+}

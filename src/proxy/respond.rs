@@ -1,0 +1,327 @@
+//! Which status does the client get, and which headers? Every answer leaves through here.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{
+    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LINK, LOCATION,
+    RETRY_AFTER,
+};
+use http::{Method, Request, Response, StatusCode};
+use serde_json::json;
+
+use super::Proxy;
+use super::fetch::add_date;
+use super::flights::Arrival;
+use super::site::{Misdirected, client_authority};
+use super::visit::{Asked, Visit};
+use super::wait::Quest;
+use crate::body::Body;
+use crate::policy::entry::{Entry, Head};
+use crate::policy::links;
+use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
+use crate::policy::plan::{Payload, Plan};
+use crate::policy::revalidate::{not_modified, without_content};
+
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// After a timeout the fetch goes on: soon there may be a hit.
+const RETRY_SOON: &str = "2";
+
+impl Proxy {
+    /// A fresh entry.
+    pub(super) fn hit<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        entry: &Entry,
+        plan: &Plan,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let outcome = Outcome::Hit { ttl: entry.ttl(visit.now) };
+        self.stored(asked.into(), entry, &outcome, plan, visit)
+    }
+
+    /// A stale entry, and why.
+    pub(super) fn stale<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        entry: &Entry,
+        reason: StaleReason,
+        plan: &Plan,
+        visit: &Visit,
+    ) -> Response<Body> {
+        // Softly purged, it is stale before its time.
+        let ttl = entry.ttl(visit.now).min(-1);
+        self.stored(asked.into(), entry, &Outcome::Stale { ttl, reason }, plan, visit)
+    }
+
+    fn stored(
+        &self,
+        asked: Asked<'_>,
+        entry: &Entry,
+        outcome: &Outcome,
+        plan: &Plan,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let body = Body::Full(entry.body.clone());
+        let mut response = from_head(asked, &entry.head, body);
+        let headers = response.headers_mut();
+        headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
+        let mut status = BytesMut::with_capacity(96);
+        let _ = write!(status, "{outcome}; key=\"{}\"", entry.key_name);
+        self.finish(response, status, outcome, Timing::Cache, asked, Some(plan), visit)
+    }
+
+    /// The answer of a fetch that was (or is being) stored.
+    pub(super) fn arrived(
+        &self,
+        quest: &Quest<'_>,
+        arrival: &Arrival,
+        body: Body,
+        collapsed: bool,
+    ) -> Response<Body> {
+        let fetched = Fetched {
+            forward: quest.miss.forward,
+            status: Some(arrival.status),
+            collapsed,
+            stored: arrival.stored.map_err(Some),
+        };
+        let outcome = Outcome::Relayed { fetched, failure: None };
+        self.shared(&*quest.asked, arrival, body, &outcome, quest.plan, quest.visit)
+    }
+
+    /// A shared answer, good or bad.
+    pub(super) fn shared<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        arrival: &Arrival,
+        body: Body,
+        outcome: &Outcome,
+        plan: &Plan,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let asked = asked.into();
+        let mut response = from_head(asked, &arrival.head, body);
+        let age = (arrival.initial_age + visit.later().since(arrival.born)) / 1000;
+        if age > 0 {
+            response.headers_mut().insert(AGE, HeaderValue::from(age));
+        }
+        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, Some(plan), visit)
+    }
+
+    /// An answer handed through: byte for byte, but for `Link` and `Location` that name the upstream.
+    pub(super) fn relayed<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        mut response: Response<Body>,
+        outcome: &Outcome,
+        plan: Option<&Plan>,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let asked = asked.into();
+        let headers = response.headers_mut();
+        if (headers.contains_key(LINK) || headers.contains_key(LOCATION))
+            && let Ok(place) = self.site.locate(asked.uri, asked.headers)
+        {
+            let patches = links::find(headers, &place.host);
+            rewrite_links(&patches, headers, asked);
+        }
+        add_date(headers, self.commons.clock.wall());
+        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, plan, visit)
+    }
+
+    /// The configured payload.
+    pub(super) fn payload<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        payload: &Payload,
+        outcome: &Outcome,
+        plan: &Plan,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let mut response = Response::new(Body::Full(payload.body.clone()));
+        *response.status_mut() = payload.status;
+        response.headers_mut().insert(CONTENT_TYPE, payload.content_type.clone());
+        self.of_ours(asked.into(), response, outcome, Some(plan), visit)
+    }
+
+    /// A JSON error in place of an answer that did not come.
+    pub(super) fn failure<'r>(
+        &self,
+        asked: impl Into<Asked<'r>>,
+        outcome: &Outcome,
+        failure: Failure,
+        plan: Option<&Plan>,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let (status, message) = match failure {
+            Failure::Timeout => (
+                StatusCode::GATEWAY_TIMEOUT,
+                "The upstream did not answer in time. A retry may find its answer cached.",
+            ),
+            Failure::Connect => (StatusCode::BAD_GATEWAY, "The upstream can't be reached, or broke off its answer."),
+            Failure::Malformed => (StatusCode::BAD_GATEWAY, "The upstream's answer is not valid HTTP."),
+            Failure::Status(_) => (StatusCode::BAD_GATEWAY, "The upstream answered with an error."),
+            Failure::Throttled => (StatusCode::SERVICE_UNAVAILABLE, "The upstream's rate limit is used up."),
+            Failure::Empty => (StatusCode::BAD_GATEWAY, "The upstream's answer is empty where it must not be."),
+            Failure::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "The request failed inside the proxy."),
+        };
+        let mut response = self.error(status, failure.code(), message);
+        if status == StatusCode::GATEWAY_TIMEOUT || status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_SOON));
+        }
+        self.of_ours(asked.into(), response, outcome, plan, visit)
+    }
+
+    /// 504 to `only-if-cached`: RFC 9111 §5.2.1.7.
+    pub(super) fn not_cached(&self, request: &Request<Body>, plan: &Plan, visit: &Visit) -> Response<Body> {
+        let message = "The request says only-if-cached, and nothing usable is stored.";
+        let response = self.error(StatusCode::GATEWAY_TIMEOUT, "not_cached", message);
+        self.of_ours(request.into(), response, &Outcome::NotCached, Some(plan), visit)
+    }
+
+    /// 421: RFC 9110 §15.5.20.
+    pub(super) fn misdirected(&self, request: &Request<Body>, visit: &Visit, _: Misdirected) -> Response<Body> {
+        let message = "This host is not on the upstream's list of hosts.";
+        let response = self.error(StatusCode::MISDIRECTED_REQUEST, "misdirected", message);
+        self.of_ours(request.into(), response, &Outcome::Rejected { code: "misdirected" }, None, visit)
+    }
+
+    /// A request that the guard refused.
+    pub fn rejected(&self, request: &Request<Body>, rejection: &Rejection) -> Response<Body> {
+        let visit = Visit::begin(&self.commons.clock);
+        let mut response = self.error(rejection.status, rejection.code, rejection.message);
+        if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
+            let allowed = HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
+            response.headers_mut().insert(ALLOW, allowed);
+        }
+        let outcome = Outcome::Rejected { code: rejection.code };
+        self.of_ours(request.into(), response, &outcome, None, &visit)
+    }
+
+    /// An answer that no upstream gave: never stored by anyone further down.
+    fn of_ours(
+        &self,
+        asked: Asked<'_>,
+        mut response: Response<Body>,
+        outcome: &Outcome,
+        plan: Option<&Plan>,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let headers = response.headers_mut();
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        add_date(headers, self.commons.clock.wall());
+        without_body_for_head(asked.method, &mut response);
+        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, plan, visit)
+    }
+
+    fn error(&self, status: StatusCode, code: &str, message: &str) -> Response<Body> {
+        let request_id = self.commons.telemetry.next_request_id();
+        let error = json!({"error": {"code": code, "message": message, "request_id": request_id}});
+        let mut response = Response::new(Body::Full(Bytes::from(error.to_string())));
+        *response.status_mut() = status;
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response
+    }
+
+    #[allow(clippy::too_many_arguments)] // the one door: everything that is said about an answer is said here
+    fn finish(
+        &self,
+        mut response: Response<Body>,
+        cache_status: BytesMut,
+        outcome: &Outcome,
+        timing: Timing,
+        asked: Asked<'_>,
+        plan: Option<&Plan>,
+        visit: &Visit,
+    ) -> Response<Body> {
+        let elapsed = visit.elapsed();
+        let headers = response.headers_mut();
+        append(headers, CACHE_STATUS, cache_status.freeze());
+        append(headers, SERVER_TIMING, timing.text(elapsed).freeze());
+        self.commons.telemetry.record(&self.site.name, outcome, plan, &asked, response.status(), elapsed);
+        response
+    }
+}
+
+/// Why the guard refused a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rejection {
+    /// The status to answer with.
+    pub status: StatusCode,
+    /// The code in the JSON error and in `Cache-Status`.
+    pub code: &'static str,
+    /// What is wrong.
+    pub message: &'static str,
+}
+
+/// Who took the time: RFC-less, but as browsers and tools read `Server-Timing`.
+#[derive(Debug, Clone, Copy)]
+enum Timing {
+    Cache,
+    Upstream,
+}
+
+impl Timing {
+    fn text(self, elapsed: Duration) -> BytesMut {
+        let micros = elapsed.as_micros();
+        let (ms, part) = (micros / 1000, micros % 1000);
+        let mut text = BytesMut::with_capacity(40);
+        let _ = match self {
+            Timing::Cache => write!(text, "cache;dur={ms}.{part:03}"),
+            Timing::Upstream => write!(text, "cache;dur=0, upstream;dur={ms}.{part:03}"),
+        };
+        text
+    }
+}
+
+/// A head that is sent many times, to this client.
+fn from_head(asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = head.status;
+    response.headers_mut().clone_from(&head.headers);
+    if let Some(casing) = &head.casing {
+        response.extensions_mut().clone_from(&casing.0);
+    }
+    if !head.links.is_empty() {
+        rewrite_links(&head.links, response.headers_mut(), asked);
+    }
+    if not_modified(asked.method, asked.headers, head) {
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        *response.body_mut() = Body::Empty;
+        without_content(response.headers_mut());
+    }
+    without_body_for_head(asked.method, &mut response);
+    response
+}
+
+fn without_body_for_head(method: &Method, response: &mut Response<Body>) {
+    if *method == Method::HEAD {
+        let body = std::mem::replace(response.body_mut(), Body::Empty);
+        if let Body::Full(bytes) = body
+            && response.status() != StatusCode::NOT_MODIFIED
+        {
+            response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(bytes.len()));
+        }
+    }
+}
+
+fn rewrite_links(patches: &[links::LinkPatch], headers: &mut HeaderMap, asked: Asked<'_>) {
+    if let Some(authority) = client_authority(asked.uri, asked.headers) {
+        links::apply(patches, headers, &format!("http://{authority}"));
+    }
+}
+
+fn text(outcome: &Outcome) -> BytesMut {
+    let mut text = BytesMut::with_capacity(64);
+    let _ = write!(text, "{outcome}");
+    text
+}
+
+fn append(headers: &mut HeaderMap, name: HeaderName, value: Bytes) {
+    if let Ok(value) = HeaderValue::from_maybe_shared(value) {
+        headers.append(name, value);
+    }
+}

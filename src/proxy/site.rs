@@ -1,0 +1,194 @@
+//! One upstream's place in the house: whom a request is for, and where it goes.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use http::header::{HOST, HeaderName};
+use http::uri::{Authority, Scheme};
+use http::{HeaderMap, Uri};
+
+use crate::config::{self, HostPattern, Target, Timeouts};
+use crate::policy::glob::Captures;
+use crate::policy::invalidation::Address;
+use crate::policy::plan::Plan;
+use crate::policy::route::Router;
+use crate::policy::tags::{Scope, subjects};
+use crate::upstream::Upstream;
+
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// An upstream, and what belongs to it.
+#[derive(Debug)]
+pub struct Site {
+    /// Its place in the configuration: part of every key.
+    pub index: u16,
+    /// Its name in logs, metrics and purges.
+    pub name: Arc<str>,
+    /// Where requests go.
+    pub target: Target,
+    /// Its rules.
+    pub router: Router,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
+    /// The API itself.
+    pub upstream: Arc<dyn Upstream>,
+    /// Where every request goes, if that is one place.
+    fixed: Option<Place>,
+}
+
+/// Where one request goes.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// `http` or `https`.
+    pub scheme: Scheme,
+    /// Whom to connect to.
+    pub connect: Authority,
+    /// The authority that is keyed and scopes tags, where the upstream has several.
+    pub keyed: Option<Box<str>>,
+    /// The Host to send.
+    pub host: Box<str>,
+}
+
+/// The request is for a host that is not served here: 421 (RFC 9110 §15.5.20).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Misdirected;
+
+impl Site {
+    /// The site of a configured upstream.
+    pub fn new(index: u16, config: config::Upstream, upstream: Arc<dyn Upstream>) -> Site {
+        let config::Upstream { name, target, router, timeouts, .. } = config;
+        let fixed = match &target {
+            Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
+                scheme: scheme.clone(),
+                connect: authority.clone(),
+                keyed: None,
+                host: authority.as_str().into(),
+            }),
+            Target::Origin { .. } | Target::Hosts(_) => None,
+        };
+        Site { index, name, target, router, timeouts, upstream, fixed }
+    }
+
+    /// Where a request goes, from its target, `X-Forwarded-Host` and `Host`.
+    pub fn locate(&self, uri: &Uri, headers: &HeaderMap) -> Result<Cow<'_, Place>, Misdirected> {
+        if let Some(fixed) = &self.fixed {
+            return Ok(Cow::Borrowed(fixed));
+        }
+        let place = match &self.target {
+            Target::Origin { scheme, authority, .. } => {
+                let named = client_authority(uri, headers).unwrap_or(authority.as_str());
+                let host = named.to_ascii_lowercase().into_boxed_str();
+                let keyed = Some(host.clone());
+                Place { scheme: scheme.clone(), connect: authority.clone(), keyed, host }
+            }
+            Target::Hosts(patterns) => allowed(patterns, uri, headers).ok_or(Misdirected)?,
+        };
+        Ok(Cow::Owned(place))
+    }
+
+    /// What the stored answer to a request can be purged by.
+    pub fn address(&self, place: &Place, uri: &Uri, plan: &Plan) -> Address {
+        let target = target(uri);
+        let tags = tags(plan, uri.path());
+        let scope = Scope { upstream: self.index, authority: place.keyed.as_deref() };
+        let subjects = subjects(scope, target, &tags).into();
+        Address { upstream: self.index, authority: place.host.clone(), target: target.into(), subjects }
+    }
+}
+
+/// The tags of a path under a rule.
+pub fn tags(plan: &Plan, path: &str) -> Vec<String> {
+    let captures = if plan.tags.is_empty() { None } else { plan.path.captures(path) };
+    let captures = captures.unwrap_or_else(Captures::new);
+    plan.tags.iter().map(|tag| tag.fill(&captures)).collect()
+}
+
+/// Path and query as they came.
+pub fn target(uri: &Uri) -> &str {
+    uri.path_and_query().map_or("/", |target| target.as_str())
+}
+
+/// The authority that the client addressed: of an absolute-form target, else Host.
+pub fn client_authority<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> Option<&'r str> {
+    match uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => headers.get(HOST)?.to_str().ok().filter(|host| !host.is_empty()),
+    }
+}
+
+/// The first of absolute-form target, `X-Forwarded-Host` and `Host` decides, and must be on the list.
+fn allowed(patterns: &[HostPattern], uri: &Uri, headers: &HeaderMap) -> Option<Place> {
+    let named = match (uri.authority(), headers.get(X_FORWARDED_HOST)) {
+        (Some(authority), _) => authority.as_str(),
+        (None, Some(forwarded)) => forwarded.to_str().ok()?.trim(),
+        (None, None) => client_authority(uri, headers)?,
+    };
+    let authority: Authority = named.to_ascii_lowercase().parse().ok()?;
+    let host = authority.host();
+    if authority.as_str().contains('@') || refused_address(host) {
+        return None;
+    }
+    let pattern = patterns.iter().find(|pattern| pattern.matches(host, authority.port_u16()))?;
+    let host: Box<str> = authority.as_str().into();
+    Some(Place { scheme: pattern.scheme.clone(), connect: authority, keyed: Some(host.clone()), host })
+}
+
+/// A literal link-local or metadata address.
+fn refused_address(host: &str) -> bool {
+    host.trim_matches(['[', ']']).parse().is_ok_and(is_refused)
+}
+
+/// Addresses that no client may make us connect to: link-local, where clouds keep their metadata.
+pub fn is_refused(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_unspecified() || v4.is_multicast(),
+        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
+            Some(v4) => is_refused(IpAddr::V4(v4)),
+            None => {
+                v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast() || v6.segments()[0] == 0xfd00
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::glob::Glob;
+    use http::HeaderValue;
+
+    fn place(uri: &str, lines: &[(&'static str, &'static str)]) -> Option<String> {
+        let labels = ["*", "shop", "example"].map(Glob::new).to_vec();
+        let patterns = [HostPattern { scheme: Scheme::HTTPS, labels, port: None }];
+        let lines = lines.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v)));
+        let found = allowed(&patterns, &uri.parse().expect("a URI"), &HeaderMap::from_iter(lines));
+        found.map(|place| place.host.to_string())
+    }
+
+    #[test]
+    fn the_first_that_names_a_host_decides_and_must_be_on_the_list() {
+        let table: &[(&str, &[(&str, &str)], Option<&str>)] = &[
+            ("/", &[("host", "a.shop.example")], Some("a.shop.example")),
+            ("/", &[("host", "A.Shop.example:443")], Some("a.shop.example:443")),
+            ("/", &[("host", "127.0.0.1"), ("x-forwarded-host", "b.shop.example")], Some("b.shop.example")),
+            ("/", &[("host", "a.shop.example"), ("x-forwarded-host", "evil.example")], None),
+            ("http://c.shop.example/", &[("host", "evil.example")], Some("c.shop.example")),
+            ("/", &[("host", "a.b.shop.example")], None),
+            ("/", &[("host", "a.shop.example:8443")], None),
+            ("/", &[("host", "user@a.shop.example")], None),
+            ("/", &[("host", "169.254.169.254")], None),
+        ];
+        for (uri, lines, expected) in table {
+            assert_eq!(place(uri, lines).as_deref(), *expected, "{uri} {lines:?}");
+        }
+    }
+
+    #[test]
+    fn metadata_addresses_are_refused() {
+        for bad in ["169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0"] {
+            assert!(is_refused(bad.parse().expect("an address")), "{bad}");
+        }
+        assert!(!is_refused("127.0.0.1".parse().expect("an address")));
+    }
+}

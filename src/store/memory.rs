@@ -1,0 +1,180 @@
+//! The memory tier: entries weighed in bytes under a hard cap, S3-FIFO by `quick_cache`, our own expiry.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+
+use crate::config;
+use crate::policy::entry::{Entry, Resource};
+
+/// What `quick_cache` keeps for each item, measured.
+const SLOT: u64 = 152;
+
+/// An item above about this part of its shard would be dropped silently.
+const LARGEST_PART: f64 = 0.9;
+
+type Key = Box<[u8]>;
+
+/// All that is stored, by key.
+#[derive(Debug)]
+pub struct Memory {
+    cache: Cache<Key, Arc<Resource>, Bytes>,
+    /// Writers change a resource by replacing it, one at a time.
+    writing: Mutex<()>,
+    max_resource: u64,
+    stored: AtomicU64,
+    swept: AtomicU64,
+}
+
+#[derive(Debug, Clone)]
+struct Bytes;
+
+impl Weighter<Key, Arc<Resource>> for Bytes {
+    fn weight(&self, key: &Key, resource: &Arc<Resource>) -> u64 {
+        key.len() as u64 + SLOT + resource.weight()
+    }
+}
+
+/// How full the tier is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Keys.
+    pub entries: u64,
+    /// Bytes, overhead counted.
+    pub bytes: u64,
+    /// The cap.
+    pub max_bytes: u64,
+    /// Answers stored since start.
+    pub stored: u64,
+    /// Keys swept after their last window.
+    pub swept: u64,
+}
+
+impl Memory {
+    /// An empty tier.
+    pub fn new(config: &config::Memory) -> Memory {
+        let shards = shards(config);
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let max_resource = (config.max_bytes as f64 * LARGEST_PART) as u64 / shards as u64;
+        let estimated = usize::try_from(config.max_bytes / 4096).unwrap_or(usize::MAX).max(64);
+        let options = OptionsBuilder::new()
+            .shards(shards)
+            .estimated_items_capacity(estimated)
+            .weight_capacity(config.max_bytes)
+            .build()
+            .expect("all options are set");
+        let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), DefaultLifecycle::default());
+        Memory { cache, writing: Mutex::new(()), max_resource, stored: AtomicU64::new(0), swept: AtomicU64::new(0) }
+    }
+
+    /// What is stored under a key. One hash, one shard lock for reading, no allocation.
+    pub fn get(&self, key: &[u8]) -> Option<Arc<Resource>> {
+        self.cache.get(key)
+    }
+
+    /// Stores an answer beside the other variants of its key.
+    pub fn put(&self, key: &[u8], entry: Arc<Entry>) {
+        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let resource = self.cache.peek(key).unwrap_or_default().with(entry, self.max_resource);
+        self.cache.insert(key.into(), Arc::new(resource));
+        self.stored.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Removes what `keep` does not keep.
+    pub fn sweep(&self, keep: impl Fn(&Entry) -> bool) {
+        let changed = std::cell::RefCell::new(Vec::new());
+        self.cache.retain(|key, resource| {
+            let kept = resource.variants().iter().filter(|entry| keep(entry)).count();
+            if kept == 0 {
+                self.swept.fetch_add(1, Ordering::Relaxed);
+            } else if kept < resource.variants().len() {
+                changed.borrow_mut().push(key.clone());
+            }
+            kept > 0
+        });
+        for key in changed.into_inner() {
+            let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(resource) = self.cache.peek(&key).and_then(|resource| resource.filtered(&keep)) {
+                self.cache.insert(key, Arc::new(resource));
+            }
+        }
+    }
+
+    /// How full it is.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            entries: self.cache.len() as u64,
+            bytes: self.cache.weight(),
+            max_bytes: self.cache.capacity(),
+            stored: self.stored.load(Ordering::Relaxed),
+            swept: self.swept.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// As many shards as the largest allowed entry leaves room for, at most four a core.
+fn shards(config: &config::Memory) -> usize {
+    const OVERHEAD: u64 = 64 << 10;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let room = (config.max_bytes as f64 * LARGEST_PART) as u64 / (config.max_entry_bytes + OVERHEAD).max(1);
+    let most = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, (cores * 4).next_power_of_two());
+    if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Tick;
+    use crate::policy::entry::{About, Head, Terms, Variant};
+    use crate::policy::invalidation::{Address, Position};
+    use http::{HeaderMap, StatusCode};
+
+    const MIB: u64 = 1 << 20;
+
+    fn tier(max_bytes: u64, max_entry_bytes: u64) -> Memory {
+        Memory::new(&config::Memory { max_bytes, max_entry_bytes, max_inflight_bytes: 0 })
+    }
+
+    fn entry(size: usize) -> Arc<Entry> {
+        let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
+        let address = Address { upstream: 0, authority: "".into(), target: "/".into(), subjects: Box::default() };
+        let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
+        let terms = Terms { fresh_for: 1000, ..Terms::default() };
+        let body = bytes::Bytes::from(vec![0; size]);
+        Arc::new(Entry::new(Arc::new(head), body, Variant::default(), Tick(0), terms, address, Position(0), about))
+    }
+
+    #[test]
+    fn the_largest_allowed_entry_fits_whatever_the_sizes() {
+        for (max, largest) in [(64 * MIB, 8 * MIB), (2 * MIB, MIB), (1024 * MIB, MIB), (64 * MIB, 32 * MIB)] {
+            let tier = tier(max, largest);
+            for i in 0..8u8 {
+                tier.put(&[i], entry(usize::try_from(largest).expect("small")));
+                assert!(tier.get(&[i]).is_some(), "{largest} in {max}");
+            }
+        }
+    }
+
+    #[test]
+    fn ten_times_the_cap_stays_under_the_cap() {
+        let tier = tier(4 * MIB, MIB);
+        for i in 0..40_000u32 {
+            tier.put(&i.to_be_bytes(), entry(1024));
+            assert!(tier.usage().bytes <= 4 * MIB);
+        }
+        assert!(tier.usage().bytes > 3 * MIB, "and it is used");
+    }
+
+    #[test]
+    fn a_sweep_takes_what_has_expired() {
+        let tier = tier(4 * MIB, MIB);
+        tier.put(b"a", entry(10));
+        tier.sweep(|entry| !entry.expired(Tick(1000)));
+        assert!(tier.get(b"a").is_some());
+        tier.sweep(|entry| !entry.expired(Tick(1001)));
+        assert!(tier.get(b"a").is_none());
+    }
+}

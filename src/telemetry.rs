@@ -1,0 +1,157 @@
+//! What happened, said in the words of [`Outcome`]: counters and log lines.
+
+mod counters;
+pub mod logs;
+mod signals;
+
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+use tracing::{Level, debug, enabled, info, warn};
+
+pub use counters::{Counters, Snapshot};
+pub use signals::{Signals, State};
+
+use crate::policy::outcome::{Failure, Outcome};
+use crate::policy::plan::Plan;
+use crate::proxy::visit::Asked;
+
+/// After so many GETs without anything stored, one hint says why.
+const HINT_AFTER: u64 = 20;
+
+/// Counts and logs.
+#[derive(Debug, Default)]
+pub struct Telemetry {
+    counters: Counters,
+    request_ids: RequestIds,
+}
+
+impl Telemetry {
+    /// A request was answered. At most one log line; none for a hit unless asked for.
+    pub fn record(
+        &self,
+        upstream: &str,
+        outcome: &Outcome,
+        plan: Option<&Plan>,
+        asked: &Asked<'_>,
+        status: StatusCode,
+        took: Duration,
+    ) {
+        self.counters.answered(outcome, took);
+        if enabled!(Level::INFO) {
+            log(upstream, outcome, plan, asked, status, took);
+        }
+        if *asked.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
+            self.hint(upstream);
+        }
+    }
+
+    /// The upstream answered.
+    pub fn upstream_answered(&self, failure: Option<Failure>, took: Duration) {
+        self.counters.upstream(failure, took);
+    }
+
+    /// It did not.
+    pub fn upstream_failed(&self, failure: Failure, after: Duration) {
+        self.counters.upstream(Some(failure), after);
+    }
+
+    /// An answer was stored.
+    pub fn stored(&self) {
+        self.counters.stored();
+    }
+
+    /// A write was relayed, and what it may have changed is invalidated.
+    pub fn written(&self) {
+        self.counters.written();
+    }
+
+    /// All counters now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.counters.snapshot()
+    }
+
+    /// A name for a request that a person may ask about.
+    pub fn next_request_id(&self) -> String {
+        self.request_ids.next()
+    }
+
+    fn hint(&self, upstream: &str) {
+        let reason = self.counters.commonest_skip().unwrap_or("no-freshness");
+        let advice = match reason {
+            "no-freshness" => {
+                "the upstream's answers have no Cache-Control, Expires or validators. Start with --ttl 30s, or write \
+                 a rule with cache = \"override\" and a ttl"
+            }
+            "no-store" | "private" | "authorization" => {
+                "the upstream's headers forbid a shared cache to store them. If you know better, write a rule with \
+                 cache = \"override\" and a ttl"
+            }
+            "unkeyed-credential" => {
+                "requests carry a header that looks like a credential and is not keyed. Add it to \
+                 [security] credential_headers"
+            }
+            "rule-off" => "the rule that matches says cache = \"off\". Write a rule of yours for these paths",
+            _ => "see Cache-Status in the answers: detail names the reason of each",
+        };
+        info!(upstream, reason, "{HINT_AFTER} GETs and nothing was stored: {advice}");
+    }
+}
+
+fn log(
+    upstream: &str,
+    outcome: &Outcome,
+    plan: Option<&Plan>,
+    asked: &Asked<'_>,
+    status: StatusCode,
+    took: Duration,
+) {
+    let (method, path) = (asked.method.as_str(), asked.uri.path());
+    let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
+    let cause = outcome.failure().map_or("", Failure::cause);
+    let rule = plan.map_or("", |plan| &*plan.name);
+    let (status, ms) = (status.as_u16(), took.as_secs_f64() * 1000.0);
+    match level(outcome) {
+        Level::WARN => warn!(
+            target: "sidecache::access",
+            upstream, rule, method, path, status, outcome = outcome_label, detail, cause, ms
+        ),
+        Level::INFO => info!(
+            target: "sidecache::access",
+            upstream, rule, method, path, status, outcome = outcome_label, detail, ms
+        ),
+        _ => debug!(target: "sidecache::access", upstream, rule, method, path, status, outcome = outcome_label, ms),
+    }
+}
+
+/// Hits are not worth a line by default, failures always are.
+fn level(outcome: &Outcome) -> Level {
+    match outcome {
+        Outcome::Hit { .. } => Level::DEBUG,
+        Outcome::Stale { .. } if outcome.failure().is_none() => Level::DEBUG,
+        Outcome::Stale { .. } | Outcome::Fallback { .. } | Outcome::Failed { .. } => Level::WARN,
+        Outcome::Relayed { failure: Some(_), .. } => Level::WARN,
+        Outcome::Relayed { .. } | Outcome::NotCached | Outcome::Rejected { .. } => Level::INFO,
+    }
+}
+
+/// Sixteen hex digits: unique in this process, unlikely to repeat in another.
+#[derive(Debug)]
+struct RequestIds {
+    base: u64,
+    count: std::sync::atomic::AtomicU64,
+}
+
+impl Default for RequestIds {
+    fn default() -> Self {
+        let base = getrandom::u64().unwrap_or(u64::from(std::process::id()) << 32);
+        RequestIds { base, count: std::sync::atomic::AtomicU64::new(0) }
+    }
+}
+
+impl RequestIds {
+    fn next(&self) -> String {
+        let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        format!("{:016x}", self.base.wrapping_add(count.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    }
+}

@@ -1,0 +1,139 @@
+//! Counters: relaxed atomics, read together now and then.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::policy::outcome::{Bypass, Failure, Forward, Outcome, Skip};
+
+/// Upper bounds of the latency buckets, in milliseconds; the last one is open.
+const BOUNDS_MS: [u64; 12] = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000];
+
+/// Why a GET was not stored: the reasons of [`Skip`] and [`Bypass`] that the hint speaks of, and the rest.
+const REASONS: [&str; 7] =
+    ["no-freshness", "no-store", "private", "authorization", "unkeyed-credential", "rule-off", "other"];
+
+/// All counters of a process.
+#[derive(Debug, Default)]
+pub struct Counters {
+    outcomes: [AtomicU64; Outcome::LABELS.len()],
+    causes: [AtomicU64; Failure::CAUSES.len()],
+    fallbacks: [AtomicU64; Failure::CAUSES.len()],
+    upstream_ok: AtomicU64,
+    upstream_failed: AtomicU64,
+    stored: AtomicU64,
+    writes: AtomicU64,
+    latency: [AtomicU64; BOUNDS_MS.len() + 1],
+    unstored: [AtomicU64; REASONS.len()],
+}
+
+/// The counters at one moment.
+#[derive(Debug, Clone, Serialize)]
+pub struct Snapshot {
+    /// All answered requests.
+    pub requests: u64,
+    /// By outcome.
+    pub outcomes: BTreeMap<&'static str, u64>,
+    /// Failures behind answers, by cause; the client need not have seen them.
+    pub failures: BTreeMap<&'static str, u64>,
+    /// Payloads served, by cause.
+    pub fallbacks: BTreeMap<&'static str, u64>,
+    /// Fresh or stale, of all requests that a rule may answer from the cache.
+    pub hit_ratio: f64,
+    /// Requests sent upstream.
+    pub upstream_requests: u64,
+    /// Those that failed.
+    pub upstream_failures: u64,
+    /// Answers stored.
+    pub stored: u64,
+    /// Writes relayed.
+    pub writes: u64,
+    /// Requests by time to the response head: upper bound in milliseconds → count.
+    pub latency_ms: BTreeMap<String, u64>,
+}
+
+impl Counters {
+    pub(super) fn answered(&self, outcome: &Outcome, took: Duration) {
+        count(&self.outcomes, &Outcome::LABELS, outcome.label());
+        if let Some(failure) = outcome.failure() {
+            count(&self.causes, &Failure::CAUSES, failure.cause());
+        }
+        if let Outcome::Fallback { failure, .. } = outcome {
+            count(&self.fallbacks, &Failure::CAUSES, failure.cause());
+        }
+        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        let bucket = BOUNDS_MS.iter().position(|bound| ms < *bound).unwrap_or(BOUNDS_MS.len());
+        self.latency[bucket].fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn upstream(&self, failure: Option<Failure>, _took: Duration) {
+        let counter = if failure.is_none() { &self.upstream_ok } else { &self.upstream_failed };
+        counter.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn stored(&self) {
+        self.stored.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn written(&self) {
+        self.writes.fetch_add(1, Relaxed);
+    }
+
+    /// Counts a GET whose answer was not stored, as long as nothing ever was. Returns how many there are.
+    pub(super) fn unstored_get(&self, outcome: &Outcome) -> Option<u64> {
+        let Outcome::Relayed { fetched, failure: None } = outcome else { return None };
+        if self.stored.load(Relaxed) > 0 {
+            return None;
+        }
+        let reason = match (fetched.forward, fetched.stored) {
+            (Forward::Bypass(reason @ (Bypass::UnkeyedCredential | Bypass::Off)), _) => reason.token(),
+            (_, Err(Some(skip @ (Skip::NoFreshness | Skip::NoStore | Skip::Private | Skip::Authorization)))) => {
+                skip.token()
+            }
+            (_, Err(_)) => "other",
+            (_, Ok(())) => return None,
+        };
+        count(&self.unstored, &REASONS, reason);
+        Some(self.unstored.iter().map(|n| n.load(Relaxed)).sum())
+    }
+
+    pub(super) fn commonest_skip(&self) -> Option<&'static str> {
+        let counted = REASONS.iter().zip(&self.unstored).map(|(name, n)| (n.load(Relaxed), *name));
+        counted.max_by_key(|(n, _)| *n).map(|(_, name)| name)
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let outcomes = read(&self.outcomes, &Outcome::LABELS);
+        let of = |label: &str| outcomes.get(label).copied().unwrap_or(0);
+        let served = of("hit") + of("stale");
+        let cacheable = served + of("miss") + of("collapsed") + of("fallback") + of("failed");
+        let (ok, failed) = (self.upstream_ok.load(Relaxed), self.upstream_failed.load(Relaxed));
+        let bounds = BOUNDS_MS.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
+        #[allow(clippy::cast_precision_loss)]
+        let hit_ratio = if cacheable == 0 { 0.0 } else { served as f64 / cacheable as f64 };
+        Snapshot {
+            requests: outcomes.values().sum(),
+            failures: read(&self.causes, &Failure::CAUSES),
+            fallbacks: read(&self.fallbacks, &Failure::CAUSES),
+            hit_ratio,
+            upstream_requests: ok + failed,
+            upstream_failures: failed,
+            stored: self.stored.load(Relaxed),
+            writes: self.writes.load(Relaxed),
+            latency_ms: bounds.zip(self.latency.iter().map(|n| n.load(Relaxed))).collect(),
+            outcomes,
+        }
+    }
+}
+
+fn count(counters: &[AtomicU64], names: &[&str], name: &str) {
+    if let Some(counter) = names.iter().position(|known| *known == name).and_then(|i| counters.get(i)) {
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
+fn read(counters: &[AtomicU64], names: &[&'static str]) -> BTreeMap<&'static str, u64> {
+    names.iter().copied().zip(counters.iter().map(|n| n.load(Relaxed))).collect()
+}

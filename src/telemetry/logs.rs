@@ -1,0 +1,18 @@
+//! Log lines on stderr, for people or as JSON. Stdout belongs to the first lines of a start.
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::Log;
+
+/// Starts logging. `RUST_LOG` beats the configuration.
+pub fn start(config: &Log) -> Result<(), String> {
+    let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| config.filter.clone());
+    let filter = EnvFilter::try_new(&wanted).map_err(|e| format!("log filter {wanted:?}: {e}"))?;
+    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if config.json {
+        base.json().flatten_event(true).init();
+    } else {
+        base.with_target(false).compact().init();
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! How an upstream is doing, from the requests that went to it anyway. Nothing is sent to find out.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use serde::Serialize;
+
+use crate::policy::Tick;
+use crate::policy::outcome::Failure;
+
+/// So many failures in a row make an upstream "down".
+const DOWN_AFTER: u32 = 5;
+
+/// Passive signals of one upstream.
+#[derive(Debug, Default)]
+pub struct Signals(Mutex<Last>);
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Last {
+    ok: Option<Tick>,
+    failure: Option<(Tick, &'static str)>,
+    in_a_row: u32,
+}
+
+/// What `/health` says of an upstream.
+#[derive(Debug, Clone, Serialize)]
+pub struct State {
+    /// `unknown` before the first request, then `ok`, `failing`, `down`.
+    pub status: &'static str,
+    /// Failures since the last success.
+    pub failures_in_a_row: u32,
+    /// Milliseconds since the last success.
+    pub last_ok_ms_ago: Option<u64>,
+    /// Milliseconds since the last failure.
+    pub last_failure_ms_ago: Option<u64>,
+    /// What the last failure was.
+    pub last_cause: Option<&'static str>,
+}
+
+impl Signals {
+    /// A request to it ended so.
+    pub fn ended(&self, failure: Option<Failure>, now: Tick) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match failure {
+            None => {
+                last.ok = Some(now);
+                last.in_a_row = 0;
+            }
+            Some(failure) => {
+                last.failure = Some((now, failure.cause()));
+                last.in_a_row += 1;
+            }
+        }
+    }
+
+    /// How it is doing.
+    pub fn state(&self, now: Tick) -> State {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = match (last.ok, last.in_a_row) {
+            (None, 0) => "unknown",
+            (Some(_), 0) => "ok",
+            (_, n) if n < DOWN_AFTER => "failing",
+            (_, _) => "down",
+        };
+        State {
+            status,
+            failures_in_a_row: last.in_a_row,
+            last_ok_ms_ago: last.ok.map(|at| now.since(at)),
+            last_failure_ms_ago: last.failure.map(|(at, _)| now.since(at)),
+            last_cause: last.failure.map(|(_, cause)| cause),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The API behind us, as the proxy sees it: requests go in, answers or failures come out.
+
+mod casing;
+pub mod http;
+mod resolve;
+mod tap;
+mod tls;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+
+use ::http::{Request, Response};
+
+use crate::body::Body;
+use crate::policy::outcome::Failure;
+use crate::policy::retry::Ended;
+
+/// An answer, or none, some time later.
+pub type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, SendError>> + Send + 'a>>;
+
+/// Something that answers requests. The real one is [`http::HttpUpstream`]; tests script others.
+pub trait Upstream: fmt::Debug + Send + Sync + 'static {
+    /// Sends a request whose URI is absolute. The answer's body fails with
+    /// [`BodyError::Upstream`](crate::body::BodyError::Upstream) if it ends early or stands still too long.
+    fn send(&self, request: Request<Body>) -> Sending<'_>;
+}
+
+/// No answer.
+#[derive(Debug, Clone)]
+pub struct SendError {
+    /// What it counts as.
+    pub failure: Failure,
+    /// Whether the request can have had an effect.
+    pub ended: Ended,
+    /// For the log.
+    pub message: String,
+}
+
+impl fmt::Display for SendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for SendError {}

@@ -1,0 +1,219 @@
+//! Listens in on a connection to the upstream: how field names were written in the last response head, and
+//! whether more bytes came than the answer announced. The HTTP library tells neither.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// A head longer than this is not looked at; the client refuses it anyway.
+const MAX_HEAD: usize = 64 << 10;
+
+/// What was heard on one connection.
+#[derive(Debug)]
+pub(super) struct Tap {
+    /// When it was opened.
+    pub(super) opened: Instant,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    phase: Phase,
+    head: Vec<u8>,
+    /// Response heads so far.
+    answers: u64,
+    /// Bytes of the current answer have come.
+    answering: bool,
+    overrun: bool,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Head,
+    /// After the head; so many bytes of body are left, if it said how many.
+    Body(Option<u64>),
+}
+
+impl Tap {
+    pub(super) fn new(opened: Instant) -> Arc<Tap> {
+        Arc::new(Tap { opened, heard: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last complete response head, as it was written.
+    pub(super) fn head(&self) -> Vec<u8> {
+        let heard = self.lock();
+        if heard.phase == Phase::Head { Vec::new() } else { heard.head.clone() }
+    }
+
+    /// Did more bytes come than the last answer announced?
+    pub(super) fn overrun(&self) -> bool {
+        self.lock().overrun
+    }
+
+    /// It has served before, and died without a byte of the current answer.
+    pub(super) fn died_idle(&self) -> bool {
+        let heard = self.lock();
+        heard.answers > 0 && !heard.answering
+    }
+
+    fn written(&self) {
+        let mut heard = self.lock();
+        if heard.phase != Phase::Head {
+            heard.phase = Phase::Head;
+            heard.head.clear();
+            heard.answering = false;
+        }
+    }
+
+    fn read(&self, mut bytes: &[u8]) {
+        let mut heard = self.lock();
+        heard.answering |= !bytes.is_empty();
+        while !bytes.is_empty() {
+            match heard.phase {
+                Phase::Body(None) => return,
+                Phase::Body(Some(left)) => {
+                    let taken = left.min(bytes.len() as u64);
+                    heard.phase = Phase::Body(Some(left - taken));
+                    heard.overrun |= taken < bytes.len() as u64;
+                    return;
+                }
+                Phase::Head => bytes = heard.head_bytes(bytes),
+            }
+        }
+    }
+}
+
+impl Heard {
+    /// Takes bytes of a head; returns what follows it.
+    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        if self.head.len() > MAX_HEAD {
+            return &[];
+        }
+        let before = self.head.len();
+        self.head.extend_from_slice(bytes);
+        let from = before.saturating_sub(3);
+        let Some(end) = find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return &[] };
+        self.head.truncate(end);
+        let rest = &bytes[end - before..];
+        if self.head.get(9) == Some(&b'1') {
+            // Interim: the final head follows (RFC 9110 §15.2).
+            self.head.clear();
+        } else {
+            self.answers += 1;
+            self.phase = Phase::Body(content_length(&self.head));
+        }
+        rest
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+fn content_length(head: &[u8]) -> Option<u64> {
+    let line = lines(head).find(|(name, _)| name.eq_ignore_ascii_case(b"content-length"))?;
+    std::str::from_utf8(line.1).ok()?.trim().parse().ok()
+}
+
+/// Names and values of a raw head.
+pub(super) fn lines(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    head.split(|b| *b == b'\n').skip(1).filter_map(|line| {
+        let colon = line.iter().position(|b| *b == b':')?;
+        Some((&line[..colon], &line[colon + 1..]))
+    })
+}
+
+/// A connection with a tap on it.
+#[derive(Debug)]
+pub(super) struct Tapped<T> {
+    pub(super) inner: T,
+    pub(super) tap: Arc<Tap>,
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
+        if polled.is_ready() {
+            self.tap.read(&buf.filled()[before..]);
+        }
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Tapped<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        self.tap.written();
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        self.tap.written();
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tap() -> Arc<Tap> {
+        Tap::new(crate::clock::Clock::start().instant())
+    }
+
+    #[test]
+    fn it_hears_the_final_head_however_it_is_cut() {
+        let wire = b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\nabc";
+        for cut in 0..wire.len() {
+            let tap = tap();
+            tap.written();
+            tap.read(&wire[..cut]);
+            tap.read(&wire[cut..]);
+            assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
+            assert!(!tap.overrun());
+        }
+    }
+
+    #[test]
+    fn it_hears_bytes_after_the_body() {
+        let tap = tap();
+        tap.read(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabcd");
+        assert!(tap.overrun());
+    }
+
+    #[test]
+    fn it_tells_a_connection_that_died_idle() {
+        let tap = tap();
+        tap.written();
+        assert!(!tap.died_idle(), "never served");
+        tap.read(b"HTTP/1.1 204 No Content\r\n\r\n");
+        tap.written();
+        assert!(tap.died_idle());
+        tap.read(b"HTTP/1.1 2");
+        assert!(!tap.died_idle(), "the answer had begun");
+    }
+}
