@@ -46,14 +46,9 @@ impl Telemetry {
         }
     }
 
-    /// The upstream answered.
-    pub fn upstream_answered(&self, failure: Option<Failure>, took: Duration) {
+    /// A request to the upstream ended, well or not.
+    pub fn upstream(&self, failure: Option<Failure>, took: Duration) {
         self.counters.upstream(failure, took);
-    }
-
-    /// It did not.
-    pub fn upstream_failed(&self, failure: Failure, after: Duration) {
-        self.counters.upstream(Some(failure), after);
     }
 
     /// An answer was stored.

@@ -12,7 +12,7 @@ use std::pin::Pin;
 
 use ::http::{Request, Response};
 
-use crate::body::Body;
+use crate::body::{Body, BodyError};
 use crate::policy::outcome::Failure;
 use crate::policy::retry::Ended;
 
@@ -33,8 +33,17 @@ pub struct SendError {
     pub failure: Failure,
     /// Whether the request can have had an effect.
     pub ended: Ended,
+    /// Set if it was the client's body that failed.
+    pub client: Option<BodyError>,
     /// For the log.
     pub message: String,
+}
+
+impl SendError {
+    /// No answer, and the request may have had an effect.
+    pub fn unanswered(failure: Failure, message: impl Into<String>) -> SendError {
+        SendError { failure, ended: Ended::Otherwise, client: None, message: message.into() }
+    }
 }
 
 impl fmt::Display for SendError {

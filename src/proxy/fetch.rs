@@ -76,7 +76,7 @@ impl Proxy {
             Ok(Ok(mut response)) => {
                 strip_hop_by_hop(response.headers_mut());
                 let failure = Failure::from_status(response.status());
-                self.commons.telemetry.upstream_answered(failure, delay);
+                self.upstream_ended(failure, delay);
                 let (born, at) = (self.commons.clock.now(), self.commons.clock.wall());
                 self.came(lead, &job, Came { response, born, at, delay }, by).await;
             }
@@ -84,7 +84,7 @@ impl Proxy {
     }
 
     fn failed(&self, lead: &Lead, failure: Failure, after: Duration, message: &str) {
-        self.commons.telemetry.upstream_failed(failure, after);
+        self.upstream_ended(Some(failure), after);
         debug!(upstream = &*self.site.name, cause = failure.cause(), message, "no answer from upstream");
         lead.land(Landing::Failed(failure));
     }
@@ -118,7 +118,7 @@ impl Proxy {
 
     /// Not for sharing. Next time nobody waits for it.
     fn released(&self, lead: Lead, job: &Job, mut response: Response<Body>, skip: Skip) {
-        if skip != Skip::Head {
+        if job.asked.method == Method::GET {
             self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
         }
         response.extensions_mut().insert(skip);

@@ -1,6 +1,6 @@
 //! The request as it goes upstream.
 
-use http::header::{ACCEPT_ENCODING, EXPECT, HOST, HeaderValue, VIA};
+use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, VIA};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Uri, Version};
@@ -12,6 +12,7 @@ use crate::policy::headers::{strip_hop_by_hop, strip_overrides};
 /// A request for the upstream, from the client's: hop-by-hop and override fields dropped, Host set, `Via`
 /// appended, header case kept. The target stays as it came, to the byte.
 pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
+    let empty = matches!(body, Body::Empty);
     let mut request = Request::new(body);
     *request.method_mut() = asked.method.clone();
     *request.uri_mut() = uri(asked, place);
@@ -22,6 +23,10 @@ pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
     strip_hop_by_hop(headers);
     strip_overrides(headers);
     headers.remove(EXPECT);
+    // Framing is made anew by the one who writes it; only "nothing follows" must be said.
+    if headers.remove(CONTENT_LENGTH).is_some() && empty {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
     headers.remove(HOST);
     if let Ok(host) = HeaderValue::from_str(&place.host) {
         headers.insert(HOST, host);

@@ -1,6 +1,7 @@
 //! Handing through: what no rule may answer from the cache. And what writes do to it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
 use http::request::Parts;
@@ -9,6 +10,7 @@ use tracing::debug;
 
 use super::Proxy;
 use super::forward::outgoing;
+use super::respond::body_rejection;
 use super::site::{Place, tags};
 use super::visit::Visit;
 use crate::body::Body;
@@ -40,19 +42,26 @@ impl Proxy {
         match answer {
             Ok(mut response) => {
                 let failure = Failure::from_status(response.status());
-                self.commons.telemetry.upstream_answered(failure, took);
+                self.upstream_ended(failure, took);
                 strip_hop_by_hop(response.headers_mut());
                 let fetched = Fetched::bypass(reason, Some(response.status()));
                 self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, visit)
             }
+            Err(SendError { client: Some(fault), .. }) => self.rejected(&*asked, &body_rejection(fault)),
             Err(error) => {
-                self.commons.telemetry.upstream_failed(error.failure, took);
+                self.upstream_ended(Some(error.failure), took);
                 debug!(upstream = &*self.site.name, message = error.message, "no answer from upstream");
                 let fetched = Fetched::bypass(reason, None);
                 let outcome = Outcome::Failed { fetched, failure: error.failure };
                 self.failure(&*asked, &outcome, error.failure, None, visit)
             }
         }
+    }
+
+    /// Counts what became of a request to the upstream.
+    pub(super) fn upstream_ended(&self, failure: Option<Failure>, took: Duration) {
+        self.commons.telemetry.upstream(failure, took);
+        self.site.signals.ended(failure, self.commons.clock.now());
     }
 
     /// A write goes to its answer even if its client leaves: what it changes must not be served from before.
@@ -74,10 +83,8 @@ impl Proxy {
             }
             answer
         };
-        tokio::spawn(write).await.unwrap_or_else(|panicked| {
-            let (failure, ended) = (Failure::Internal, Ended::Otherwise);
-            Err(SendError { failure, ended, message: panicked.to_string() })
-        })
+        let panicked = |e: tokio::task::JoinError| Err(SendError::unanswered(Failure::Internal, e.to_string()));
+        tokio::spawn(write).await.unwrap_or_else(panicked)
     }
 
     /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and

@@ -17,7 +17,7 @@ use super::flights::Arrival;
 use super::site::{Misdirected, client_authority};
 use super::visit::{Asked, Visit};
 use super::wait::Quest;
-use crate::body::Body;
+use crate::body::{Body, BodyError};
 use crate::policy::entry::{Entry, Head};
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
@@ -190,7 +190,7 @@ impl Proxy {
     }
 
     /// A request that the guard refused.
-    pub fn rejected(&self, request: &Request<Body>, rejection: &Rejection) -> Response<Body> {
+    pub fn rejected<'r>(&self, asked: impl Into<Asked<'r>>, rejection: &Rejection) -> Response<Body> {
         let visit = Visit::begin(&self.commons.clock);
         let mut response = self.error(rejection.status, rejection.code, rejection.message);
         if rejection.status == StatusCode::METHOD_NOT_ALLOWED {
@@ -198,7 +198,7 @@ impl Proxy {
             response.headers_mut().insert(ALLOW, allowed);
         }
         let outcome = Outcome::Rejected { code: rejection.code };
-        self.of_ours(request.into(), response, &outcome, None, &visit)
+        self.of_ours(asked.into(), response, &outcome, None, &visit)
     }
 
     /// An answer that no upstream gave: never stored by anyone further down.
@@ -255,6 +255,27 @@ pub struct Rejection {
     pub code: &'static str,
     /// What is wrong.
     pub message: &'static str,
+}
+
+/// What to say of a request body that failed.
+pub fn body_rejection(fault: BodyError) -> Rejection {
+    match fault {
+        BodyError::TooLarge => Rejection {
+            status: StatusCode::PAYLOAD_TOO_LARGE,
+            code: "body_too_large",
+            message: "The request body is larger than limits.request_body.",
+        },
+        BodyError::TooSlow | BodyError::Stalled => Rejection {
+            status: StatusCode::REQUEST_TIMEOUT,
+            code: "body_too_slow",
+            message: "The request body comes too slowly.",
+        },
+        BodyError::Client | BodyError::Upstream(_) => Rejection {
+            status: StatusCode::BAD_REQUEST,
+            code: "bad_body",
+            message: "The request body is broken or ended early.",
+        },
+    }
 }
 
 /// Who took the time: RFC-less, but as browsers and tools read `Server-Timing`.

@@ -1,6 +1,7 @@
 //! One upstream's place in the house: whom a request is for, and where it goes.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use crate::policy::invalidation::Address;
 use crate::policy::plan::Plan;
 use crate::policy::route::Router;
 use crate::policy::tags::{Scope, subjects};
+use crate::telemetry::Signals;
 use crate::upstream::Upstream;
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -33,6 +35,10 @@ pub struct Site {
     pub timeouts: Timeouts,
     /// The API itself.
     pub upstream: Arc<dyn Upstream>,
+    /// How it is doing.
+    pub signals: Signals,
+    /// Request headers that are part of some key.
+    keyed: HashSet<HeaderName>,
     /// Where every request goes, if that is one place.
     fixed: Option<Place>,
 }
@@ -67,7 +73,14 @@ impl Site {
             }),
             Target::Origin { .. } | Target::Hosts(_) => None,
         };
-        Site { index, name, target, router, timeouts, upstream, fixed }
+        let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
+        let keyed = keyed.cloned().collect();
+        Site { index, name, target, router, timeouts, upstream, signals: Signals::default(), keyed, fixed }
+    }
+
+    /// Is this request header part of some key?
+    pub fn is_keyed(&self, name: &HeaderName) -> bool {
+        self.keyed.contains(name)
     }
 
     /// Where a request goes, from its target, `X-Forwarded-Host` and `Host`.

@@ -38,7 +38,7 @@ impl Weighter<Key, Arc<Resource>> for Bytes {
 }
 
 /// How full the tier is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct Usage {
     /// Keys.
     pub entries: u64,

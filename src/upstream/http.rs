@@ -60,20 +60,36 @@ impl std::fmt::Debug for HttpUpstream {
 }
 
 impl HttpUpstream {
-    /// Nothing is connected yet. Fails if certificates can't be read.
+    /// The client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &config::Upstream, clock: Clock) -> Result<HttpUpstream, String> {
         let guarded = matches!(config.target, Target::Hosts(_));
+        Self::client(config.timeouts, config.retry, &config.tls, guarded, clock)
+    }
+
+    /// A client for anything else, which never retries.
+    pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<HttpUpstream, String> {
+        let retry = Retry { attempts: 1, base: Duration::ZERO, cap: Duration::ZERO };
+        Self::client(timeouts, retry, &config::Tls::default(), false, clock)
+    }
+
+    fn client(
+        timeouts: Timeouts,
+        retry: Retry,
+        tls: &config::Tls,
+        guarded: bool,
+        clock: Clock,
+    ) -> Result<HttpUpstream, String> {
         let mut tcp = HttpConnector::new_with_resolver(Resolver::new(guarded));
         tcp.set_nodelay(true);
         tcp.enforce_http(false);
         tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(config.timeouts.connect));
+        tcp.set_connect_timeout(Some(timeouts.connect));
         let secure = HttpsConnectorBuilder::new()
-            .with_tls_config(tls::client_config(&config.tls)?)
+            .with_tls_config(tls::client_config(tls)?)
             .https_or_http()
             .enable_http1()
             .wrap_connector(tcp);
-        let connector = Connector { secure, limit: config.timeouts.connect, clock: clock.clone() };
+        let connector = Connector { secure, limit: timeouts.connect, clock: clock.clone() };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
@@ -83,7 +99,6 @@ impl HttpUpstream {
             .http1_max_buf_size(MAX_HEAD)
             .set_host(false)
             .build(connector);
-        let (timeouts, retry) = (config.timeouts, config.retry);
         Ok(HttpUpstream { client, casings: Casings::default(), timeouts, retry, clock })
     }
 
@@ -95,15 +110,14 @@ impl HttpUpstream {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return Err(send_error(&error)),
             Err(_elapsed) => {
-                let message = "no response head within timeouts.first_byte".to_owned();
-                return Err(SendError { failure: Failure::Timeout, ended: Ended::Otherwise, message });
+                return Err(SendError::unanswered(Failure::Timeout, "no response head within timeouts.first_byte"));
             }
         };
         let tap = response.extensions_mut().remove::<Arc<Tap>>();
         response.extensions_mut().remove::<HttpInfo>();
         if let Some(why) = malformed(response.version(), response.status(), response.headers()) {
             poison(&connection);
-            return Err(SendError { failure: Failure::Malformed, ended: Ended::Otherwise, message: why.to_owned() });
+            return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
             if self.clock.instant().saturating_duration_since(tap.opened) > MAX_AGE {
@@ -171,12 +185,13 @@ fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Optio
 fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
-    let mut malformed = false;
+    let (mut malformed, mut client) = (false, None);
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
         }
+        client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
     }
     let timed_out = message.contains(CONNECT_TIMED_OUT);
@@ -197,7 +212,7 @@ fn send_error(error: &ClientError) -> SendError {
     } else {
         Ended::Otherwise
     };
-    SendError { failure, ended, message }
+    SendError { failure, ended, client, message }
 }
 
 /// The answer's body: an error if it stands still, ends early, or is followed by more than was announced.

@@ -1,0 +1,126 @@
+//! The admin API: health, counters, purges. On a listener of its own, for its own address only.
+
+mod client;
+mod health;
+mod purge;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+pub use client::AdminClient;
+pub use purge::PurgeRequest;
+
+use crate::config::Secret;
+use crate::proxy::{Commons, Proxy};
+
+/// The largest request body.
+const MAX_BODY: usize = 1 << 20;
+
+/// What the admin API knows.
+#[derive(Debug)]
+pub struct Admin {
+    commons: Arc<Commons>,
+    proxies: Vec<Arc<Proxy>>,
+    token: Option<Secret>,
+    address: SocketAddr,
+    draining: AtomicBool,
+}
+
+impl Admin {
+    /// The API of these proxies, on this address.
+    pub fn new(commons: Arc<Commons>, proxies: Vec<Arc<Proxy>>, token: Option<Secret>, address: SocketAddr) -> Admin {
+        Admin { commons, proxies, token, address, draining: AtomicBool::new(false) }
+    }
+
+    /// From now on not ready.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Serves until `close` turns true.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, mut close: watch::Receiver<bool>) {
+    let open = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(health::ready))
+        .route("/health", get(health::health));
+    let guarded = Router::new()
+        .route("/stats", get(stats))
+        .route("/purge", post(purge::purge))
+        .layer(from_fn_with_state(admin.clone(), guard));
+    let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
+    let closing = async move {
+        let _ = close.wait_for(|close| *close).await;
+    };
+    if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(closing).await {
+        tracing::error!(%error, "the admin listener ended");
+    }
+}
+
+async fn stats(State(admin): State<Arc<Admin>>) -> Json<serde_json::Value> {
+    let usage = admin.commons.memory.usage();
+    Json(json!({
+        "requests": admin.commons.telemetry.snapshot(),
+        "memory": usage,
+        "inflight": { "fetches": admin.commons.flights.running(), "bytes": admin.commons.purse.held() },
+    }))
+}
+
+/// Host its own (against DNS rebinding), Origin its own or absent (against CSRF), and the token.
+async fn guard(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    if !is_own_host(headers, admin.address) {
+        return problem(
+            StatusCode::MISDIRECTED_REQUEST,
+            "bad_host",
+            "The Host is not this admin listener's address.",
+        );
+    }
+    if !is_own_origin(headers) {
+        return problem(StatusCode::FORBIDDEN, "foreign_origin", "The Origin is not this admin listener's.");
+    }
+    if let Some(token) = &admin.token {
+        let given = headers.get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+        if !given.is_some_and(|given| token.equals(given)) {
+            let message = "Send Authorization: Bearer with the token of [admin].";
+            return problem(StatusCode::UNAUTHORIZED, "unauthorized", message);
+        }
+    }
+    next.run(request).await
+}
+
+fn is_own_host(headers: &HeaderMap, address: SocketAddr) -> bool {
+    let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok()) else { return false };
+    let port = address.port();
+    let local = ["127.0.0.1", "localhost", "[::1]"];
+    host == address.to_string()
+        || (address.ip().is_loopback() || address.ip().is_unspecified())
+            && local.iter().any(|name| host == format!("{name}:{port}"))
+}
+
+fn is_own_origin(headers: &HeaderMap) -> bool {
+    match (headers.get(ORIGIN), headers.get(HOST)) {
+        (None, _) => true,
+        (Some(origin), Some(host)) => {
+            origin.as_bytes().strip_prefix(b"http://").is_some_and(|origin| origin == host.as_bytes())
+        }
+        (Some(_), None) => false,
+    }
+}
+
+/// An error of the admin API.
+fn problem(status: StatusCode, code: &str, message: &str) -> Response {
+    (status, Json(json!({"error": {"code": code, "message": message}}))).into_response()
+}

@@ -1,0 +1,59 @@
+//! Health: from what is known anyway. Nothing here waits for anything.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+
+use super::Admin;
+
+/// 200, or 503 while draining. Depends on no upstream.
+pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
+    if admin.draining.load(Ordering::Relaxed) {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+    } else {
+        (StatusCode::OK, "ready\n")
+    }
+}
+
+/// Every component; always 200, the verdict in the body: `ok`, `degraded` (an upstream is down: what is
+/// cached is still served), `draining`.
+pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
+    let commons = &admin.commons;
+    let now = commons.clock.now();
+    let mut upstreams = BTreeMap::new();
+    let mut degraded = false;
+    for proxy in &admin.proxies {
+        let state = proxy.site.signals.state(now);
+        degraded |= state.status == "down";
+        upstreams.insert(proxy.site.name.to_string(), state);
+    }
+    let usage = commons.memory.usage();
+    let status = match (admin.draining.load(Ordering::Relaxed), degraded) {
+        (true, _) => "draining",
+        (false, true) => "degraded",
+        (false, false) => "ok",
+    };
+    Json(json!({
+        "status": status,
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_ms": now.0,
+        "components": {
+            "upstreams": upstreams,
+            "redis": { "status": "off" },
+            "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
+            "process": { "status": "ok", "rss_bytes": rss_bytes() },
+        },
+    }))
+}
+
+/// Resident memory, where the system tells (Linux).
+fn rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,160 @@
+//! `POST /purge`: from what a person names to selectors of the ledger.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Admin, problem};
+use crate::config::Target;
+use crate::policy::glob::Glob;
+use crate::policy::invalidation::{Matcher, Selector, Strength, TargetMatch};
+use crate::policy::tags::{Scope, Subject};
+use crate::proxy::site::Site;
+
+/// What to purge. Everything that is named counts; nothing named is an error.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PurgeRequest {
+    /// Tags.
+    pub tags: Vec<String>,
+    /// URLs, absolute or from the slash on, with their query.
+    pub urls: Vec<String>,
+    /// Beginnings of URLs, absolute or from the slash on.
+    pub prefixes: Vec<String>,
+    /// Globs over path and query.
+    pub patterns: Vec<String>,
+    /// Everything (of `upstream` and `hosts`, if they are named).
+    pub all: bool,
+    /// Only in this upstream.
+    pub upstream: Option<String>,
+    /// Only for these hosts, on an upstream that has several.
+    pub hosts: Vec<String>,
+    /// Take for stale rather than for gone.
+    pub soft: bool,
+}
+
+/// Where a purge applies: an upstream, and maybe one of its hosts.
+#[derive(Debug, Clone, Copy)]
+struct Reach<'a> {
+    site: &'a Site,
+    host: Option<&'a str>,
+}
+
+pub(super) async fn purge(
+    State(admin): State<Arc<Admin>>,
+    body: Result<Json<PurgeRequest>, JsonRejection>,
+) -> Response {
+    let request = match body {
+        Ok(Json(request)) => request,
+        Err(rejection) => return problem(StatusCode::BAD_REQUEST, "bad_request", &rejection.body_text()),
+    };
+    let sites: Vec<&Site> = admin.proxies.iter().map(|proxy| &proxy.site).collect();
+    match selectors(&request, &sites) {
+        Err(message) => problem(StatusCode::BAD_REQUEST, "bad_request", &message),
+        Ok((purged, selectors)) => {
+            let strength = if request.soft { Strength::Soft } else { Strength::Hard };
+            let position = admin.commons.invalidations.record(selectors, strength);
+            tracing::info!(purged, id = position.0, soft = request.soft, "purged");
+            Json(json!({"purged": purged, "id": position.0})).into_response()
+        }
+    }
+}
+
+/// How many selectors a request names, and what they are in the ledger's terms.
+fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Selector>), String> {
+    let count = request.tags.len()
+        + request.urls.len()
+        + request.prefixes.len()
+        + request.patterns.len()
+        + usize::from(request.all);
+    if count == 0 {
+        return Err("name what to purge: tags, urls, prefixes, patterns, or \"all\": true".into());
+    }
+    if request.all && request.upstream.is_none() && request.hosts.is_empty() {
+        return Ok((count, vec![Selector::Everything]));
+    }
+    let mut selectors = Vec::new();
+    for reach in reaches(request, sites)? {
+        let scope = Scope { upstream: reach.site.index, authority: reach.host };
+        let subjects = request.tags.iter().map(|tag| Subject::tag(scope, tag));
+        selectors.extend(subjects.map(Selector::Subject));
+        if request.all {
+            selectors.push(Selector::Subject(Subject::everything(scope)));
+        }
+        for url in &request.urls {
+            let (host, target) = split(url)?;
+            if let Some(scope) = narrowed(reach, host) {
+                selectors.push(Selector::Subject(Subject::target(scope, target)));
+            }
+        }
+        for (text, make) in matchers(request) {
+            let (host, target) = split(text)?;
+            let authority = host.or(reach.host).map(|host| host.to_ascii_lowercase().into());
+            let upstream = Some(reach.site.index);
+            selectors.push(Selector::Matching(Matcher { upstream, authority, target: make(target) }));
+        }
+    }
+    Ok((count, selectors))
+}
+
+type MakeMatch = fn(&str) -> TargetMatch;
+
+fn matchers(request: &PurgeRequest) -> impl Iterator<Item = (&String, MakeMatch)> {
+    let prefix: MakeMatch = |text| TargetMatch::Prefix(text.into());
+    let glob: MakeMatch = |text| TargetMatch::Glob(Glob::new(text));
+    request.prefixes.iter().map(move |text| (text, prefix)).chain(request.patterns.iter().map(move |t| (t, glob)))
+}
+
+fn reaches<'a>(request: &'a PurgeRequest, sites: &[&'a Site]) -> Result<Vec<Reach<'a>>, String> {
+    let mut chosen = sites.to_vec();
+    if let Some(name) = &request.upstream {
+        chosen.retain(|site| *site.name == **name);
+        if chosen.is_empty() {
+            let known: Vec<&str> = sites.iter().map(|site| &*site.name).collect();
+            return Err(format!("no upstream {name:?}: name one of {known:?}"));
+        }
+    }
+    if request.hosts.is_empty() {
+        return Ok(chosen.into_iter().map(|site| Reach { site, host: None }).collect());
+    }
+    let several = |site: &&Site| matches!(site.target, Target::Hosts(_) | Target::Origin { preserve_host: true, .. });
+    let hosts = |site: &'a Site| request.hosts.iter().map(move |host| Reach { site, host: Some(host) });
+    let reaches: Vec<_> = chosen.into_iter().filter(several).flat_map(hosts).collect();
+    if reaches.is_empty() {
+        return Err("hosts: only an upstream with a list of hosts, or with host = \"preserve\", has several".into());
+    }
+    Ok(reaches)
+}
+
+/// The scope of a URL that may name a host; none if that is not the host in reach.
+fn narrowed<'a>(reach: Reach<'a>, host: Option<&'a str>) -> Option<Scope<'a>> {
+    let upstream = reach.site.index;
+    let Some(named) = host else { return Some(Scope { upstream, authority: reach.host }) };
+    match &reach.site.target {
+        Target::Origin { authority, preserve_host: false, .. } => {
+            authority.as_str().eq_ignore_ascii_case(named).then_some(Scope { upstream, authority: None })
+        }
+        Target::Origin { .. } | Target::Hosts(_) => {
+            let fits = reach.host.is_none_or(|host| host.eq_ignore_ascii_case(named));
+            fits.then_some(Scope { upstream, authority: Some(named) })
+        }
+    }
+}
+
+/// `https://host/target` or `/target`.
+fn split(url: &str) -> Result<(Option<&str>, &str), String> {
+    if url.starts_with('/') || url.starts_with('*') {
+        return Ok((None, url));
+    }
+    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+    match rest.map(|rest| rest.find('/').map_or((rest, "/"), |slash| rest.split_at(slash))) {
+        Some((host, target)) if !host.is_empty() => Ok((Some(host), target)),
+        Some(_) | None => Err(format!("{url:?} is neither a path nor an http URL: write \"/path\"")),
+    }
+}

@@ -1,0 +1,183 @@
+//! What people type. Exit codes: 0 fine, 1 refused, 2 usage.
+
+mod remote;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Flags;
+
+/// A caching sidecar: point your application's upstream URL at it.
+///
+/// Without a command it runs: `sidecache --upstream https://your-api.example`.
+#[derive(Debug, Parser)]
+#[command(name = "sidecache", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the sidecar (also the default).
+    Run(RunArgs),
+    /// Read a configuration and say what is wrong with it, with file, line and column.
+    Check(CheckArgs),
+    /// Purge what is stored in a running sidecar.
+    Purge(PurgeArgs),
+    /// Print a running sidecar's counters.
+    Stats(RemoteArgs),
+    /// Ask a running sidecar how it is. Exit code 1 if it is not well.
+    Health(HealthArgs),
+    /// A slow shop, the sidecar before it, traffic, and a table of before and after.
+    #[cfg(feature = "demo")]
+    Demo(crate::demo::DemoArgs),
+    /// The demo's shop alone: a Shopify-style REST Admin API, with faults on request.
+    #[cfg(feature = "demo")]
+    MockShop(crate::demo::ShopArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The configuration file [default: ./sidecache.toml, if it is there]
+    #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The API to stand in front of; with it no file is needed
+    #[arg(long, env = "SIDECACHE_UPSTREAM", value_name = "URL")]
+    upstream: Option<String>,
+    /// Where applications connect to [default: 127.0.0.1:18080]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// generic or shopify [default: by the upstream's host]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
+    /// Store every GET for so long, whatever the upstream's headers say
+    #[arg(long, value_name = "DUR")]
+    ttl: Option<String>,
+    /// Share the cache through Redis (not built yet)
+    #[arg(long, value_name = "URL")]
+    redis: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// The configuration file
+    #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
+    config: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct RemoteArgs {
+    /// The running sidecar's admin API
+    #[arg(long, env = "SIDECACHE_ADMIN", value_name = "URL", default_value = "http://127.0.0.1:18081")]
+    admin: String,
+    /// A file with its bearer token
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct HealthArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// Only whether it takes traffic
+    #[arg(long)]
+    ready: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true))]
+struct PurgeArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// Everything with this tag
+    #[arg(long, value_name = "TAG", group = "what")]
+    tag: Vec<String>,
+    /// One URL, or path and query
+    #[arg(long, value_name = "URL", group = "what")]
+    url: Vec<String>,
+    /// All URLs that begin so
+    #[arg(long, value_name = "PREFIX", group = "what")]
+    prefix: Vec<String>,
+    /// All URLs whose path and query match this glob
+    #[arg(long, value_name = "GLOB", group = "what")]
+    pattern: Vec<String>,
+    /// Everything
+    #[arg(long, group = "what")]
+    all: bool,
+    /// Only in this upstream
+    #[arg(long, value_name = "NAME")]
+    upstream: Option<String>,
+    /// Only for this host, on an upstream that has several
+    #[arg(long, value_name = "HOST")]
+    host: Vec<String>,
+    /// Take for stale rather than for gone: stale windows and fallbacks may still use it
+    #[arg(long)]
+    soft: bool,
+}
+
+impl From<RunArgs> for Flags {
+    fn from(args: RunArgs) -> Flags {
+        let RunArgs { config, upstream, listen, profile, ttl, redis } = args;
+        Flags { config, upstream, listen, profile, ttl, redis }
+    }
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return refused(&format!("can't start: {error}")),
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // Background fetches must not hold up the end.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(message) => refused(&message),
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
+    match cli.command {
+        None => run::run(cli.run.into()).await,
+        Some(Command::Run(args)) => run::run(args.into()).await,
+        Some(Command::Check(args)) => run::check(args.config),
+        Some(Command::Purge(args)) => remote::purge(args).await,
+        Some(Command::Stats(args)) => remote::stats(&args).await,
+        Some(Command::Health(args)) => remote::health(&args).await,
+        #[cfg(feature = "demo")]
+        Some(Command::Demo(args)) => crate::demo::demo(args).await,
+        #[cfg(feature = "demo")]
+        Some(Command::MockShop(args)) => crate::demo::mock_shop(args).await,
+    }
+}
+
+fn refused(message: &str) -> ExitCode {
+    eprintln!("sidecache: {message}");
+    ExitCode::from(1)
+}
+
+/// Turns true at SIGTERM or SIGINT; a second one ends the process at once.
+pub(crate) fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
+    let mut int = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move {
+        for already in [false, true] {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            if already {
+                std::process::exit(130);
+            }
+            stop.send_replace(true);
+        }
+    });
+    Ok(stopped)
+}

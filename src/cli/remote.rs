@@ -1,0 +1,70 @@
+//! Commands that talk to a running sidecar.
+
+use std::process::ExitCode;
+
+use http::StatusCode;
+use serde_json::Value;
+
+use super::{HealthArgs, PurgeArgs, RemoteArgs};
+use crate::admin::{AdminClient, PurgeRequest};
+use crate::config::Secret;
+
+fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
+    let token = match &args.token_file {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|e| format!("--token-file {}: {e}", path.display()))?;
+            Some(Secret::new(text.trim()))
+        }
+    };
+    AdminClient::new(args.admin.trim_end_matches('/'), token)
+}
+
+/// `sidecache purge …`.
+pub(super) async fn purge(args: PurgeArgs) -> Result<ExitCode, String> {
+    let PurgeArgs { remote, tag, url, prefix, pattern, all, upstream, host, soft } = args;
+    let request = PurgeRequest {
+        tags: tag,
+        urls: url,
+        prefixes: prefix,
+        patterns: pattern,
+        all,
+        upstream,
+        hosts: host,
+        soft,
+    };
+    let answer = client(&remote)?.post("/purge", &request).await?;
+    println!("{answer}");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `sidecache stats`.
+pub(super) async fn stats(args: &RemoteArgs) -> Result<ExitCode, String> {
+    let (status, text) = client(args)?.get("/stats").await?;
+    if status == StatusCode::UNAUTHORIZED {
+        return Err(format!("{status}: give the admin token with --token-file FILE"));
+    }
+    print_json(&text);
+    Ok(ExitCode::from(u8::from(!status.is_success())))
+}
+
+/// `sidecache health`: exit code 0 if it is ready (and, without `--ready`, everything is well).
+pub(super) async fn health(args: &HealthArgs) -> Result<ExitCode, String> {
+    let client = client(&args.remote)?;
+    if args.ready {
+        let (status, text) = client.get("/readyz").await?;
+        print!("{text}");
+        return Ok(ExitCode::from(u8::from(!status.is_success())));
+    }
+    let (_, text) = client.get("/health").await?;
+    print_json(&text);
+    let well = serde_json::from_str::<Value>(&text).is_ok_and(|health| health["status"] == "ok");
+    Ok(ExitCode::from(u8::from(!well)))
+}
+
+fn print_json(text: &str) {
+    match serde_json::from_str::<Value>(text) {
+        Ok(json) => println!("{json:#}"),
+        Err(_) => println!("{text}"),
+    }
+}

@@ -1,0 +1,48 @@
+//! `run` and `check`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::stop_signal;
+use crate::app::App;
+use crate::config::{self, Config, ConfigError, Flags};
+use crate::telemetry::logs;
+
+/// Runs until it is told to stop.
+pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
+    let config = load(&flags)?;
+    logs::start(&config.log)?;
+    let stop = stop_signal()?;
+    let app = App::bind(config).await?;
+    for line in app.lines() {
+        println!("{line}");
+    }
+    let cut = app.run(stop).await;
+    if cut > 0 {
+        tracing::warn!(cut, "connections were still open when the grace had passed");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says whether a configuration is good.
+pub(super) fn check(config: PathBuf) -> Result<ExitCode, String> {
+    let flags = Flags { config: Some(config), ..Flags::default() };
+    let config = load(&flags)?;
+    for upstream in &config.upstreams {
+        println!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules);
+    }
+    for note in &config.notes {
+        println!("note: {note}");
+    }
+    println!("{}: ok", config.source);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn load(flags: &Flags) -> Result<Config, String> {
+    config::load(flags).map_err(|errors| {
+        let count = errors.len();
+        let text: Vec<String> = errors.iter().map(ConfigError::to_string).collect();
+        let more = if count > 1 { format!("\n{count} errors") } else { String::new() };
+        text.join("\n") + &more
+    })
+}

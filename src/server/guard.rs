@@ -1,0 +1,197 @@
+//! What is refused before anything else looks at a request: RFC 9112 §3, RFC 9110 §7, and what attacks on
+//! caches are made of.
+
+use http::header::{CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, TRANSFER_ENCODING};
+use http::uri::Authority;
+use http::{Method, Request, StatusCode, Uri, Version};
+
+use crate::config::Limits;
+use crate::policy::headers::{must_not_be_nominated, nominated};
+use crate::proxy::respond::Rejection;
+use crate::proxy::site::target;
+
+/// More header lines than this are refused.
+const MAX_LINES: usize = 100;
+
+/// Refuses what must not go further.
+pub(super) fn check<B>(
+    request: &Request<B>,
+    limits: &Limits,
+    is_keyed: impl Fn(&HeaderName) -> bool,
+) -> Result<(), Rejection> {
+    let (method, uri, headers) = (request.method(), request.uri(), request.headers());
+    check_method(method, uri)?;
+    check_target(uri, method, limits)?;
+    check_size(headers, limits)?;
+    check_host(request.version(), uri, headers)?;
+    check_framing(request.version(), headers, limits)?;
+    if nominated(headers).any(|name| must_not_be_nominated(&name, &is_keyed)) {
+        return refuse(StatusCode::BAD_REQUEST, "bad_connection_header", "Connection names a header that must stay.");
+    }
+    let expects = headers.get_all(EXPECT).iter().all(|e| e.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if !expects {
+        return refuse(StatusCode::EXPECTATION_FAILED, "bad_expectation", "Only Expect: 100-continue is understood.");
+    }
+    Ok(())
+}
+
+fn refuse(status: StatusCode, code: &'static str, message: &'static str) -> Result<(), Rejection> {
+    Err(Rejection { status, code, message })
+}
+
+fn bad(code: &'static str, message: &'static str) -> Result<(), Rejection> {
+    refuse(StatusCode::BAD_REQUEST, code, message)
+}
+
+fn check_method(method: &Method, uri: &Uri) -> Result<(), Rejection> {
+    if *method == Method::CONNECT || *method == Method::TRACE {
+        return refuse(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "CONNECT and TRACE are not served.");
+    }
+    if uri.path() == "*" && *method != Method::OPTIONS {
+        return bad("bad_target", "The target * is for OPTIONS only.");
+    }
+    Ok(())
+}
+
+fn check_target(uri: &Uri, method: &Method, limits: &Limits) -> Result<(), Rejection> {
+    let target = target(uri);
+    if target.len() as u64 > limits.url {
+        return refuse(StatusCode::URI_TOO_LONG, "url_too_long", "The request target is longer than limits.url.");
+    }
+    let visible = |b: u8| (0x21..=0x7e).contains(&b) && b != b'#';
+    let starts = target.starts_with('/') || (*method == Method::OPTIONS && target == "*");
+    if !starts || !target.bytes().all(visible) {
+        return bad("bad_target", "The request target has bytes that do not belong there.");
+    }
+    match (uri.scheme_str(), uri.authority()) {
+        (None, None) | (Some("http" | "https"), Some(_)) => Ok(()),
+        _ => bad("bad_target", "The request target is neither a path nor an http URL."),
+    }
+}
+
+fn check_size(headers: &HeaderMap, limits: &Limits) -> Result<(), Rejection> {
+    let size: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if size as u64 > limits.headers || headers.len() > MAX_LINES {
+        let message = "The header section is larger than limits.headers, or has over 100 lines.";
+        return refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message);
+    }
+    Ok(())
+}
+
+/// Exactly one well-formed Host on HTTP/1.1: RFC 9112 §3.2.
+fn check_host(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Rejection> {
+    let mut hosts = headers.get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (None, _) if version == Version::HTTP_10 => Ok(()),
+        (None, _) => bad("bad_host", "HTTP/1.1 needs a Host."),
+        (Some(_), Some(_)) => bad("bad_host", "There is more than one Host."),
+        (Some(host), None) => {
+            // An empty Host goes with a target that has no authority: RFC 9110 §7.2.
+            let empty_and_absolute = host.is_empty() && uri.authority().is_some();
+            if empty_and_absolute || host.to_str().is_ok_and(is_authority) {
+                Ok(())
+            } else {
+                bad("bad_host", "The Host is not a host with an optional port.")
+            }
+        }
+    }
+}
+
+fn is_authority(text: &str) -> bool {
+    let port_is_number = |authority: &Authority| {
+        let after = authority.as_str().get(authority.host().len()..).unwrap_or_default();
+        after.strip_prefix(':').map_or(after.is_empty(), |port| !port.is_empty() && authority.port_u16().is_some())
+    };
+    !text.contains(['@', ',']) && text.parse::<Authority>().as_ref().is_ok_and(port_is_number)
+}
+
+/// What of RFC 9112 §6 can be seen behind the HTTP library.
+fn check_framing(version: Version, headers: &HeaderMap, limits: &Limits) -> Result<(), Rejection> {
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let (first, second) = (lengths.next(), lengths.next());
+    let mut encodings = headers.get_all(TRANSFER_ENCODING).iter();
+    let (encoding, more) = (encodings.next(), encodings.next());
+    if second.is_some() || first.is_some_and(|v| v.is_empty() || !v.as_bytes().iter().all(u8::is_ascii_digit)) {
+        return bad("bad_framing", "Content-Length is not one number.");
+    }
+    if first.is_some() && encoding.is_some() {
+        return bad("bad_framing", "Content-Length stands beside Transfer-Encoding.");
+    }
+    let chunked = encoding.is_none_or(|v| v.as_bytes().eq_ignore_ascii_case(b"chunked"));
+    if more.is_some() || !chunked || (encoding.is_some() && version == Version::HTTP_10) {
+        return bad("bad_framing", "Transfer-Encoding is not exactly chunked.");
+    }
+    let length = first.and_then(|v| v.to_str().ok()).map(|v| v.parse().unwrap_or(u64::MAX));
+    if length > Some(limits.request_body) {
+        let message = "The request body is larger than limits.request_body.";
+        return refuse(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    const LIMITS: Limits = Limits {
+        request_body: 100,
+        headers: 1000,
+        url: 100,
+        connections: 1,
+        header_time: Duration::ZERO,
+        keep_alive: Duration::ZERO,
+        write_stall: Duration::ZERO,
+        shared_write_stall: Duration::ZERO,
+    };
+
+    fn status(method: &str, uri: &str, lines: &[(&str, &str)]) -> u16 {
+        let mut request = Request::builder().method(method).uri(uri);
+        for (name, value) in lines {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(()).expect("a request");
+        check(&request, &LIMITS, |name| name.as_str() == "x-tenant").map_or_else(|r| r.status.as_u16(), |()| 200)
+    }
+
+    #[test]
+    fn what_is_refused() {
+        let host = ("host", "localhost:8080");
+        let long = format!("/{}", "a".repeat(100));
+        let big = "a".repeat(1000);
+        type Lines<'a> = &'a [(&'a str, &'a str)];
+        let table: &[(&str, &str, Lines<'_>, u16)] = &[
+            ("GET", "/", &[host], 200),
+            ("GET", "/", &[], 400),
+            ("GET", "/", &[host, ("host", "b")], 400),
+            ("GET", "/", &[("host", "a b")], 400),
+            ("GET", "/", &[("host", "user@a")], 400),
+            ("GET", "/", &[("host", "a:x")], 400),
+            ("GET", "/", &[("host", "a/b")], 400),
+            ("GET", "/", &[("host", "[::1]:80")], 200),
+            ("GET", "http://a/", &[("host", "b")], 200),
+            ("GET", "ftp://a/", &[("host", "a")], 400),
+            ("TRACE", "/", &[host], 405),
+            ("CONNECT", "a:443", &[host], 405),
+            ("OPTIONS", "*", &[host], 200),
+            ("GET", "*", &[host], 400),
+            ("GET", &long, &[host], 414),
+            ("GET", "/", &[host, ("x", &big)], 431),
+            ("POST", "/", &[host, ("content-length", "5, 5")], 400),
+            ("POST", "/", &[host, ("content-length", "5"), ("content-length", "5")], 400),
+            ("POST", "/", &[host, ("content-length", "+5")], 400),
+            ("POST", "/", &[host, ("content-length", "101")], 413),
+            ("POST", "/", &[host, ("transfer-encoding", "gzip, chunked")], 400),
+            ("POST", "/", &[host, ("transfer-encoding", "chunked"), ("content-length", "5")], 400),
+            ("GET", "/", &[host, ("connection", "close, x-harmless")], 200),
+            ("GET", "/", &[host, ("connection", "host")], 400),
+            ("GET", "/", &[host, ("connection", "X-Tenant")], 400),
+            ("GET", "/", &[host, ("connection", "x-forwarded-for")], 400),
+            ("GET", "/", &[host, ("expect", "200-ok")], 417),
+            ("POST", "/", &[host, ("expect", "100-continue")], 200),
+        ];
+        for (method, uri, lines, expected) in table {
+            assert_eq!(status(method, uri, lines), *expected, "{method} {uri} {lines:?}");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! A request's body on its way in: counted, paced, and its first mebibyte read whole, so that a body that is
+//! broken early never reaches the upstream.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep};
+
+use crate::body::{Body, BodyError};
+use crate::config::Limits;
+
+/// So much is read before the upstream hears of the request.
+const BUFFERED: usize = 1 << 20;
+
+/// A body may come this slowly: bytes per second, after a first allowance.
+const LEAST_RATE: u64 = 1024;
+const ALLOWANCE: Duration = Duration::from_secs(5);
+
+/// The body of a request: nothing, all of it, or its beginning and the rest to come.
+pub(super) async fn body(incoming: Incoming, limits: &Limits) -> Result<Body, BodyError> {
+    if incoming.is_end_stream() {
+        return Ok(Body::Empty);
+    }
+    let paced = Paced { incoming, left: limits.request_body, taken: 0, since: Instant::now(), pause: None };
+    let mut body = Body::stream(paced);
+    let mut buffer = BytesMut::new();
+    while let Some(chunk) = body.next().await {
+        buffer.extend_from_slice(&chunk?);
+        if buffer.len() >= BUFFERED {
+            return Ok(Body::prefixed(buffer.freeze(), body));
+        }
+    }
+    Ok(if buffer.is_empty() { Body::Empty } else { Body::Full(buffer.freeze()) })
+}
+
+struct Paced {
+    incoming: Incoming,
+    left: u64,
+    taken: u64,
+    since: Instant,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl HttpBody for Paced {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match Pin::new(&mut self.incoming).poll_frame(cx) {
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(Some(Err(_))) => Poll::Ready(Some(Err(BodyError::Client))),
+            Poll::Ready(Some(Ok(frame))) => {
+                self.pause = None;
+                let size = frame.data_ref().map_or(0, |data| data.len() as u64);
+                let Some(left) = self.left.checked_sub(size) else {
+                    return Poll::Ready(Some(Err(BodyError::TooLarge)));
+                };
+                self.left = left;
+                self.taken += size;
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Pending => {
+                let due = self.since + ALLOWANCE + Duration::from_secs(self.taken / LEAST_RATE);
+                let pause = self.pause.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+                pause.as_mut().poll(cx).map(|()| Some(Err(BodyError::TooSlow)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
