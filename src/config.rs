@@ -27,7 +27,7 @@ use crate::policy::route::Router;
 
 pub use error::ConfigError;
 pub use secret::Secret;
-pub use validate::load;
+pub use validate::{from_text, load};
 pub use values::{parse_duration, parse_size};
 
 /// Everything the program needs to know to start.

@@ -1,1 +1,162 @@
-//! x
+//! The demo and its shop. Reached only from the command line and the tests.
+
+pub mod bucket;
+pub mod catalogue;
+mod load;
+pub mod shop;
+mod table;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use tokio::sync::watch;
+
+use crate::app::App;
+use crate::cli::stop_signal;
+use crate::clock::Clock;
+use crate::config::{self, parse_duration};
+use load::{Load, Target};
+use shop::{Faults, Options, Shop};
+
+/// Arguments of `sidecache mock-shop`.
+#[derive(Debug, Clone, Args)]
+pub struct ShopArgs {
+    /// Where to listen
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18090")]
+    listen: SocketAddr,
+    /// Products in each shop
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    products: usize,
+    /// Every answer takes so long, give or take half
+    #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "0ms")]
+    latency: Duration,
+    /// This part of all answers is a 503 (0 to 1)
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    errors: f64,
+    /// This part never gets an answer
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    hangs: f64,
+    /// This part breaks off in the middle of the body
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    truncated: f64,
+    /// This part is reset before the answer
+    #[arg(long, value_name = "PART", default_value_t = 0.0)]
+    resets: f64,
+    /// Calls that a token may have in its bucket
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    bucket: u32,
+    /// Calls that leak out of it per second
+    #[arg(long, value_name = "N", default_value_t = 2.0)]
+    leak: f64,
+}
+
+/// Arguments of `sidecache demo`.
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// End after the table instead of staying up
+    #[arg(long)]
+    once: bool,
+    /// How long to drive each of the two loads
+    #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "15s")]
+    each: Duration,
+}
+
+impl From<&ShopArgs> for Options {
+    fn from(args: &ShopArgs) -> Options {
+        let ShopArgs { products, latency, errors, hangs, truncated, resets, bucket, leak, .. } = args.clone();
+        Options { products, bucket, leak, faults: Faults { latency, errors, hangs, truncated, resets } }
+    }
+}
+
+/// The shop alone, until it is told to stop.
+pub async fn mock_shop(args: ShopArgs) -> Result<ExitCode, String> {
+    let stop = stop_signal()?;
+    let listener = crate::server::bind(args.listen, "mock-shop").await?;
+    let address = listener.local_addr().map_err(|e| e.to_string())?;
+    let shop = Shop::new(Options::from(&args), Clock::start());
+    println!("listening mock-shop addr={address} products={} tokens={}", args.products, shop::TOKENS.join(","));
+    println!(
+        "try: curl -H 'X-Shopify-Access-Token: {}' http://{address}/admin/api/2026-07/products.json",
+        shop::TOKENS[0]
+    );
+    println!("faults: curl -X POST http://{address}/__faults -d '{{\"latency\":\"2s\",\"errors\":0.5}}'");
+    shop::serve(listener, Arc::new(shop), stop).await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A slow, failing shop; load on it directly, then through the sidecar; one table.
+pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
+    let stop = stop_signal()?;
+    let (end, ended) = watch::channel(false);
+    let clock = Clock::start();
+    let faults = Faults { latency: Duration::from_secs(2), errors: 0.5, ..Faults::default() };
+    let shop = Arc::new(Shop::new(Options { products: 5000, bucket: 40, leak: 2.0, faults }, clock.clone()));
+    let listener = bind_near(18090, "mock-shop").await?;
+    let shop_address = listener.local_addr().map_err(|e| e.to_string())?;
+    let serving = tokio::spawn(shop::serve(listener, shop.clone(), ended.clone()));
+    let app = sidecar(shop_address).await?;
+    let sidecar = app.addresses().first().copied().ok_or("the sidecar has no listener")?;
+    let admin = app.admin_address().ok_or("the sidecar has no admin listener")?;
+    let running = tokio::spawn(app.run(ended));
+    println!("A shop as in the bad old days is at http://{shop_address}: 1 to 3 s an answer, half of them 503,");
+    println!("40 calls in the bucket, 2 a second. The sidecar before it is at http://{sidecar}.\n");
+    let direct = Target { name: "direct", base: shop_address, health: None };
+    let through = Target { name: "through the sidecar", base: sidecar, health: Some(admin) };
+    let load = Load { shop: &shop, clock: &clock, lasting: args.each, stop: stop.clone() };
+    let before = load.drive(&direct).await?;
+    shop.refill();
+    let after = load.drive(&through).await?;
+    if !*stop.borrow() {
+        println!("{}", table::render(&before, &after));
+        if !args.once {
+            invite(sidecar, admin);
+            let mut stop = stop;
+            let _ = stop.wait_for(|stop| *stop).await;
+        }
+    }
+    end.send_replace(true);
+    let _ = running.await;
+    serving.abort();
+    Ok(ExitCode::SUCCESS)
+}
+
+fn invite(sidecar: SocketAddr, admin: SocketAddr) {
+    let token = shop::TOKENS[0];
+    println!("Both stay up. Try, from another terminal:");
+    println!(
+        "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=3'"
+    );
+    println!("  curl -s http://{admin}/health");
+    println!("  curl -s http://{admin}/stats");
+    println!(
+        "  curl -s -X POST http://{admin}/purge -H 'Content-Type: application/json' -d '{{\"tags\":[\"products\"]}}'"
+    );
+    println!("Ctrl-C ends it.");
+}
+
+/// The usual port, or any free one.
+async fn bind_near(port: u16, what: &str) -> Result<tokio::net::TcpListener, String> {
+    match crate::server::bind(SocketAddr::from(([127, 0, 0, 1], port)), what).await {
+        Ok(listener) => Ok(listener),
+        Err(_taken) => crate::server::bind(SocketAddr::from(([127, 0, 0, 1], 0)), what).await,
+    }
+}
+
+/// A sidecar with its defaults before the shop, on its usual ports or any free ones.
+async fn sidecar(shop: SocketAddr) -> Result<App, String> {
+    let with_ports = |listen: u16, admin: u16| {
+        let text = format!(
+            "[[upstream]]\nprofile = \"shopify\"\nurl = \"http://{shop}\"\nlisten = \"127.0.0.1:{listen}\"\n\
+             [admin]\nlisten = \"127.0.0.1:{admin}\"\n"
+        );
+        config::from_text("demo", &text, Path::new("")).map_err(|e| format!("{e:?}"))
+    };
+    match App::bind(with_ports(18080, 18081)?).await {
+        Ok(app) => Ok(app),
+        Err(_taken) => App::bind(with_ports(0, 0)?).await,
+    }
+}

@@ -105,7 +105,8 @@ fn log(
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
     let cause = outcome.failure().map_or("", Failure::cause);
     let rule = plan.map_or("", |plan| &*plan.name);
-    let (status, ms) = (status.as_u16(), took.as_secs_f64() * 1000.0);
+    let status = status.as_u16();
+    let ms = (took.as_secs_f64() * 10_000.0).round() / 10.0;
     match level(outcome) {
         Level::WARN => warn!(
             target: "sidecache::access",

@@ -23,16 +23,8 @@ fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
 /// `sidecache purge …`.
 pub(super) async fn purge(args: PurgeArgs) -> Result<ExitCode, String> {
     let PurgeArgs { remote, tag, url, prefix, pattern, all, upstream, host, soft } = args;
-    let request = PurgeRequest {
-        tags: tag,
-        urls: url,
-        prefixes: prefix,
-        patterns: pattern,
-        all,
-        upstream,
-        hosts: host,
-        soft,
-    };
+    let request =
+        PurgeRequest { tags: tag, urls: url, prefixes: prefix, patterns: pattern, all, upstream, hosts: host, soft };
     let answer = client(&remote)?.post("/purge", &request).await?;
     println!("{answer}");
     Ok(ExitCode::SUCCESS)

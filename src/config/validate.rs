@@ -35,11 +35,26 @@ pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
         Some(path) => fs::read_to_string(path)
             .map_err(|e| vec![ConfigError::at(&name, format!("can't read the configuration: {e}"))])?,
     };
-    let source = Source { name: &name, text: &text };
     let vars: Vec<(String, String)> = std::env::vars().filter(|(k, _)| k.starts_with("SIDECACHE_")).collect();
-    let mut file = parse(source, &vars).map_err(|e| vec![e])?;
+    let folder = path.as_ref().and_then(|p| p.parent()).unwrap_or(Path::new(""));
+    build(Source { name: &name, text: &text }, folder, &vars, flags)
+}
+
+/// The configuration that a text says, with paths relative to `folder`, and nothing from the environment but
+/// the variables it names.
+pub fn from_text(name: &str, text: &str, folder: &Path) -> Result<Config, Vec<ConfigError>> {
+    build(Source { name, text }, folder, &[], &Flags::default())
+}
+
+fn build(
+    source: Source<'_>,
+    folder: &Path,
+    vars: &[(String, String)],
+    flags: &Flags,
+) -> Result<Config, Vec<ConfigError>> {
+    let mut file = parse(source, vars).map_err(|e| vec![e])?;
     apply_flags(&mut file, flags);
-    let folder = path.as_ref().and_then(|p| p.parent()).unwrap_or(Path::new("")).to_owned();
+    let folder = folder.to_owned();
     let mut validator = Validator { source, folder, errors: Vec::new(), notes: Vec::new() };
     let config = validator.config(file);
     if validator.errors.is_empty() { Ok(config) } else { Err(validator.errors) }

@@ -1,5 +1,7 @@
 //! Log lines on stderr, for people or as JSON. Stdout belongs to the first lines of a start.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Log;
@@ -12,7 +14,7 @@ pub fn start(config: &Log) -> Result<(), String> {
     if config.json {
         base.json().flatten_event(true).init();
     } else {
-        base.with_target(false).compact().init();
+        base.with_target(false).with_ansi(std::io::stderr().is_terminal()).compact().init();
     }
     Ok(())
 }

@@ -1,0 +1,55 @@
+//! Shopify's leaky bucket: each call adds one, so many leak out per second, and a full one answers 429.
+
+use std::time::Instant;
+
+/// One token's bucket.
+#[derive(Debug, Clone, Copy)]
+pub struct Bucket {
+    level: f64,
+    at: Instant,
+}
+
+/// What became of a call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Poured {
+    /// It fits; so many are in the bucket now.
+    Fits(u32),
+    /// It does not; wait so many seconds.
+    Full(f64),
+}
+
+impl Bucket {
+    /// An empty one.
+    pub fn new(at: Instant) -> Bucket {
+        Bucket { level: 0.0, at }
+    }
+
+    /// One call at `now`.
+    pub fn pour(&mut self, now: Instant, size: u32, leak: f64) -> Poured {
+        let passed = now.saturating_duration_since(self.at).as_secs_f64();
+        self.level = (self.level - passed * leak).max(0.0);
+        self.at = now;
+        if self.level + 1.0 > f64::from(size) {
+            return Poured::Full(((self.level + 1.0 - f64::from(size)) / leak).ceil().max(1.0));
+        }
+        self.level += 1.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // between 0 and size
+        Poured::Fits(self.level.ceil() as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn it_fills_and_leaks() {
+        let start = crate::clock::Clock::start().instant();
+        let mut bucket = Bucket::new(start);
+        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Fits(1));
+        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Fits(2));
+        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Full(1.0));
+        assert_eq!(bucket.pour(start + Duration::from_millis(500), 2, 2.0), Poured::Fits(2));
+    }
+}
