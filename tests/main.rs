@@ -1,1 +1,18 @@
-//! x
+//! The promises, one file each. All in one program, so that it links once.
+
+mod support;
+
+mod admin;
+mod architecture;
+mod caching;
+mod coalescing;
+mod config;
+mod deadline;
+mod fallback;
+mod limits;
+mod malformed;
+mod shopify;
+mod shutdown;
+mod staleness;
+mod tenants;
+mod writes;

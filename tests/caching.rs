@@ -1,0 +1,280 @@
+//! What is stored is served again, as it came.
+
+use crate::support::{Gate, Origin, Reply, Sidecar, until};
+
+const OVERRIDE: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nnegative_ttl = \"10s\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fresh_answer_is_served_until_it_expires() {
+    let origin = Origin::start(|ask| Reply::fresh(60, format!("answer {}", ask.number))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let first = sidecar.get("/a?x=1").await;
+    assert_eq!((first.status, first.cache_status().as_str()), (200, "sidecache; fwd=uri-miss; stored"));
+    assert!(first.header("age").is_none() && first.header("date").is_some());
+    sidecar.turn(30);
+    let hit = sidecar.get("/a?x=1").await;
+    assert!(hit.is_hit(), "{hit:?}");
+    assert_eq!((hit.text().as_str(), hit.header("age")), ("answer 0", Some("30")));
+    assert!(hit.header("cache-status").expect("one").contains("; key=\""));
+    assert!(hit.header("server-timing").expect("one").starts_with("cache;dur="));
+    assert_eq!(sidecar.get("/a?x=2").await.text(), "answer 1", "another query is another thing");
+    sidecar.turn(31);
+    let refetched = sidecar.get("/a?x=1").await;
+    assert_eq!(
+        (refetched.text().as_str(), refetched.cache_status().as_str()),
+        ("answer 2", "sidecache; fwd=stale; stored")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_not_stored_says_why() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/plain" => Reply::new(200, "x"),
+        "/no-store" => Reply::new(200, "x").header("Cache-Control", "no-store"),
+        "/private" => Reply::new(200, "x").header("Cache-Control", "private, max-age=9"),
+        "/star" => Reply::fresh(9, "x").header("Vary", "*"),
+        "/auth" => Reply::fresh(9, "x"),
+        _ => Reply::fresh(9, "x"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/off\"\ncache = \"off\"\n").await;
+    let table: &[(&str, &[(&str, &str)], &str)] = &[
+        ("/plain", &[], "sidecache; fwd=uri-miss; detail=no-freshness"),
+        ("/no-store", &[], "sidecache; fwd=uri-miss; detail=no-store"),
+        ("/private", &[], "sidecache; fwd=uri-miss; detail=private"),
+        ("/star", &[], "sidecache; fwd=uri-miss; detail=vary-star"),
+        ("/auth", &[("Authorization", "x")], "sidecache; fwd=uri-miss; detail=authorization"),
+        ("/off", &[], "sidecache; fwd=bypass; detail=rule-off"),
+        ("/x", &[("X-Foo-Token", "x")], "sidecache; fwd=bypass; detail=unkeyed-credential"),
+        ("/x", &[("Range", "bytes=0-1")], "sidecache; fwd=bypass; detail=range"),
+        ("/a/../x", &[], "sidecache; fwd=bypass; detail=ambiguous-target"),
+    ];
+    for (target, lines, expected) in table {
+        for _ in 0..2 {
+            assert_eq!(sidecar.get_with(target, lines).await.cache_status(), *expected, "{target}");
+        }
+    }
+    assert_eq!(origin.count(), table.len() * 2);
+    assert!(origin.asks().iter().any(|ask| ask.target == "/a/../x"), "the target is not tidied");
+    let posted = sidecar.send("POST", "/x", "body").await;
+    assert_eq!(posted.cache_status(), "sidecache; fwd=bypass; detail=method");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn header_case_order_of_values_and_repeated_fields_survive() {
+    let origin = Origin::start(|_| {
+        Reply::fresh(60, "x")
+            .header("ETag", "\"1\"")
+            .header("x-lower-case", "a")
+            .header("X-Shop-API-Call-Limit", "1/40")
+            .header("Set-Cookie", "a=1")
+            .header("Set-Cookie", "b=2")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for expected_hit in [false, true] {
+        let answer = sidecar.get("/").await;
+        assert_eq!(answer.is_hit(), expected_hit);
+        let names: Vec<&str> = answer.headers.iter().map(|(name, _)| name.as_str()).collect();
+        for name in ["ETag", "x-lower-case", "X-Shop-API-Call-Limit", "Cache-Control", "Cache-Status"] {
+            assert!(names.contains(&name), "{name} in {names:?}");
+        }
+        assert_eq!(answer.all("set-cookie"), ["a=1", "b=2"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_goes_upstream_as_it_came() {
+    let origin = Origin::start(|ask| Reply::new(200, ask.body.clone())).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let lines = [
+        ("X-MiXed-Case", "kept"),
+        ("Connection", "keep-alive, X-Hop"),
+        ("X-Hop", "dropped"),
+        ("X-Forwarded-For", "1.2.3.4"),
+        ("X-HTTP-Method-Override", "DELETE"),
+        ("Accept-Encoding", "gzip, deflate"),
+    ];
+    let body = vec![7u8; 300_000];
+    let answer = crate::support::send(sidecar.address, "POST", "/a%20b?c=%7E", &lines, &body).await;
+    assert_eq!(answer.body, body);
+    let ask = &origin.asks()[0];
+    assert_eq!(ask.target, "/a%20b?c=%7E");
+    assert!(ask.headers.contains(&("X-MiXed-Case".into(), "kept".into())));
+    assert_eq!(ask.header("host"), Some(origin.address.to_string().as_str()));
+    assert_eq!(ask.header("via"), Some("1.1 sidecache"));
+    assert_eq!(ask.header("accept-encoding"), Some("gzip, deflate"));
+    for gone in ["x-hop", "x-forwarded-for", "x-http-method-override", "connection"] {
+        assert_eq!(ask.header(gone), None, "{gone}");
+    }
+    assert!(answer.header("via").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_and_redirects_lead_back_to_the_sidecar() {
+    let origin = Origin::start(|ask| {
+        let host = ask.header("host").expect("a host");
+        let link = format!("<http://{host}/p?page=1>; rel=\"previous\", <https://{host}/p?page=3>; rel=\"next\"");
+        let reply = Reply::fresh(60, "x").header("Link", &link);
+        if ask.target == "/moved" { reply.header("Location", &format!("http://{host}/p")) } else { reply }
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let here = sidecar.address;
+    let expected = format!("<http://{here}/p?page=1>; rel=\"previous\", <http://{here}/p?page=3>; rel=\"next\"");
+    for _ in 0..2 {
+        assert_eq!(sidecar.get("/p").await.header("link"), Some(expected.as_str()));
+    }
+    let named = sidecar.get_with("/p", &[("Host", "localhost:1234")]).await;
+    assert!(named.is_hit() && named.header("link").expect("one").starts_with("<http://localhost:1234/p"));
+    let moved = sidecar.send("POST", "/moved", "").await;
+    assert_eq!(moved.header("location"), Some(format!("http://{here}/p").as_str()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn variants_of_one_url_live_side_by_side() {
+    let origin = Origin::start(|ask| {
+        let language = ask.header("accept-language").unwrap_or("none");
+        Reply::fresh(60, language).header("Vary", "Accept-Language")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for round in 0..2 {
+        for language in ["de", "en", "fr"] {
+            let answer = sidecar.get_with("/", &[("Accept-Language", language)]).await;
+            assert_eq!((answer.text().as_str(), answer.is_hit()), (language, round > 0));
+        }
+    }
+    assert_eq!(origin.count(), 3);
+    sidecar.purge(r#"{"urls":["/"]}"#).await;
+    assert!(!sidecar.get_with("/", &[("Accept-Language", "en")]).await.is_hit(), "a purge takes all variants");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_is_validated_and_a_304_makes_it_fresh() {
+    let origin = Origin::start(|ask| {
+        if ask.header("if-none-match") == Some("\"v1\"") {
+            return Reply::new(304, "").header("Cache-Control", "max-age=60").header("X-New", "yes");
+        }
+        Reply::fresh(10, "body").header("ETag", "\"v1\"")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/").await;
+    sidecar.turn(11);
+    let validated = sidecar.get("/").await;
+    assert_eq!((validated.status, validated.text().as_str()), (200, "body"));
+    assert_eq!(validated.cache_status(), "sidecache; fwd=stale; fwd-status=304; stored");
+    sidecar.turn(30);
+    let hit = sidecar.get("/").await;
+    assert!(hit.is_hit());
+    assert_eq!((hit.header("x-new"), hit.header("etag")), (Some("yes"), Some("\"v1\"")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clients_condition_is_answered_from_the_cache() {
+    let origin = Origin::start(|_| Reply::fresh(60, "body").header("ETag", "\"v1\"")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for _ in 0..2 {
+        let answer = sidecar.get_with("/", &[("If-None-Match", "\"v1\"")]).await;
+        assert_eq!((answer.status, answer.header("etag")), (304, Some("\"v1\"")));
+        assert_eq!(answer.header("content-length"), None);
+    }
+    assert_eq!(sidecar.get_with("/", &[("If-None-Match", "\"v2\"")]).await.text(), "body");
+    assert_eq!(origin.count(), 1);
+    assert_eq!(origin.asks()[0].header("if-none-match"), None, "the cache wanted the whole answer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn head_is_answered_from_a_stored_get_and_stores_nothing() {
+    let origin = Origin::start(|_| Reply::fresh(60, "twelve bytes")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let missed = sidecar.send("HEAD", "/", "").await;
+    assert_eq!(missed.cache_status(), "sidecache; fwd=uri-miss; detail=head");
+    sidecar.get("/").await;
+    let hit = sidecar.send("HEAD", "/", "").await;
+    assert!(hit.is_hit());
+    assert_eq!(hit.header("content-length"), Some("12"));
+    assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn override_asks_nobody_and_keeps_no_cookie() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/gone" => Reply::new(404, "no"),
+        "/teapot" => Reply::new(418, "no"),
+        _ => Reply::new(200, "x").header("Cache-Control", "no-store, private").header("Set-Cookie", "session=1"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, OVERRIDE).await;
+    assert_eq!(sidecar.get("/").await.status, 200);
+    let hit = sidecar.get_with("/", &[("Cache-Control", "no-cache")]).await;
+    assert!(hit.is_hit() && hit.header("set-cookie").is_none());
+    sidecar.get("/gone").await;
+    let gone = sidecar.get("/gone").await;
+    assert!(gone.is_hit() && gone.status == 404);
+    sidecar.turn(10);
+    assert!(!sidecar.get("/gone").await.is_hit(), "negative_ttl has passed");
+    sidecar.get("/teapot").await;
+    assert_eq!(sidecar.get("/teapot").await.cache_status(), "sidecache; fwd=uri-miss; fwd-status=418; detail=status");
+    let gzip = sidecar.get_with("/", &[("Accept-Encoding", "gzip")]).await;
+    assert!(!gzip.is_hit(), "content codings are always apart");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_streams_through_unstored() {
+    let big = vec![b'x'; 600_000];
+    let body = big.clone();
+    let gate = Gate::new();
+    let half = gate.clone();
+    let origin = Origin::start(move |ask| match ask.target.as_str() {
+        "/announced" => Reply::fresh(60, body.clone()).halfway(&half),
+        _ => Reply::raw([b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n\r\n".to_vec(), body.clone()].concat()),
+    })
+    .await;
+    let sidecar =
+        Sidecar::with_tables(&origin, "", "[memory]\nmax_bytes = \"1MiB\"\nmax_entry_bytes = \"100KiB\"\n").await;
+    let mut client = crate::support::Client::connect(sidecar.address).await;
+    client.ask("GET", "/announced", &[], b"").await;
+    client.read_some(200_000).await;
+    gate.open();
+    let answer = client.answer_to("GET").await.expect("an answer");
+    assert_eq!(
+        (answer.body == big, answer.cache_status().as_str()),
+        (true, "sidecache; fwd=uri-miss; detail=too-large")
+    );
+    let unannounced = sidecar.get("/unannounced").await;
+    assert!(unannounced.body == big && unannounced.whole);
+    assert!(!sidecar.get("/unannounced").await.is_hit());
+    until("what was in flight is given back", || (sidecar.commons.purse.held() == 0).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_most_specific_is_not_what_wins_but_the_first() {
+    let rules = "[[upstream.rule]]\nname = \"one\"\npath = \"/a/*\"\ncache = \"off\"\n\
+                 [[upstream.rule]]\nname = \"two\"\npath = \"/a/b\"\nttl = \"5m\"\n";
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let sidecar = Sidecar::before(&origin, rules).await;
+    assert_eq!(sidecar.get("/a/b").await.cache_status(), "sidecache; fwd=bypass; detail=rule-off");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn excluded_parameters_are_forwarded_but_not_keyed() {
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"*\", \"!utm_*\"] }\n";
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, rules).await;
+    sidecar.get("/?a=1&utm_source=mail").await;
+    assert!(sidecar.get("/?utm_source=web&a=1").await.is_hit());
+    assert_eq!(origin.asks()[0].target, "/?a=1&utm_source=mail");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_if_cached_is_honoured() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let only = [("Cache-Control", "only-if-cached")];
+    assert_eq!(sidecar.get_with("/", &only).await.status, 504);
+    sidecar.get("/").await;
+    assert!(sidecar.get_with("/", &only).await.is_hit());
+    assert_eq!(origin.count(), 1);
+}

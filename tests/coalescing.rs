@@ -1,0 +1,239 @@
+//! One fetch per key: who waits for whom, and what becomes of those who wait.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::{Request, Response};
+use sidecache::body::Body;
+use sidecache::upstream::{Sending, Upstream};
+use tokio::task::JoinSet;
+
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, until};
+
+/// Starts so many GETs at once.
+fn burst(sidecar: &Sidecar, count: usize, target: &'static str) -> JoinSet<crate::support::Answer> {
+    let mut requests = JoinSet::new();
+    for _ in 0..count {
+        requests.spawn(get(sidecar.address, target, &[]));
+    }
+    requests
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_cold_requests_make_one_upstream_request() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "shared").after(&held)).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let requests = burst(&sidecar, 200, "/");
+    origin.asked(1).await;
+    gate.open();
+    let answers = requests.join_all().await;
+    assert!(answers.iter().all(|a| a.status == 200 && a.text() == "shared"));
+    assert_eq!(origin.count(), 1);
+    let collapsed = answers.iter().filter(|a| a.cache_status().contains("collapsed")).count();
+    let led = answers.iter().filter(|a| a.cache_status() == "sidecache; fwd=uri-miss; stored").count();
+    assert_eq!((led, collapsed + answers.iter().filter(|a| a.is_hit()).count()), (1, 199));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_read_along_while_the_body_comes() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "first half second half").halfway(&held)).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let mut client = Client::connect(sidecar.address).await;
+        client.ask("GET", "/", &[], b"").await;
+        let seen = loop {
+            let have = client.read_some(0).await.len();
+            let bytes = client.read_some(have + 1).await;
+            if bytes.windows(10).any(|w| w == b"first half") {
+                break true;
+            }
+        };
+        assert!(seen);
+        clients.push(client);
+    }
+    gate.open();
+    for mut client in clients {
+        assert_eq!(client.answer_to("GET").await.expect("an answer").text(), "first half second half");
+    }
+    assert_eq!(origin.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_uncacheable_answer_releases_everybody_at_its_head_and_next_time_nobody_waits() {
+    let heads = [Gate::new(), Gate::new(), Gate::new()];
+    let gates = heads.clone();
+    // The first request alone, then the other 19 together, then all 20 of the second burst together.
+    let origin = Origin::start(move |ask| {
+        let gate = match ask.number {
+            0 => &gates[0],
+            1..20 => &gates[1],
+            _ => &gates[2],
+        };
+        Reply::new(200, "mine").header("Cache-Control", "no-store").after(gate)
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "[upstream.timeouts]\ndeadline = \"20s\"\n").await;
+    let first = burst(&sidecar, 20, "/");
+    origin.asked(1).await;
+    heads[0].open();
+    origin.asked(20).await; // all 19 are upstream at once: none waits for another
+    heads[1].open();
+    assert!(first.join_all().await.iter().all(|a| a.status == 200 && a.text() == "mine"));
+    let second = burst(&sidecar, 20, "/");
+    origin.asked(40).await; // all 20 at once: nobody waited for a leader
+    heads[2].open();
+    assert!(second.join_all().await.iter().all(|a| a.status == 200));
+    assert_eq!(origin.count(), 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
+    for reset in [false, true] {
+        let gate = Gate::new();
+        let held = gate.clone();
+        let origin = Origin::start(move |_| Reply::fresh(60, "shared").after(&held)).await;
+        let sidecar = Sidecar::before(&origin, "").await;
+        let mut leader = Client::connect(sidecar.address).await;
+        leader.ask("GET", "/", &[], b"").await;
+        origin.asked(1).await;
+        let followers = burst(&sidecar, 20, "/");
+        if reset {
+            leader.reset()
+        } else {
+            drop(leader)
+        }
+        gate.open();
+        assert!(followers.join_all().await.iter().all(|a| a.text() == "shared"), "reset: {reset}");
+        assert_eq!(origin.count(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fetch_that_everybody_left_still_fills_the_cache() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "late").after(&held)).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut leader = Client::connect(sidecar.address).await;
+    leader.ask("GET", "/", &[], b"").await;
+    origin.asked(1).await;
+    drop(leader);
+    gate.open();
+    until("the answer is stored", || (sidecar.commons.memory.usage().entries == 1).then_some(())).await;
+    assert!(sidecar.get("/").await.is_hit());
+}
+
+/// Panics at its first request, once everybody waits for it.
+#[derive(Debug)]
+struct Fragile {
+    calls: AtomicUsize,
+    gate: Gate,
+}
+
+impl Upstream for Fragile {
+    fn send(&self, _: Request<Body>) -> Sending<'_> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async move {
+            self.gate.wait().await;
+            assert!(call > 0, "the leader panics: this is what the test is about");
+            let mut response = Response::new(Body::Full("second".into()));
+            response.headers_mut().insert("cache-control", http::HeaderValue::from_static("max-age=60"));
+            Ok(response)
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_panics_leaves_nobody_failed_or_stuck() {
+    let upstream = Arc::new(Fragile { calls: AtomicUsize::new(0), gate: Gate::new() });
+    let sidecar = Sidecar::over(upstream.clone(), "").await;
+    let requests = burst(&sidecar, 20, "/");
+    until("the first fetch", || (upstream.calls.load(Ordering::SeqCst) == 1).then_some(())).await;
+    upstream.gate.open();
+    assert!(requests.join_all().await.iter().all(|a| a.status == 200 && a.text() == "second"));
+    assert_eq!(upstream.calls.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.number {
+        0 => Reply::reset().after(&held),
+        _ => Reply::fresh(60, "later"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let requests = burst(&sidecar, 10, "/");
+    origin.asked(1).await;
+    gate.open();
+    let statuses: Vec<u16> = requests.join_all().await.iter().map(|a| a.status).collect();
+    assert!(statuses.iter().all(|status| *status == 502 || *status == 200), "{statuses:?}");
+    assert_eq!(sidecar.get("/").await.text(), "later");
+    assert_eq!(sidecar.commons.flights.running(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_of_another_variant_get_their_own() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| {
+        let language = ask.header("accept-language").unwrap_or("none");
+        Reply::fresh(60, language).header("Vary", "Accept-Language").after(&held)
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut requests = JoinSet::new();
+    for i in 0..30 {
+        let (address, language) = (sidecar.address, ["de", "en", "fr"][i % 3]);
+        requests.spawn(async move { (language, get(address, "/", &[("Accept-Language", language)]).await) });
+    }
+    origin.asked(1).await;
+    gate.open();
+    for (language, answer) in requests.join_all().await {
+        assert_eq!(answer.text(), language);
+    }
+    assert_eq!(origin.count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_breaks_off_breaks_off_for_all_and_is_not_stored() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::fresh(60, vec![b'x'; 1000]).cut_after(500, false),
+        _ => Reply::fresh(60, "whole"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let broken = sidecar.get("/").await;
+    assert!(!broken.whole, "{broken:?}");
+    let next = sidecar.get("/").await;
+    assert!(next.whole && !next.is_hit() && next.text() == "whole");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
+    let gates = [Gate::new(), Gate::new()];
+    let held = gates.clone();
+    let origin =
+        Origin::start(move |ask| Reply::fresh(60, format!("answer {}", ask.number)).after(&held[ask.number.min(1)]))
+            .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let before = burst(&sidecar, 5, "/");
+    origin.asked(1).await;
+    sidecar.purge(r#"{"all":true}"#).await;
+    let after = burst(&sidecar, 5, "/");
+    origin.asked(2).await;
+    gates[0].open();
+    gates[1].open();
+    assert!(
+        after.join_all().await.iter().all(|a| a.text() == "answer 1"),
+        "nobody joins a flight older than a purge"
+    );
+    assert!(before.join_all().await.len() == 5);
+    assert_eq!(sidecar.get("/").await.text(), "answer 1", "the older flight was not stored");
+}

@@ -1,0 +1,263 @@
+//! A scripted origin on a real socket: a function from request to reply, and a record of all requests.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::until;
+
+/// A request as it came over the wire.
+#[derive(Debug, Clone)]
+pub struct Ask {
+    pub method: String,
+    pub target: String,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// How many requests came before it, on any connection.
+    pub number: usize,
+}
+
+impl Ask {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
+    }
+}
+
+/// Opens once, for all who wait.
+#[derive(Debug, Clone)]
+pub struct Gate(Arc<watch::Sender<bool>>);
+
+impl Gate {
+    pub fn new() -> Gate {
+        Gate(Arc::new(watch::Sender::new(false)))
+    }
+
+    pub fn open(&self) {
+        self.0.send_replace(true);
+    }
+
+    pub async fn wait(&self) {
+        self.0.subscribe().wait_for(|open| *open).await.expect("the gate is there");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Send(Vec<u8>),
+    Wait(Gate),
+    Close,
+    Reset,
+    Hang,
+}
+
+/// What the origin does with a request.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    before: Vec<Step>,
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+    raw: Option<Vec<Step>>,
+    /// The body's second half waits for this.
+    middle: Option<Gate>,
+    /// Only so much of the body is sent, then the connection ends.
+    cut: Option<(usize, bool)>,
+}
+
+impl Reply {
+    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+        let (before, headers) = (Vec::new(), Vec::new());
+        Reply { before, status, headers, body: body.into(), raw: None, middle: None, cut: None }
+    }
+
+    /// 200 that is fresh for so many seconds.
+    pub fn fresh(seconds: u32, body: impl Into<Vec<u8>>) -> Reply {
+        Reply::new(200, body).header("Cache-Control", &format!("max-age={seconds}"))
+    }
+
+    /// These bytes, then the connection is closed.
+    pub fn raw(bytes: impl Into<Vec<u8>>) -> Reply {
+        let mut reply = Reply::new(0, "");
+        reply.raw = Some(vec![Step::Send(bytes.into()), Step::Close]);
+        reply
+    }
+
+    /// No answer: closed, reset, or never.
+    pub fn close() -> Reply {
+        Reply { raw: Some(vec![Step::Close]), ..Reply::new(0, "") }
+    }
+
+    pub fn reset() -> Reply {
+        Reply { raw: Some(vec![Step::Reset]), ..Reply::new(0, "") }
+    }
+
+    pub fn hang() -> Reply {
+        Reply { raw: Some(vec![Step::Hang]), ..Reply::new(0, "") }
+    }
+
+    #[must_use]
+    pub fn header(mut self, name: &str, value: &str) -> Reply {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Not before this gate opens.
+    #[must_use]
+    pub fn after(mut self, gate: &Gate) -> Reply {
+        self.before.push(Step::Wait(gate.clone()));
+        self
+    }
+
+    /// Half of the body, then the gate, then the rest.
+    #[must_use]
+    pub fn halfway(mut self, gate: &Gate) -> Reply {
+        self.middle = Some(gate.clone());
+        self
+    }
+
+    /// Announces the whole body, sends `bytes` of it, and ends the connection.
+    #[must_use]
+    pub fn cut_after(mut self, bytes: usize, reset: bool) -> Reply {
+        self.cut = Some((bytes, reset));
+        self
+    }
+
+    fn steps(self, head_only: bool) -> Vec<Step> {
+        let mut steps = self.before;
+        if let Some(raw) = self.raw {
+            steps.extend(raw);
+            return steps;
+        }
+        let mut head = format!("HTTP/1.1 {} Status\r\n", self.status);
+        for (name, value) in &self.headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        let framed = self.headers.iter().any(|(n, _)| n.eq_ignore_ascii_case("content-length"));
+        if !framed && self.status != 304 && self.status != 204 {
+            head += &format!("Content-Length: {}\r\n", self.body.len());
+        }
+        head += "\r\n";
+        let mut bytes = head.into_bytes();
+        if head_only {
+            steps.push(Step::Send(bytes));
+        } else if let Some((size, reset)) = self.cut {
+            bytes.extend_from_slice(&self.body[..size]);
+            steps.extend([Step::Send(bytes), if reset { Step::Reset } else { Step::Close }]);
+        } else if let Some(gate) = self.middle {
+            let half = self.body.len() / 2;
+            bytes.extend_from_slice(&self.body[..half]);
+            steps.extend([Step::Send(bytes), Step::Wait(gate), Step::Send(self.body[half..].to_vec())]);
+        } else {
+            bytes.extend_from_slice(&self.body);
+            steps.push(Step::Send(bytes));
+        }
+        steps
+    }
+}
+
+type Script = dyn Fn(&Ask) -> Reply + Send + Sync;
+
+/// The origin.
+#[derive(Debug)]
+pub struct Origin {
+    pub address: SocketAddr,
+    asks: Arc<Mutex<Vec<Ask>>>,
+    serving: JoinHandle<()>,
+}
+
+impl Origin {
+    pub async fn start(script: impl Fn(&Ask) -> Reply + Send + Sync + 'static) -> Origin {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let asks = Arc::new(Mutex::new(Vec::new()));
+        let (script, record): (Arc<Script>, _) = (Arc::new(script), asks.clone());
+        let serving = tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.expect("a connection");
+                tokio::spawn(connection(stream, script.clone(), record.clone()));
+            }
+        });
+        Origin { address, asks, serving }
+    }
+
+    pub fn asks(&self) -> Vec<Ask> {
+        self.asks.lock().expect("unpoisoned").clone()
+    }
+
+    pub fn count(&self) -> usize {
+        self.asks.lock().expect("unpoisoned").len()
+    }
+
+    /// Waits until so many requests have come.
+    pub async fn asked(&self, count: usize) {
+        until(&format!("{count} requests at the origin"), || (self.count() >= count).then_some(())).await;
+    }
+}
+
+impl Drop for Origin {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn connection(mut stream: TcpStream, script: Arc<Script>, asks: Arc<Mutex<Vec<Ask>>>) {
+    let mut buffer = Vec::new();
+    while let Some(mut ask) = read_request(&mut stream, &mut buffer).await {
+        {
+            let mut asks = asks.lock().expect("unpoisoned");
+            ask.number = asks.len();
+            asks.push(ask.clone());
+        }
+        for step in script(&ask).steps(ask.method == "HEAD") {
+            match step {
+                Step::Send(bytes) => {
+                    if stream.write_all(&bytes).await.is_err() {
+                        return;
+                    }
+                }
+                Step::Wait(gate) => gate.wait().await,
+                Step::Hang => std::future::pending().await,
+                Step::Close => return,
+                Step::Reset => {
+                    socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).expect("a socket");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn read_request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Ask> {
+    let end = loop {
+        if let Some(at) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if stream.read_buf(buffer).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
+    let mut lines = head.lines();
+    let mut first = lines.next()?.split(' ');
+    let (method, target) = (first.next()?.to_owned(), first.next()?.to_owned());
+    let header = |line: &str| line.split_once(": ").map(|(n, v)| (n.to_owned(), v.to_owned()));
+    let headers: Vec<_> = lines.filter_map(header).collect();
+    let of = |name: &str| headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.clone());
+    buffer.drain(..end);
+    let mut body = Vec::new();
+    if let Some(length) = of("content-length").and_then(|l| l.parse::<usize>().ok()) {
+        while buffer.len() < length {
+            if stream.read_buf(buffer).await.ok()? == 0 {
+                return None;
+            }
+        }
+        body = buffer.drain(..length).collect();
+    } else if of("transfer-encoding").is_some() {
+        body = super::client::read_chunked(stream, buffer).await?;
+    }
+    Some(Ask { method, target, headers, body, number: 0 })
+}
