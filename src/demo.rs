@@ -1,5 +1,6 @@
 //! The demo and its shop. Reached only from the command line and the tests.
 
+mod api;
 pub mod bucket;
 pub mod catalogue;
 mod load;

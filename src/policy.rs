@@ -4,6 +4,7 @@
 //! argument ([`Tick`]), bodies are complete bytes, and every decision returns the next action together with
 //! what that action needs.
 
+pub mod asked;
 pub mod directives;
 pub mod entry;
 pub mod freshness;
@@ -20,6 +21,7 @@ pub mod revalidate;
 pub mod route;
 pub mod storage;
 pub mod tags;
+pub mod target;
 
 use std::time::Duration;
 

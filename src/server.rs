@@ -112,7 +112,6 @@ async fn connection(stream: TcpStream, proxy: Arc<Proxy>, limits: Limits, mut dr
         .header_read_timeout(limits.keep_alive)
         .preserve_header_case(true)
         .title_case_headers(true)
-        .pipeline_flush(true)
         .auto_date_header(false)
         .max_buf_size(head.max(64 << 10))
         .max_header_size(head)

@@ -12,9 +12,9 @@ use tracing::{Level, debug, enabled, info, warn};
 pub use counters::{Counters, Snapshot};
 pub use signals::{Signals, State};
 
+use crate::policy::asked::Asked;
 use crate::policy::outcome::{Failure, Outcome};
 use crate::policy::plan::Plan;
-use crate::proxy::visit::Asked;
 
 /// After so many GETs without anything stored, one hint says why.
 const HINT_AFTER: u64 = 20;

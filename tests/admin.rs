@@ -1,1 +1,125 @@
-//! x
+//! The admin API: health, counters, purges, and who may ask.
+
+use crate::support::{Origin, Reply, Sidecar, get, send};
+
+const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
+                     tags = [\"products\", \"product:{id}\"]\n\
+                     [[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n";
+
+const TARGETS: [&str; 4] = ["/products/1", "/products/2", "/shop?a=1", "/shop?a=2"];
+
+async fn filled() -> (Origin, Sidecar) {
+    let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    fill(&sidecar).await;
+    (origin, sidecar)
+}
+
+async fn fill(sidecar: &Sidecar) {
+    for target in TARGETS {
+        sidecar.get(target).await;
+        assert!(sidecar.get(target).await.is_hit());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_takes_what_it_names_and_no_other() {
+    let (_origin, sidecar) = filled().await;
+    let address = format!("\"urls\":[\"http://{}/shop?a=1\"]", _origin.address);
+    let table: &[(&str, &[&str])] = &[
+        (r#"{"tags":["product:1"]}"#, &["/products/1"]),
+        (r#"{"tags":["products"]}"#, &["/products/1", "/products/2"]),
+        (r#"{"tags":["nothing"]}"#, &[]),
+        (r#"{"urls":["/shop?a=1"]}"#, &["/shop?a=1"]),
+        (&format!("{{{address}}}"), &["/shop?a=1"]),
+        (r#"{"urls":["http://elsewhere.example/shop?a=1"]}"#, &[]),
+        (r#"{"prefixes":["/shop"]}"#, &["/shop?a=1", "/shop?a=2"]),
+        (r#"{"patterns":["*a=2"]}"#, &["/shop?a=2"]),
+        (r#"{"all":true}"#, &TARGETS),
+        (r#"{"all":true,"upstream":"api"}"#, &TARGETS),
+        (r#"{"tags":["product:2"],"prefixes":["/shop?a=2"]}"#, &["/products/2", "/shop?a=2"]),
+    ];
+    for (request, expected) in table {
+        fill(&sidecar).await;
+        let answer = sidecar.purge(request).await;
+        assert!(answer["purged"].as_u64() >= Some(1) && answer["id"].is_u64(), "{answer}");
+        for target in TARGETS {
+            assert_eq!(!sidecar.get(target).await.is_hit(), expected.contains(&target), "{request}: {target}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_soft_purge_serves_stale_while_it_refreshes() {
+    let (_origin, sidecar) = filled().await;
+    sidecar.purge(r#"{"tags":["product:1"],"soft":true}"#).await;
+    let stale = sidecar.get("/products/1").await;
+    assert!(stale.cache_status().ends_with("detail=stale-while-revalidate"), "{}", stale.cache_status());
+    assert!(stale.cache_status().contains("ttl=-1"), "stale before its time: {}", stale.cache_status());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_that_names_nothing_or_nonsense_is_a_clear_400() {
+    let (_origin, sidecar) = filled().await;
+    let lines = [("Content-Type", "application/json")];
+    let bad = [
+        "{}",
+        "[",
+        r#"{"tag":["x"]}"#,
+        r#"{"urls":["shop"]}"#,
+        r#"{"all":true,"upstream":"nope"}"#,
+        r#"{"all":true,"hosts":["x"]}"#,
+    ];
+    for body in bad {
+        let answer = send(sidecar.admin, "POST", "/purge", &lines, body.as_bytes()).await;
+        assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (400, Some("bad_request")), "{body}");
+    }
+    assert_eq!(send(sidecar.admin, "GET", "/purge", &[], b"").await.status, 405, "nothing changes on GET");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_ask() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let file = std::env::temp_dir().join(format!("sidecache-token-{}", std::process::id()));
+    std::fs::write(&file, "canary-token\n").expect("writable");
+    let text = format!(
+        "[[upstream]]\nname = \"api\"\nurl = \"http://{}\"\nlisten = \"127.0.0.1:0\"\n\
+         [admin]\nlisten = \"127.0.0.1:0\"\ntoken = {{ file = \"{}\" }}\n",
+        origin.address,
+        file.display()
+    );
+    let sidecar = Sidecar::from_text(&text).await;
+    std::fs::remove_file(&file).expect("it is there");
+    let own = sidecar.admin.to_string();
+    let token = ("Authorization", "Bearer canary-token");
+    let table: &[(&str, &[(&str, &str)], u16)] = &[
+        ("/stats", &[token], 200),
+        ("/stats", &[], 401),
+        ("/stats", &[("Authorization", "Bearer canary-toke")], 401),
+        ("/stats", &[token, ("Host", "evil.example")], 421),
+        ("/stats", &[token, ("Origin", "http://evil.example")], 403),
+        ("/stats", &[token, ("Origin", &format!("http://{own}"))], 200),
+        ("/livez", &[("Host", "10.0.0.7:8080")], 200),
+        ("/readyz", &[], 200),
+        ("/health", &[("Host", "10.0.0.7")], 200),
+        ("/nothing", &[token], 404),
+    ];
+    for (path, lines, expected) in table {
+        assert_eq!(get(sidecar.admin, path, lines).await.status, *expected, "{path} {lines:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stats_and_health_tell_what_happened() {
+    let (_origin, sidecar) = filled().await;
+    let stats = sidecar.stats().await;
+    assert_eq!(stats["requests"]["outcomes"]["hit"], 4);
+    assert_eq!(stats["requests"]["outcomes"]["miss"], 4);
+    assert_eq!(stats["requests"]["upstream_requests"], 4);
+    assert_eq!(stats["requests"]["hit_ratio"], 0.5);
+    assert_eq!(stats["memory"]["entries"], 4);
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["status"], "ok");
+    assert_eq!(health["components"]["upstreams"]["api"]["status"], "ok");
+    assert!(health["components"]["process"]["rss_bytes"].as_u64() > Some(1 << 20));
+}

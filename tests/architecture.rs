@@ -1,1 +1,137 @@
-//! x
+//! The walls of the house, checked against the sources.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Every source file below `folder`, with its path from the crate's root.
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut open = vec![root.join(folder)];
+    let mut found = Vec::new();
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let name: PathBuf = path.strip_prefix(root).expect("below").to_owned();
+            found.push((name.display().to_string(), fs::read_to_string(&path).expect("text")));
+        }
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// The code of a file: without its tests and comments.
+fn code(text: &str) -> String {
+    let before_tests = text.split("#[cfg(test)]").next().unwrap_or_default();
+    before_tests.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Fails if `words` appear in the code of files that `inside` does not hold.
+fn only_in(words: &[&str], inside: &[&str]) {
+    for (name, text) in sources("src") {
+        if inside.iter().any(|place| name.starts_with(place)) {
+            continue;
+        }
+        let code = code(&text);
+        for word in words {
+            assert!(!code.contains(word), "{word} is named in {name}: only in {inside:?}");
+        }
+    }
+}
+
+#[test]
+fn policy_is_pure() {
+    let forbidden = [
+        "tokio",
+        "hyper",
+        "fred",
+        "Instant::now",
+        "SystemTime::now",
+        "getrandom",
+        "TcpStream",
+        "std::fs",
+        "tracing",
+        "async ",
+    ];
+    for (name, text) in sources("src").into_iter().filter(|(name, _)| name.starts_with("src/policy")) {
+        let code = code(&text);
+        for word in forbidden {
+            assert!(!code.contains(word), "{word} in {name}");
+        }
+        for line in code.lines().filter(|line| line.contains("crate::")) {
+            assert!(line.contains("crate::policy"), "{name} looks outside: {line}");
+        }
+    }
+}
+
+#[test]
+fn adapters_stay_behind_their_walls() {
+    only_in(&["hyper_util"], &["src/server", "src/upstream", "src/demo"]);
+    only_in(&["hyper::"], &["src/server", "src/upstream", "src/demo"]);
+    only_in(&["fred::"], &["src/redis"]);
+    only_in(&["axum"], &["src/admin"]);
+    only_in(&["quick_cache"], &["src/store", "src/proxy/flights.rs"]);
+    only_in(&["serde::Deserialize", "toml::"], &["src/config", "src/admin", "src/demo"]);
+    only_in(&["Instant::now", "SystemTime::now"], &["src/clock.rs", "src/server/intake.rs", "src/proxy/fetch.rs"]);
+    only_in(&["crate::demo"], &["src/demo", "src/cli.rs"]);
+    only_in(&["crate::cli"], &["src/cli", "src/main.rs", "src/demo"]);
+    only_in(&["crate::app"], &["src/app.rs", "src/cli", "src/main.rs", "src/demo"]);
+}
+
+#[test]
+fn the_name_of_one_api_is_not_in_the_general_parts() {
+    for folder in ["src/policy", "src/proxy", "src/store", "src/server", "src/upstream", "src/body", "src/telemetry"]
+    {
+        for (name, text) in sources("src").into_iter().filter(|(name, _)| name.starts_with(folder)) {
+            assert!(!text.to_lowercase().contains("shopify"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let below_proxy = ["src/policy", "src/store", "src/upstream", "src/body", "src/clock"];
+    for (name, text) in sources("src") {
+        let code = code(&text);
+        if below_proxy.iter().any(|place| name.starts_with(place)) {
+            for above in ["crate::server", "crate::admin", "crate::app", "crate::cli", "crate::proxy"] {
+                assert!(!code.contains(above), "{name} looks up to {above}");
+            }
+        }
+        if name.starts_with("src/proxy") {
+            for above in ["crate::server", "crate::admin", "crate::app", "crate::cli"] {
+                assert!(!code.contains(above), "{name} looks up to {above}");
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_small_and_have_a_first_line_that_says_what_they_are_for() {
+    let mut lengths = Vec::new();
+    for (name, text) in sources("src") {
+        assert!(text.starts_with("//! "), "{name} has no first line");
+        let length = text.split("#[cfg(test)]").next().unwrap_or_default().lines().count();
+        assert!(length <= 400, "{name} has {length} lines without its tests");
+        assert!(!name.ends_with("/mod.rs"), "{name}: write foo.rs beside foo/");
+        lengths.push(length);
+    }
+    lengths.sort_unstable();
+    assert!(lengths[lengths.len() / 2] <= 150, "half of the files are at most 150 lines");
+}
+
+#[test]
+fn the_handler_fits_on_one_screen() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/proxy.rs")).expect("it is there");
+    let handle =
+        text.split("pub async fn handle").nth(1).expect("the handler").split("\n    }\n").next().expect("its end");
+    assert!(handle.lines().count() <= 40, "{}", handle.lines().count());
+}
+
+#[test]
+fn tests_do_not_wait_by_the_clock() {
+    let (sleep, thread) = (["time::", "sleep("].concat(), ["thread::", "sleep"].concat());
+    for (name, text) in sources("tests") {
+        assert!(!text.contains(&sleep) && !text.contains(&thread), "{name}");
+    }
+}

@@ -1,1 +1,202 @@
-//! x
+//! The configuration, and what a bad one is told.
+
+use std::path::Path;
+
+use sidecache::config;
+
+use crate::support::process::{Process, command, run};
+use crate::support::{Origin, Reply, get, soon};
+
+const HEAD: &str = "[[upstream]]\nurl = \"https://shop.example\"\n";
+
+/// The first error of a text that is not good.
+fn error(text: &str) -> String {
+    let errors = config::from_text("t.toml", text, Path::new("/nowhere")).expect_err(text);
+    errors[0].to_string().lines().next().expect("a line").to_owned()
+}
+
+#[test]
+fn every_mistake_is_told_where_it_is_and_what_to_write() {
+    let rule = |lines: &str| format!("{HEAD}[[upstream.rule]]\npath = \"/{{id}}\"\n{lines}\n");
+    let table: &[(String, &str, &str)] = &[
+        (format!("{HEAD}nope = 1\n"), "t.toml:3:1", "unknown field `nope`"),
+        (format!("{HEAD}listen = \"18080\"\n"), "t.toml:3:10", "127.0.0.1:18080"),
+        ("[[upstream]]\nurl = \"shop.example\"\n".into(), "t.toml:2:7", "https://shop.example"),
+        ("[[upstream]]\nurl = \"https://a/b\"\n".into(), "t.toml:2:7", "\"https://a\""),
+        ("[[upstream]]\nname = \"x\"\n".into(), "t.toml:1:1", "needs a url"),
+        (rule("ttl = \"5m\"\ncache = \"http\""), "t.toml:5:7", "cache = \"override\""),
+        (rule("ttl = \"weekly\""), "t.toml:5:7", "no class \"weekly\" in [ttl]"),
+        (rule("ttl = \"5\""), "t.toml:5:7", "\"5s\""),
+        (rule("cache = \"override\""), "t.toml:5:9", "needs a ttl"),
+        (rule("cache = \"sometimes\""), "t.toml:5:9", "\"http\", \"override\" or \"off\""),
+        (rule("deadline = 5"), "t.toml:5:12", "no unit"),
+        (rule("tags = [\"p:{name}\"]"), "t.toml:5:8", "{name}"),
+        (rule("methods = [\"POST\"]"), "t.toml:5:11", "only GET and HEAD"),
+        (rule("reject_empty = \"products\""), "t.toml:5:16", "\"/products\""),
+        (rule("fallback = { file = \"x.json\" }"), "t.toml:5:21", "/nowhere/x.json: No such file"),
+        (rule("fallback = { body = \"\", on = [\"rain\"] }"), "t.toml:5:30", "timeout"),
+        (rule("when = { graphql = { type = \"query\" } }"), "t.toml:5:20", "not built yet"),
+        (rule("key = { partition = \"app\" }"), "t.toml:5:21", "not built yet"),
+        (format!("mode = \"bypass\"\n{HEAD}"), "t.toml:1:8", "not built yet"),
+        (format!("{HEAD}budget = {{ rate = \"2/s\" }}\n"), "t.toml:3:10", "not built yet"),
+        (format!("{HEAD}[redis]\nurl = \"redis://x\"\n"), "t.toml:3:1", "not built yet"),
+        (format!("{HEAD}[memory]\nmax_bytes = 64\n"), "t.toml:4:13", "MiB"),
+        (format!("{HEAD}[memory]\nmax_entry_bytes = \"1GiB\"\n"), "t.toml:4:19", "at most half"),
+        (format!("{HEAD}[admin]\nlisten = \"0.0.0.0:1\"\n"), "t.toml:4:10", "needs a token"),
+        (format!("{HEAD}[admin]\ntoken = \"plain\"\n"), "t.toml:4:9", "{ file = "),
+        (format!("{HEAD}[admin]\ntoken = {{ file = \"t\" }}\n"), "t.toml:4:9", "/nowhere/t"),
+        ("[[upstream]]\nurl = \"https://${SIDECACHE_NOT_SET}\"\n".into(), "t.toml:2:7", ":-default"),
+        ("[[upstream]\n".into(), "t.toml:1:", ""),
+    ];
+    for (text, place, advice) in table {
+        let error = error(text);
+        assert!(error.starts_with(place), "{text}\n{error}");
+        assert!(error.contains(advice), "{text}\n{error}");
+    }
+}
+
+#[test]
+fn all_mistakes_are_told_at_once() {
+    let text = format!("mode = \"x\"\n{HEAD}[[upstream.rule]]\npath = \"a\"\nttl = \"b\"\n[log]\nformat = \"c\"\n");
+    let errors = config::from_text("t.toml", &text, Path::new("")).expect_err("bad");
+    assert_eq!(errors.len(), 4, "{errors:?}");
+}
+
+#[test]
+fn rules_inherit_key_by_key() {
+    let text = format!(
+        "{HEAD}[upstream.defaults]\nttl = \"1h\"\nstale_if_error = \"2h\"\n\
+         [[upstream.rule]]\npath = \"/a\"\n[[upstream.rule]]\npath = \"/b\"\nttl = \"session\"\nstale_if_error = \"off\"\n\
+         [[upstream.rule]]\npath = \"/c\"\ncache = \"http\"\n"
+    );
+    let config = config::from_text("t.toml", &text, Path::new("")).expect("good");
+    let plans: Vec<String> = config.upstreams[0].router.plans().iter().map(|p| format!("{:?}", p.mode)).collect();
+    assert_eq!(
+        plans,
+        [
+            "Override { ttl: 3600s, negative_ttl: None }",
+            "Override { ttl: 86400s, negative_ttl: None }",
+            "Http",
+            "Override { ttl: 3600s, negative_ttl: None }"
+        ]
+    );
+    let windows: Vec<_> =
+        config.upstreams[0].router.plans().iter().map(|p| p.stale_if_error.map(|d| d.as_secs())).collect();
+    assert_eq!(windows, [Some(7200), None, Some(7200), Some(7200)]);
+}
+
+#[test]
+fn the_example_says_every_key_and_its_default() {
+    let example = include_str!("../config.example.toml");
+    let with_example = config::from_text("t.toml", example, Path::new("")).expect("the example is good");
+    let bare = "[[upstream]]\nurl = \"https://my-shop.myshopify.com\"\n";
+    let bare = config::from_text("t.toml", bare, Path::new("")).expect("good");
+    let defaults =
+        |c: &config::Config| format!("{:?} {:?} {:?} {:?} {:?}", c.memory, c.limits, c.grace, c.log, c.admin);
+    assert_eq!(defaults(&with_example), defaults(&bare));
+    let upstream = |c: &config::Config| {
+        let u = &c.upstreams[0];
+        format!("{} {:?} {:?} {:?} {}", u.listen, u.timeouts, u.retry, u.target, u.profile)
+    };
+    assert_eq!(upstream(&with_example), upstream(&bare));
+    // Every field that serde reads is in the example, but for what is refused.
+    let unbuilt = ["redis", "probes", "webhook", "breaker", "max_unverified", "graphql"];
+    for line in include_str!("../src/config/file.rs").lines() {
+        let Some(field) = line.trim().strip_prefix("pub(super) ").and_then(|l| l.split_once(": ")) else { continue };
+        let documented = example.lines().any(|l| {
+            let l = l.trim_start_matches(['#', ' ']);
+            l.starts_with(&format!("{} ", field.0))
+                || l.contains(&format!("{} = ", field.0))
+                || l.contains(&format!("{}]", field.0))
+        });
+        assert!(documented || unbuilt.contains(&field.0), "{} is not in config.example.toml", field.0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_lines_of_a_start_are_the_contract() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let url = format!("http://{}", origin.address);
+    let file = std::env::temp_dir().join(format!("sidecache-start-{}.toml", origin.address.port()));
+    std::fs::write(&file, "[admin]\nlisten = \"127.0.0.1:0\"\n").expect("writable");
+    let arguments = ["run", "--config", &file.display().to_string(), "--upstream", &url, "--listen", "127.0.0.1:0"];
+    let process = Process::start(&arguments, 4).await;
+    let (upstream, admin) = (process.address("upstream=upstream"), process.address("admin"));
+    let expected = [
+        format!("sidecache 0.1.0 mode=normal config={} redis=none (this process only)", file.display()),
+        format!("listening upstream=upstream addr={upstream} -> {url} profile=generic rules=0"),
+        format!("listening admin addr={admin} token=none"),
+        "not in this version: budget = \"learn\" (requests are not paced), breaker".to_owned(),
+    ];
+    assert_eq!(process.start, expected);
+    assert_eq!(get(upstream, "/", &[]).await.status, 200);
+    std::fs::remove_file(file).expect("it is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_go_wrong_at_start_is_one_clear_line_each() {
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = taken.local_addr().expect("an address").to_string();
+    let table: &[(&[&str], i32, &str)] = &[
+        (&["--upstream", "http://127.0.0.1:9", "--listen", &address], 1, "is taken by another process"),
+        (&["--config", "/nowhere/sidecache.toml"], 1, "/nowhere/sidecache.toml: can't read the configuration"),
+        (&["--upstream", "http://x", "--redis", "redis://x"], 1, "[redis] is not built yet"),
+        (&["--upstream", "http://x", "--profile", "magento"], 1, "write one of"),
+        (&["--upstream", "http://x", "--ttl", "5"], 1, "has no unit"),
+        (&["--what"], 2, "unexpected argument"),
+        (&["purge"], 2, "required"),
+        (&["stats", "--admin", "http://127.0.0.1:9"], 1, "no sidecar answers at http://127.0.0.1:9"),
+    ];
+    for (arguments, code, message) in table {
+        let (exit, stdout, stderr) = run(arguments).await;
+        assert_eq!((exit, stdout.as_str()), (*code, ""), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(message), "{arguments:?}: {stderr}");
+    }
+    let nothing = soon("it ends", command(&[]).current_dir("/").output()).await.expect("it runs");
+    assert!(String::from_utf8_lossy(&nothing.stderr).contains("give --upstream"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_environment_beats_the_file_and_flags_beat_both() {
+    let check = |vars: &'static [(&str, &str)]| async move {
+        let mut child = command(&["--upstream", "http://127.0.0.1:9", "--listen", "127.0.0.1:0"]);
+        let output = soon("it ends", child.envs(vars.iter().copied()).output()).await.expect("it runs");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(check(&[("SIDECACHE_MEMORY__MAX_BYTES", "3")]).await.contains("\"3\" has no unit"));
+    assert!(check(&[("SIDECACHE_MEMORY__NOPE", "3")]).await.contains("unknown field `nope`"));
+    assert!(check(&[("SIDECACHE_MODE", "bypass")]).await.contains("not built yet"));
+    let kubernetes = [("SIDECACHE_PORT_18080_TCP_ADDR", "10.0.0.1"), ("SIDECACHE_SERVICE_HOST", "10.0.0.1")];
+    let text = std::env::temp_dir().join(format!("sidecache-env-{}.toml", std::process::id()));
+    std::fs::write(&text, "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n").expect("writable");
+    let mut child = command(&["check", "--config", &text.display().to_string()]);
+    let output = soon("it ends", child.envs(kubernetes).output()).await.expect("it runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::remove_file(text).expect("it is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_twenty_gets_without_anything_stored_one_hint_says_why() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let file = std::env::temp_dir().join(format!("sidecache-hint-{}.toml", origin.address.port()));
+    std::fs::write(&file, crate::support::sidecar::text(origin.address, "", "")).expect("writable");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut lines = {
+        use tokio::io::{AsyncBufReadExt, BufReader};
+        BufReader::new(child.stdout.take().expect("piped")).lines()
+    };
+    let mut address = None;
+    while address.is_none() {
+        let line = soon("a line", lines.next_line()).await.expect("readable").expect("a line");
+        address = line.split_once("upstream=api addr=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+    }
+    for _ in 0..40 {
+        get(address.expect("found"), "/", &[]).await;
+    }
+    child.start_kill().expect("our own process");
+    let output = soon("it ends", child.wait_with_output()).await.expect("it ran");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(log.matches("nothing was stored").count(), 1, "{log}");
+    assert!(log.contains("--ttl 30s"), "{log}");
+    std::fs::remove_file(file).expect("it is there");
+}

@@ -1,1 +1,91 @@
-//! x
+//! A client waits no longer than its deadline; the fetch goes on and fills the cache.
+
+use crate::support::{Gate, Origin, Reply, Sidecar, until};
+
+const TIMEOUTS: &str = "[upstream.timeouts]\ndeadline = \"150ms\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_504_in_time_and_a_hit_the_next_time() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
+    let sidecar = Sidecar::before(&origin, TIMEOUTS).await;
+    let late = sidecar.get("/").await;
+    assert_eq!((late.status, late.header("retry-after")), (504, Some("2")));
+    assert_eq!(late.cache_status(), "sidecache; fwd=uri-miss; detail=error; cause=\"timeout\"");
+    gate.open();
+    until("the fetch has filled the cache", || (sidecar.commons.memory.usage().entries == 1).then_some(())).await;
+    assert!(sidecar.get("/").await.is_hit());
+    assert_eq!(origin.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn followers_have_deadlines_of_their_own() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\ndeadline = \"150ms\"\n";
+    let sidecar = Sidecar::before(&origin, rules).await;
+    for _ in 0..3 {
+        assert_eq!(sidecar.get("/").await.status, 504);
+    }
+    assert_eq!(origin.count(), 1, "they all waited for the same fetch");
+    gate.open();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_deadline_stale_is_better_than_an_error() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.number {
+        0 => Reply::new(200, "old"),
+        _ => Reply::new(200, "new").after(&held),
+    })
+    .await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_if_error = \"1h\"\ndeadline = \"150ms\"\n";
+    let sidecar = Sidecar::before(&origin, rules).await;
+    sidecar.get("/").await;
+    sidecar.turn(11);
+    let stale = sidecar.get("/").await;
+    assert_eq!(stale.text(), "old");
+    assert!(stale.cache_status().starts_with("sidecache; hit; ttl=-"), "{}", stale.cache_status());
+    assert!(stale.cache_status().ends_with("; detail=stale-if-error; cause=\"timeout\""), "{}", stale.cache_status());
+    gate.open();
+    until("the fetch has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    assert_eq!(sidecar.get("/").await.text(), "new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_and_passed_through_requests_have_no_deadline() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.method.as_str() {
+        "GET" => Reply::hang(),
+        _ => Reply::new(200, "written").after(&held),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, TIMEOUTS).await;
+    let address = sidecar.address;
+    let write = tokio::spawn(async move { crate::support::send(address, "POST", "/", &[], b"x").await });
+    origin.asked(1).await;
+    // Another request's deadline passes meanwhile.
+    assert_eq!(sidecar.get("/").await.status, 504);
+    gate.open();
+    assert_eq!(write.await.expect("it ran").text(), "written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_upstream_has_time_limits_of_its_own() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/head" => Reply::hang(),
+        _ => Reply::fresh(60, "first half second half").halfway(&Gate::new()),
+    })
+    .await;
+    let timeouts = "[upstream.timeouts]\nfirst_byte = \"100ms\"\nidle = \"100ms\"\n";
+    let sidecar = Sidecar::before(&origin, timeouts).await;
+    let head = sidecar.send("POST", "/head", "x").await;
+    assert_eq!((head.status, head.json()["error"]["code"].as_str()), (504, Some("upstream_timeout")));
+    let body = sidecar.get("/body").await;
+    assert_eq!((body.status, body.whole, body.text().as_str()), (200, false, "first half "));
+    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+}

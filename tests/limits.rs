@@ -1,1 +1,132 @@
-//! x
+//! What clients may do, on the wire.
+
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send};
+
+async fn plain() -> Origin {
+    Origin::start(|ask| Reply::new(200, ask.body.clone())).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_guard_refuses_never_reaches_the_upstream() {
+    let origin = plain().await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "a".repeat(9000));
+    let large = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "a".repeat(33_000));
+    let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: a\r\n".repeat(101));
+    let table: &[(&str, &[u16])] = &[
+        ("GET / HTTP/1.1\r\n\r\n", &[400]),
+        ("GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", &[400]),
+        ("GET / HTTP/1.1\r\nHost: a@b/../c\r\n\r\n", &[400]),
+        ("GET / HTTP/1.1\r\nHost: a\r\nX : b\r\n\r\n", &[400]),
+        ("GET / HTTP/1.1\r\nHost: a\r\nConnection: host\r\n\r\n", &[400]),
+        ("CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n", &[405]),
+        ("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n", &[405]),
+        ("GET * HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
+        ("POST / HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nContent-Length: 1\r\n\r\nx", &[417]),
+        ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n\r\nhello", &[400]),
+        ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", &[400]),
+        ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", &[400]),
+        ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\nx", &[413]),
+        (&long, &[414]),
+        (&large, &[431]),
+        (&many, &[431]),
+        ("nonsense\r\n\r\n", &[400]),
+    ];
+    for (request, expected) in table {
+        let mut client = Client::connect(sidecar.address).await;
+        client.write(request).await;
+        let status = client.answer_to("GET").await.map(|a| a.status);
+        let shown = &request[..request.len().min(60)];
+        assert!(status.is_some_and(|s| expected.contains(&s)), "{shown:?}: {status:?}");
+        assert!(client.closed().await, "{shown:?}: the connection is closed");
+    }
+    assert_eq!(origin.count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_unusual_but_right_is_served() {
+    let origin = plain().await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let table = [
+        ("GET / HTTP/1.0\r\n\r\n", 200),
+        ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204),
+        ("OPTIONS / HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 200),
+        ("GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        ("M-SEARCH / HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    ];
+    for (request, expected) in table {
+        let mut client = Client::connect(sidecar.address).await;
+        client.write(request).await;
+        assert_eq!(client.answer_to("GET").await.map(|a| a.status), Some(expected), "{request:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn expect_continue_gets_its_go_ahead() {
+    let origin = plain().await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.write("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n").await;
+    assert!(client.read_some(12).await.starts_with(b"HTTP/1.1 100"));
+    client.write("hello").await;
+    assert_eq!(client.answer_to("POST").await.expect("an answer").text(), "hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_streams() {
+    let origin = plain().await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nrequest_body = \"4MiB\"\n").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nhalf").await;
+    drop(client);
+    let large = vec![b'x'; 3 << 20];
+    assert_eq!(send(sidecar.address, "POST", "/", &[], &large).await.body.len(), large.len());
+    assert_eq!(origin.count(), 1, "only the whole one came through");
+    let mut client = Client::connect(sidecar.address).await;
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.write([head.as_bytes(), b"500000\r\n", &vec![b'x'; 0x50_0000], b"\r\n0\r\n\r\n"].concat()).await;
+    let status = client.answer_to("POST").await.map(|a| a.status);
+    assert!(status.is_none_or(|s| s == 413), "{status:?}");
+    let unfinished = origin.count();
+    assert!(unfinished <= 1, "the upstream never saw that request end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hit_leaves_no_unread_body_behind_for_the_next_request() {
+    let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    get(sidecar.address, "/", &[]).await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("GET", "/", &[], b"a body with a GET").await;
+    let with_body = client.answer_to("GET").await.expect("an answer");
+    assert_eq!(with_body.cache_status(), "sidecache; fwd=bypass; detail=request-body");
+    client.ask("GET", "/", &[], b"").await;
+    assert!(client.answer_to("GET").await.expect("an answer").is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_never_ends_is_cut_and_others_do_not_notice() {
+    let origin = plain().await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n").await;
+    let mut slow = Client::connect(sidecar.address).await;
+    slow.write("GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ").await;
+    assert_eq!(get(sidecar.address, "/", &[]).await.status, 200);
+    assert!(slow.closed().await, "cut without an answer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_beyond_the_limit_wait_their_turn() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::new(200, "x").after(&held)).await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nconnections = 1\n").await;
+    let mut first = Client::connect(sidecar.address).await;
+    first.ask("GET", "/first", &[("Connection", "close")], b"").await;
+    origin.asked(1).await;
+    let mut second = Client::connect(sidecar.address).await;
+    second.ask("GET", "/second", &[], b"").await;
+    gate.open();
+    assert_eq!(first.answer_to("GET").await.expect("an answer").status, 200);
+    assert_eq!(second.answer_to("GET").await.expect("an answer").status, 200);
+}

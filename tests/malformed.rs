@@ -1,1 +1,105 @@
-//! x
+//! Malformed answers: an abort or a 502, never stored, the connection not used again.
+
+use crate::support::{Client, Origin, Reply, Sidecar};
+
+const OK: &str = "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_http_is_a_502_and_never_stored() {
+    let heads = [
+        "nonsense\r\n\r\n".to_owned(),
+        "HTTP/1.1 abc OK\r\n\r\n".to_owned(),
+        format!("{OK}Content-Length: 4\r\nContent-Length: 4\r\n\r\nbody"),
+        format!("{OK}Content-Length: 4, 4\r\n\r\nbody"),
+        format!("{OK}Content-Length: 4\r\nContent-Length: 5\r\n\r\nbody!"),
+        format!("{OK}Content-Length: -4\r\n\r\nbody"),
+        format!("{OK}Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"),
+        format!("{OK}Transfer-Encoding: gzip, chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"),
+        format!("{OK}Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n"),
+        format!("{OK}X Y: z\r\n\r\nbody"),
+        format!("{OK}X: a\0b\r\n\r\nbody"),
+        format!("{OK}X: {}\r\n\r\nbody", "a".repeat(200_000)),
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n".to_owned(),
+    ];
+    let count = heads.len();
+    let origin = Origin::start(move |ask| {
+        let index: usize = ask.target[1..].parse().expect("a number");
+        Reply::raw(heads[index].clone())
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for index in 0..count {
+        for _ in 0..2 {
+            let answer = sidecar.get(&format!("/{index}")).await;
+            assert_eq!(answer.status, 502, "{index}: {answer:?}");
+            let code = answer.json()["error"]["code"].as_str().expect("a code").to_owned();
+            assert!(code.starts_with("upstream_"), "{index} {code}");
+        }
+    }
+    assert_eq!(origin.count(), count * 2, "nothing was stored, nothing was retried");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/short" => Reply::fresh(60, vec![b'x'; 50_000]).cut_after(30_000, false),
+        "/reset" => Reply::fresh(60, vec![b'x'; 50_000]).cut_after(30_000, true),
+        "/chunk" => Reply::raw(format!("{OK}Transfer-Encoding: chunked\r\n\r\n5\r\nhel")),
+        "/nochunk" => Reply::raw(format!("{OK}Transfer-Encoding: chunked\r\n\r\nxyz\r\nhello\r\n0\r\n\r\n")),
+        _ => Reply::new(404, ""),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for target in ["/short", "/reset", "/chunk", "/nochunk"] {
+        for _ in 0..2 {
+            let mut client = Client::connect(sidecar.address).await;
+            client.ask("GET", target, &[], b"").await;
+            let answer = client.answer_to("GET").await;
+            assert!(answer.is_none_or(|a| !a.whole), "{target} was taken for whole");
+        }
+    }
+    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_after_the_body_spoil_answer_and_connection() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/long" => Reply::fresh(60, "body and more").header("Content-Length", "4"),
+        _ => Reply::fresh(60, "clean"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("GET", "/long", &[], b"").await;
+    if let Some(answer) = client.answer_to("GET").await {
+        assert_eq!(answer.text(), "body", "nothing beyond the announced length gets through");
+    }
+    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.get("/clean").await.text(), "clean");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interim_answers_do_not_hang_anybody() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n".repeat(1000);
+    let origin = Origin::start(move |_| Reply::raw(format!("{interim}{OK}Content-Length: 4\r\n\r\nbody"))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    assert_eq!(sidecar.get("/").await.text(), "body");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
+    // The origin answers once on each connection, and closes it when the next request comes.
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/first" => Reply::new(200, "first"),
+        _ if ask.number % 2 == 1 => Reply::close(),
+        _ => Reply::new(200, "second"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    assert_eq!(sidecar.get("/first").await.text(), "first");
+    assert_eq!(sidecar.get("/again").await.text(), "second", "a read is tried again");
+    assert_eq!(origin.count(), 3);
+    let posted = sidecar.send("POST", "/write", "x").await;
+    assert_eq!(posted.status, 502, "a write is not");
+    assert_eq!(origin.count(), 4);
+}

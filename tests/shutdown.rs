@@ -1,1 +1,52 @@
-//! x
+//! Stopping: what runs is finished, what is new is refused, and there is an end to patience.
+
+use nix::sys::signal::Signal;
+
+use crate::support::process::Process;
+use crate::support::{Client, Gate, Origin, Reply, get, until};
+
+async fn running(origin: &Origin, grace: &str) -> (Process, std::path::PathBuf) {
+    let file = std::env::temp_dir().join(format!("sidecache-shutdown-{}.toml", origin.address.port()));
+    let text = crate::support::sidecar::text(origin.address, "", &format!("[shutdown]\ngrace = \"{grace}\"\n"));
+    std::fs::write(&file, text).expect("writable");
+    let process = Process::start(&["--config", &file.display().to_string()], 3).await;
+    (process, file)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_and_sigint_let_requests_finish() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let gate = Gate::new();
+        let held = gate.clone();
+        let origin = Origin::start(move |_| Reply::new(200, "finished").after(&held)).await;
+        let (process, file) = running(&origin, "20s").await;
+        let (address, admin) = (process.address("upstream=api"), process.address("admin"));
+        assert_eq!(get(admin, "/readyz", &[]).await.status, 200);
+        let mut idle = Client::connect(address).await;
+        let mut busy = Client::connect(address).await;
+        busy.ask("GET", "/", &[], b"").await;
+        origin.asked(1).await;
+        process.signal(signal);
+        assert!(idle.closed().await, "an idle connection is closed at once");
+        until("new connections are refused", || std::net::TcpStream::connect(address).is_err().then_some(())).await;
+        assert_eq!(get(admin, "/readyz", &[]).await.status, 503, "not ready, and it says so");
+        gate.open();
+        let answer = busy.answer_to("GET").await.expect("the answer");
+        assert_eq!((answer.text().as_str(), answer.header("connection")), ("finished", Some("close")));
+        assert_eq!(process.ended().await, Some(0));
+        std::fs::remove_file(file).expect("it is there");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_the_grace_what_is_left_is_cut() {
+    let origin = Origin::start(|_| Reply::hang()).await;
+    let (process, file) = running(&origin, "100ms").await;
+    let mut busy = Client::connect(process.address("upstream=api")).await;
+    busy.ask("GET", "/", &[], b"").await;
+    origin.asked(1).await;
+    process.signal(Signal::SIGTERM);
+    assert!(busy.answer_to("GET").await.is_none());
+    assert_eq!(process.ended().await, Some(0));
+    std::fs::remove_file(file).expect("it is there");
+}

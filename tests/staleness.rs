@@ -1,1 +1,112 @@
-//! x
+//! Stale answers: while refreshing, instead of errors, and never where forbidden.
+
+use crate::support::{Gate, Origin, Reply, Sidecar, until};
+
+const SWR: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_while_revalidate = \"60s\"\n\
+                   stale_if_error = \"600s\"\nlast_known_good = \"1h\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_while_revalidate_answers_at_once_and_refreshes_once() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.number {
+        0 => Reply::new(200, "old"),
+        _ => Reply::new(200, "new").after(&held),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, SWR).await;
+    sidecar.get("/").await;
+    sidecar.turn(22);
+    for _ in 0..10 {
+        let stale = sidecar.get("/").await;
+        assert_eq!(stale.text(), "old");
+        assert!(stale.cache_status().starts_with("sidecache; hit; ttl=-1"), "{}", stale.cache_status());
+        assert!(stale.cache_status().ends_with("detail=stale-while-revalidate"));
+    }
+    gate.open();
+    until("the refresh is stored", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    let fresh = sidecar.get("/").await;
+    assert!(fresh.is_hit() && fresh.text() == "new");
+    assert_eq!(origin.count(), 2, "ten stale hits made one refresh");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_if_error_stands_in_for_each_kind_of_failure() {
+    let origin = Origin::start(|ask| match (ask.number, ask.target.as_str()) {
+        (_, "/5xx") if ask.header("x-fail").is_some() => Reply::new(503, "broken"),
+        (_, "/429") if ask.header("x-fail").is_some() => Reply::new(429, "slow down"),
+        (_, "/connect") if ask.header("x-fail").is_some() => Reply::close(),
+        (_, "/malformed") if ask.header("x-fail").is_some() => Reply::raw("nonsense\r\n\r\n"),
+        _ => Reply::new(200, "good"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, SWR).await;
+    for (target, cause) in [("/5xx", "5xx"), ("/429", "429"), ("/connect", "connect"), ("/malformed", "connect")] {
+        sidecar.get(target).await;
+        sidecar.turn(100);
+        let stale = sidecar.get_with(target, &[("X-Fail", "1")]).await;
+        assert_eq!((stale.status, stale.text().as_str()), (200, "good"), "{target}");
+        let expected = format!("; detail=stale-if-error; cause=\"{cause}\"");
+        assert!(stale.cache_status().ends_with(&expected), "{}", stale.cache_status());
+        sidecar.turn(900);
+        let last = sidecar.get_with(target, &[("X-Fail", "1")]).await;
+        assert!(last.cache_status().contains("detail=last-known-good"), "{}", last.cache_status());
+        sidecar.turn(3600);
+        assert_ne!(sidecar.get_with(target, &[("X-Fail", "1")]).await.status, 200, "beyond all windows");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn under_http_a_status_needs_leave_but_a_lost_connection_does_not() {
+    let origin = Origin::start(|ask| match (ask.header("x-fail"), ask.target.as_str()) {
+        (None, "/must") => Reply::new(200, "good").header("Cache-Control", "max-age=10, must-revalidate"),
+        (None, "/sie") => Reply::new(200, "good").header("Cache-Control", "max-age=10, stale-if-error=600"),
+        (None, _) => Reply::fresh(10, "good"),
+        (Some("503"), _) => Reply::new(503, "broken"),
+        (Some(_), _) => Reply::close(),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let table = [
+        ("/", "503", 503),
+        ("/", "close", 200),
+        ("/sie", "503", 200),
+        ("/must", "503", 503),
+        ("/must", "close", 502),
+    ];
+    for (target, fault, expected) in table {
+        sidecar.purge(r#"{"all":true}"#).await;
+        assert_eq!(sidecar.get(target).await.status, 200);
+        sidecar.turn(20);
+        assert_eq!(sidecar.get_with(target, &[("X-Fail", fault)]).await.status, expected, "{target} {fault}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::new(200, "old"),
+        _ => Reply::new(500, "broken"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, SWR).await;
+    sidecar.get("/").await;
+    sidecar.turn(20);
+    for round in 1..4 {
+        assert_eq!(sidecar.get("/").await.text(), "old");
+        origin.asked(1 + round).await;
+        until("the refresh has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_insists_gets_a_new_answer() {
+    let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/").await;
+    for (i, directive) in ["no-cache", "max-age=0"].iter().enumerate() {
+        let insisted = sidecar.get_with("/", &[("Cache-Control", directive)]).await;
+        assert_eq!(insisted.text(), (i + 1).to_string());
+        assert_eq!(insisted.cache_status(), "sidecache; fwd=request; stored");
+    }
+}

@@ -1,1 +1,137 @@
-//! x
+//! Reads after writes: what a write may have changed is not served from before it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, until};
+
+const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
+                     stale_if_error = \"1h\"\ntags = [\"products\", \"product:{id}\"]\n\
+                     [[upstream.rule]]\npath = \"/products\"\nttl = \"1h\"\ntags = [\"products\"]\n\
+                     [[upstream.rule]]\npath = \"/other\"\nttl = \"1h\"\n";
+
+/// An origin whose every write makes the next version.
+async fn versioned() -> (Origin, Arc<AtomicUsize>) {
+    let version = Arc::new(AtomicUsize::new(0));
+    let counter = version.clone();
+    let origin = Origin::start(move |ask| match ask.method.as_str() {
+        "GET" => Reply::new(200, format!("version {}", counter.load(Ordering::SeqCst))),
+        "PATCH" => Reply::new(422, "refused"),
+        _ => {
+            counter.fetch_add(1, Ordering::SeqCst);
+            Reply::new(200, "written")
+        }
+    })
+    .await;
+    (origin, version)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_makes_its_url_and_tags_stale_for_everyone() {
+    let (origin, _) = versioned().await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    let tenants = [("X-Api-Key", "a"), ("X-Api-Key", "b")];
+    let targets = ["/products/1", "/products/1?fields=id", "/products/2", "/products", "/other"];
+    for (round, (method, write)) in [("PUT", "/products/1"), ("DELETE", "/products/1")].into_iter().enumerate() {
+        for tenant in tenants {
+            for target in targets {
+                sidecar.get_with(target, &[tenant]).await;
+                assert!(sidecar.get_with(target, &[tenant]).await.is_hit());
+            }
+        }
+        sidecar.send(method, write, "x").await;
+        for tenant in tenants {
+            for target in targets {
+                let answer = sidecar.get_with(target, &[tenant]).await;
+                let spared = target == "/other";
+                assert_eq!(answer.is_hit(), spared, "{method} {target}");
+                let expected = if spared { "version 0".into() } else { format!("version {}", round + 1) };
+                assert_eq!(answer.text(), expected, "{method} {target}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_write_changes_nothing() {
+    let (origin, _) = versioned().await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    sidecar.get("/products/1").await;
+    sidecar.send("PATCH", "/products/1", "x").await;
+    assert!(sidecar.get("/products/1").await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match (ask.method.as_str(), ask.number) {
+        ("GET", 0) => Reply::new(200, "before").after(&held),
+        ("GET", _) => Reply::new(200, "after"),
+        _ => Reply::new(200, "written"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    let address = sidecar.address;
+    let early = tokio::spawn(async move { crate::support::get(address, "/products/1", &[]).await });
+    origin.asked(1).await;
+    sidecar.send("PUT", "/products/1", "x").await;
+    let during = sidecar.get("/products/1").await;
+    assert_eq!(during.text(), "after", "nobody joins the older fetch");
+    gate.open();
+    assert_eq!(early.await.expect("it ran").text(), "before");
+    until("the older fetch has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    let later = sidecar.get("/products/1").await;
+    assert!(later.is_hit() && later.text() == "after");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_write_not_even_an_outage_brings_the_old_answer_back() {
+    let origin = Origin::start(|ask| match (ask.method.as_str(), ask.number) {
+        ("GET", 0) => Reply::new(200, "old"),
+        ("GET", _) => Reply::new(503, "down"),
+        _ => Reply::new(200, "written"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    sidecar.get("/products/1").await;
+    sidecar.send("PUT", "/products/1", "x").await;
+    assert_eq!(sidecar.get("/products/1").await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.method.as_str() {
+        "GET" => Reply::new(200, ask.number.to_string()),
+        _ => Reply::new(200, "written").after(&held),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    sidecar.get("/products/1").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("PUT", "/products/1", &[], b"x").await;
+    origin.asked(2).await;
+    drop(client);
+    gate.open();
+    until("the write is counted", || (sidecar.commons.telemetry.snapshot().writes == 1).then_some(())).await;
+    assert!(!sidecar.get("/products/1").await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn location_of_the_same_origin_is_stale_too() {
+    let origin = Origin::start(|ask| match ask.method.as_str() {
+        "GET" => Reply::fresh(3600, ask.number.to_string()),
+        _ => Reply::new(201, "made").header("Location", "/made").header("Content-Location", "/also"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for target in ["/made", "/also", "/made-up"] {
+        sidecar.get(target).await;
+    }
+    sidecar.send("M-STRANGE", "/list", "x").await;
+    for (target, hit) in [("/made", false), ("/also", false), ("/made-up", true)] {
+        assert_eq!(sidecar.get(target).await.is_hit(), hit, "{target}");
+    }
+}

@@ -3,13 +3,16 @@
 //! A token tells which shop is meant. `POST /__faults` sets faults, `GET /__stats` counts requests.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderName, HeaderValue, LINK, RETRY_AFTER};
-use http::{Method, Request, Response, StatusCode};
+use http::header::{HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use http::{Request, Response, StatusCode};
+use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -20,8 +23,8 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use super::api::{Shelves, json, set};
 use super::bucket::{Bucket, Poured};
-use super::catalogue;
 use crate::clock::Clock;
 
 /// Tokens and their shops: two apps in the first shop, one in the second.
@@ -30,11 +33,7 @@ const SHOP_OF: [usize; 3] = [0, 0, 1];
 
 const TOKEN: HeaderName = HeaderName::from_static("x-shopify-access-token");
 const CALL_LIMIT: HeaderName = HeaderName::from_static("x-shopify-shop-api-call-limit");
-const VERSION: HeaderName = HeaderName::from_static("x-shopify-api-version");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The largest page.
-const MAX_LIMIT: usize = 250;
 
 /// How a shop is set up.
 #[derive(Debug, Clone, Copy)]
@@ -105,10 +104,9 @@ pub struct Shop {
 
 #[derive(Debug)]
 struct State {
-    products: [Vec<Value>; 2],
+    shelves: Shelves,
     buckets: HashMap<String, Bucket>,
     faults: Faults,
-    next_id: u64,
 }
 
 type Answer = Response<UnsyncBoxBody<Bytes, Cut>>;
@@ -128,8 +126,8 @@ impl std::error::Error for Cut {}
 impl Shop {
     /// Two shops with full shelves.
     pub fn new(options: Options, clock: Clock) -> Shop {
-        let products = [0, 1].map(|shop| catalogue::products(shop, options.products));
-        let state = State { products, buckets: HashMap::new(), faults: options.faults, next_id: 0 };
+        let shelves = Shelves::new(options.products);
+        let state = State { shelves, buckets: HashMap::new(), faults: options.faults };
         Shop { options, clock, state: Mutex::new(state), requests: AtomicU64::new(0), throttled: AtomicU64::new(0) }
     }
 
@@ -160,7 +158,8 @@ impl Shop {
         let response = match self.admit(&parts.headers) {
             Err(refusal) => refusal,
             Ok((shop, used)) => {
-                let mut response = self.serve(shop, &parts, &body);
+                let mut response = self.lock().shelves.serve(shop, &parts, &body);
+                set(response.headers_mut(), REQUEST_ID, &format!("{number:032x}"));
                 set(response.headers_mut(), CALL_LIMIT, &format!("{used}/{}", self.options.bucket));
                 response
             }
@@ -240,133 +239,6 @@ impl Shop {
             }
         }
     }
-
-    fn serve(&self, shop: usize, parts: &http::request::Parts, body: &[u8]) -> Response<Bytes> {
-        let path: Vec<&str> = parts.uri.path().trim_matches('/').split('/').collect();
-        let ["admin", "api", version, rest @ ..] = path.as_slice() else { return not_found() };
-        let mut state = self.lock();
-        let mut response = match (&parts.method, rest) {
-            (&Method::GET, ["shop.json"]) => json(StatusCode::OK, &catalogue::shop(shop)),
-            (&Method::GET, ["products.json"]) => list(&state.products[shop], parts),
-            (&Method::GET, ["products", "count.json"]) => {
-                json(StatusCode::OK, &json!({"count": state.products[shop].len()}))
-            }
-            (&Method::POST, ["products.json"]) => state.create(shop, body),
-            (method, ["products", file]) => match file.strip_suffix(".json").and_then(|id| id.parse().ok()) {
-                Some(id) => state.product(shop, method, id, body),
-                None => not_found(),
-            },
-            (&Method::GET, [list]) => {
-                let name = list.trim_end_matches(".json");
-                let found = catalogue::others(shop, name);
-                found.map_or_else(not_found, |items| json(StatusCode::OK, &json!({name: items})))
-            }
-            _ => not_found(),
-        };
-        drop(state);
-        let headers = response.headers_mut();
-        let id = format!("{:032x}", self.requests());
-        set(headers, VERSION, version);
-        set(headers, REQUEST_ID, &id);
-        response
-    }
-}
-
-impl State {
-    fn create(&mut self, shop: usize, body: &[u8]) -> Response<Bytes> {
-        let Some(Value::Object(fields)) = fields(body) else { return unprocessable() };
-        let products = &mut self.products[shop];
-        self.next_id += 1;
-        let id = catalogue::FIRST_ID + 900_000_000_000 + self.next_id;
-        let mut product = json!({
-            "id": id, "admin_graphql_api_id": format!("gid://shopify/Product/{id}"), "title": null,
-            "status": "active", "variants": [], "images": [], "options": [],
-        });
-        merge(&mut product, fields);
-        product["id"] = id.into();
-        products.push(product.clone());
-        json(StatusCode::CREATED, &json!({"product": product}))
-    }
-
-    fn product(&mut self, shop: usize, method: &Method, id: u64, body: &[u8]) -> Response<Bytes> {
-        let products = &mut self.products[shop];
-        let Some(index) = products.iter().position(|product| product["id"] == id) else { return not_found() };
-        match *method {
-            Method::GET | Method::HEAD => json(StatusCode::OK, &json!({"product": products[index]})),
-            Method::PUT => {
-                let Some(Value::Object(fields)) = fields(body) else { return unprocessable() };
-                merge(&mut products[index], fields);
-                products[index]["id"] = id.into();
-                json(StatusCode::OK, &json!({"product": products[index]}))
-            }
-            Method::DELETE => {
-                products.remove(index);
-                json(StatusCode::OK, &json!({}))
-            }
-            _ => json(StatusCode::NOT_ACCEPTABLE, &json!({"errors": "Not Acceptable"})),
-        }
-    }
-}
-
-fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
-    if let Ok(value) = HeaderValue::from_str(value) {
-        headers.insert(name, value);
-    }
-}
-
-fn fields(body: &[u8]) -> Option<Value> {
-    serde_json::from_slice::<Value>(body).ok().and_then(|mut json| json.get_mut("product").map(Value::take))
-}
-
-fn merge(product: &mut Value, fields: serde_json::Map<String, Value>) {
-    for (name, value) in fields {
-        product[name] = value;
-    }
-}
-
-/// One page; the cursor is the offset, in a form that invites nobody to compute with it.
-fn list(products: &[Value], parts: &http::request::Parts) -> Response<Bytes> {
-    let parameters: HashMap<&str, &str> =
-        parts.uri.query().into_iter().flat_map(|q| q.split('&')).filter_map(|pair| pair.split_once('=')).collect();
-    let limit = parameters.get("limit").and_then(|n| n.parse().ok()).unwrap_or(50).clamp(1, MAX_LIMIT);
-    let cursor = parameters.get("page_info").map_or(Some(0), |text| read_cursor(text));
-    let Some(start) = cursor.filter(|start| *start <= products.len()) else {
-        return json(StatusCode::BAD_REQUEST, &json!({"errors": {"page_info": "Invalid value."}}));
-    };
-    let page = &products[start..products.len().min(start + limit)];
-    let mut response = json(StatusCode::OK, &json!({"products": page}));
-    let host = parts.headers.get(http::header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
-    let link = |start: usize, rel: &str| {
-        let (path, cursor) = (parts.uri.path(), format!("eyJ{start:08x}"));
-        format!("<http://{host}{path}?limit={limit}&page_info={cursor}>; rel=\"{rel}\"")
-    };
-    let previous = (start > 0).then(|| link(start.saturating_sub(limit), "previous"));
-    let next = (start + limit < products.len()).then(|| link(start + limit, "next"));
-    let links: Vec<String> = previous.into_iter().chain(next).collect();
-    if !links.is_empty() {
-        set(response.headers_mut(), LINK, &links.join(", "));
-    }
-    response
-}
-
-fn read_cursor(text: &str) -> Option<usize> {
-    usize::from_str_radix(text.strip_prefix("eyJ")?, 16).ok()
-}
-
-fn not_found() -> Response<Bytes> {
-    json(StatusCode::NOT_FOUND, &json!({"errors": "Not Found"}))
-}
-
-fn unprocessable() -> Response<Bytes> {
-    json(StatusCode::UNPROCESSABLE_ENTITY, &json!({"errors": {"product": ["Required parameter missing or invalid"]}}))
-}
-
-fn json(status: StatusCode, body: &Value) -> Response<Bytes> {
-    let mut response = Response::new(Bytes::from(body.to_string()));
-    *response.status_mut() = status;
-    let kind = HeaderValue::from_static("application/json; charset=utf-8");
-    response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
-    response
 }
 
 fn full(response: Response<Bytes>) -> Answer {
@@ -378,8 +250,29 @@ fn truncated(response: Response<Bytes>) -> Answer {
     let (mut parts, body) = response.into_parts();
     parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
     let half = body.slice(..body.len() / 2);
-    let cut = Full::new(half).map_err(|never| match never {}).with_trailers(async { Some(Err(Cut)) });
-    Response::from_parts(parts, cut.boxed_unsync())
+    Response::from_parts(parts, Broken { first: Some(half), paused: false }.boxed_unsync())
+}
+
+/// A body that ends in an error, after what came before it has left.
+struct Broken {
+    first: Option<Bytes>,
+    paused: bool,
+}
+
+impl HttpBody for Broken {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(Frame::data(first))));
+        }
+        if std::mem::replace(&mut self.paused, true) {
+            return Poll::Ready(Some(Err(Cut)));
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
 }
 
 /// Serves until `stop` turns true.

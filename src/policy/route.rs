@@ -9,6 +9,7 @@ use http::{HeaderMap, Method};
 use super::glob::{Captures, PathPattern, Segment, match_pieces};
 use super::outcome::Bypass;
 use super::plan::{CacheMode, Plan};
+use super::target::is_ambiguous;
 
 /// What to do with a request, before any look-up.
 #[derive(Debug)]
@@ -120,17 +121,6 @@ impl Node {
             }
         }
     }
-}
-
-/// Could a cache and an upstream take this path for two different things? Dot segments, also encoded
-/// (RFC 3986 §5.2.4), encoded slashes and NULs, backslashes.
-pub fn is_ambiguous(path: &str) -> bool {
-    if !path.bytes().any(|b| matches!(b, b'.' | b'%' | b'\\')) {
-        return false;
-    }
-    let lower = path.to_ascii_lowercase();
-    ["\\", "%2f", "%5c", "%00"].iter().any(|bad| lower.contains(bad))
-        || lower.replace("%2e", ".").split('/').any(|segment| segment == "." || segment == "..")
 }
 
 #[cfg(test)]

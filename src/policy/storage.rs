@@ -7,6 +7,7 @@ use http::header::{
 };
 use http::{Method, StatusCode};
 
+use super::asked::Asked;
 use super::directives::{CacheControl, seconds};
 use super::entry::Terms;
 use super::millis;
@@ -22,15 +23,6 @@ const DISCONNECTED: Duration = Duration::from_hours(24);
 
 /// A request with a larger head may itself be the reason of a 400, 405 or 414: not stored then.
 const SMALL_HEAD: usize = 4096;
-
-/// A request, as far as storing its answer depends on it.
-#[derive(Debug, Clone, Copy)]
-pub struct Asked<'a> {
-    /// Its method.
-    pub method: &'a Method,
-    /// Its headers.
-    pub headers: &'a HeaderMap,
-}
 
 /// An answer's head, and when it came.
 #[derive(Debug, Clone, Copy)]
@@ -255,7 +247,9 @@ mod tests {
             at: httpdate::parse_http_date(NOW).expect("a date"),
             delay: Duration::ZERO,
         };
-        decide(&Asked { method: &Method::GET, headers: asked }, &answered, &plan)
+        let mut request = http::Request::new(());
+        request.headers_mut().clone_from(asked);
+        decide(&Asked::from(&request), &answered, &plan)
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::site::{Place, tags};
 use crate::body::fanout::Fanout;
 use crate::body::{Body, BodyError};
 use crate::policy::Tick;
+use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
 use crate::policy::headers::{compact, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
@@ -26,7 +27,7 @@ use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::plan::Plan;
 use crate::policy::revalidate::{condition, freshen};
-use crate::policy::storage::{Answered, Asked, Store, decide, initial_age, may_share_failure};
+use crate::policy::storage::{Answered, Store, decide, initial_age, may_share_failure};
 
 /// What a flight is to bring.
 #[derive(Debug)]
@@ -103,7 +104,7 @@ impl Proxy {
             let store = Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() };
             return self.stream(lead, job, came, store, Some(failure), by).await;
         }
-        let asked = Asked { method: &job.asked.method, headers: &job.asked.headers };
+        let asked = Asked::from(&*job.asked);
         match decide(&asked, &came.answered(), &job.plan) {
             Err(skip) => self.released(lead, job, came.response, skip),
             Ok(_) if declared_length(&came.response) > Some(self.commons.max_entry_bytes) => {
@@ -129,7 +130,7 @@ impl Proxy {
     fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
         let headers = freshen(&stale.head.headers, came.response.headers());
         let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
-        let asked = Asked { method: &job.asked.method, headers: &job.asked.headers };
+        let asked = Asked::from(&*job.asked);
         let (store, stored) = match decide(&asked, &answered, &job.plan) {
             Ok(store) => (store, Ok(())),
             // The upstream has taken its leave to store back: good for those who wait, and for nobody else.

@@ -2,10 +2,9 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::net::IpAddr;
 use std::sync::Arc;
 
-use http::header::{HOST, HeaderName};
+use http::header::HeaderName;
 use http::uri::{Authority, Scheme};
 use http::{HeaderMap, Uri};
 
@@ -15,6 +14,7 @@ use crate::policy::invalidation::Address;
 use crate::policy::plan::Plan;
 use crate::policy::route::Router;
 use crate::policy::tags::{Scope, subjects};
+use crate::policy::target::{client_authority, is_refused, target};
 use crate::telemetry::Signals;
 use crate::upstream::Upstream;
 
@@ -117,19 +117,6 @@ pub fn tags(plan: &Plan, path: &str) -> Vec<String> {
     plan.tags.iter().map(|tag| tag.fill(&captures)).collect()
 }
 
-/// Path and query as they came.
-pub fn target(uri: &Uri) -> &str {
-    uri.path_and_query().map_or("/", |target| target.as_str())
-}
-
-/// The authority that the client addressed: of an absolute-form target, else Host.
-pub fn client_authority<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> Option<&'r str> {
-    match uri.authority() {
-        Some(authority) => Some(authority.as_str()),
-        None => headers.get(HOST)?.to_str().ok().filter(|host| !host.is_empty()),
-    }
-}
-
 /// The first of absolute-form target, `X-Forwarded-Host` and `Host` decides, and must be on the list.
 fn allowed(patterns: &[HostPattern], uri: &Uri, headers: &HeaderMap) -> Option<Place> {
     let named = match (uri.authority(), headers.get(X_FORWARDED_HOST)) {
@@ -150,19 +137,6 @@ fn allowed(patterns: &[HostPattern], uri: &Uri, headers: &HeaderMap) -> Option<P
 /// A literal link-local or metadata address.
 fn refused_address(host: &str) -> bool {
     host.trim_matches(['[', ']']).parse().is_ok_and(is_refused)
-}
-
-/// Addresses that no client may make us connect to: link-local, where clouds keep their metadata.
-pub fn is_refused(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_unspecified() || v4.is_multicast(),
-        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
-            Some(v4) => is_refused(IpAddr::V4(v4)),
-            None => {
-                v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast() || v6.segments()[0] == 0xfd00
-            }
-        },
-    }
 }
 
 #[cfg(test)]
@@ -195,13 +169,5 @@ mod tests {
         for (uri, lines, expected) in table {
             assert_eq!(place(uri, lines).as_deref(), *expected, "{uri} {lines:?}");
         }
-    }
-
-    #[test]
-    fn metadata_addresses_are_refused() {
-        for bad in ["169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0"] {
-            assert!(is_refused(bad.parse().expect("an address")), "{bad}");
-        }
-        assert!(!is_refused("127.0.0.1".parse().expect("an address")));
     }
 }

@@ -2,10 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use http::header::HeaderMap;
-use http::{Method, Request, Uri, request};
-
-use crate::body::Body;
 use crate::clock::Clock;
 use crate::policy::Tick;
 
@@ -34,28 +30,5 @@ impl Visit {
     /// The time after waiting.
     pub fn later(&self) -> Tick {
         self.clock.now()
-    }
-}
-
-/// The parts of a request that an answer depends on, wherever they are kept.
-#[derive(Debug, Clone, Copy)]
-pub struct Asked<'r> {
-    /// Its method.
-    pub method: &'r Method,
-    /// Its target.
-    pub uri: &'r Uri,
-    /// Its headers.
-    pub headers: &'r HeaderMap,
-}
-
-impl<'r> From<&'r Request<Body>> for Asked<'r> {
-    fn from(request: &'r Request<Body>) -> Self {
-        Asked { method: request.method(), uri: request.uri(), headers: request.headers() }
-    }
-}
-
-impl<'r> From<&'r request::Parts> for Asked<'r> {
-    fn from(parts: &'r request::Parts) -> Self {
-        Asked { method: &parts.method, uri: &parts.uri, headers: &parts.headers }
     }
 }

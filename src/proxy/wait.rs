@@ -10,19 +10,19 @@ use tokio::time::{Instant, timeout_at};
 use super::fallback::Instead;
 use super::fetch::Job;
 use super::flights::{Arrival, Landing, Lead, Seat, Waited, Waiter};
-use super::lookup::{Lookup, Miss};
+use super::lookup::{Lookup, Miss, variant_key};
 use super::site::Place;
 use super::visit::Visit;
 use super::{Commons, Proxy};
 use crate::body::Body;
-use crate::policy::entry::{Entry, Variant};
+use crate::policy::entry::Entry;
 use crate::policy::freshness::Demands;
 use crate::policy::key::KeyBuf;
 use crate::policy::outcome::{Failure, Fetched, Forward, Outcome, Skip};
 use crate::policy::plan::Plan;
 
 /// A flight can be lost, or be for another variant, so often before we give up.
-const ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 6;
 
 /// One request on its way to an answer from upstream.
 #[derive(Debug)]
@@ -35,10 +35,16 @@ pub(super) struct Quest<'a> {
     pub(super) visit: &'a Visit,
 }
 
-/// A seat on some flight.
-struct Boarded {
-    waiter: Waiter,
-    collapsed: bool,
+/// What comes of asking for a seat on a flight.
+enum Boarding {
+    Seated {
+        waiter: Waiter,
+        collapsed: bool,
+    },
+    /// One landed just now, with this.
+    Hit(Arc<Entry>),
+    /// Meanwhile it became known which request headers matter: ask again with this key.
+    Rebook(KeyBuf),
 }
 
 impl Proxy {
@@ -55,23 +61,26 @@ impl Proxy {
         let (parts, _empty) = request.into_parts();
         let quest = Quest { asked: Arc::new(parts), place, plan, key, miss, visit };
         let deadline = Instant::from_std(visit.begun) + plan.deadline;
-        let mut flight_key = quest.key.clone();
+        let mut flight_key = quest.miss.flight_key(&quest.key, &quest.asked.headers);
         let mut alone =
             quest.asked.method == Method::HEAD || self.commons.flights.is_hit_for_miss(&quest.key, visit.now);
         for _ in 0..ATTEMPTS {
-            let boarded = match self.board(&quest, &flight_key, alone) {
-                Ok(boarded) => boarded,
-                Err(entry) => return self.hit(&*quest.asked, &entry, plan, visit),
+            let (waiter, collapsed) = match self.board(&quest, &flight_key, alone) {
+                Boarding::Seated { waiter, collapsed } => (waiter, collapsed),
+                Boarding::Hit(entry) => return self.hit(&*quest.asked, &entry, plan, visit),
+                Boarding::Rebook(key) => {
+                    flight_key = key;
+                    continue;
+                }
             };
-            let collapsed = boarded.collapsed;
-            match timeout_at(deadline, boarded.waiter.landing()).await {
+            match timeout_at(deadline, waiter.landing()).await {
                 Err(_elapsed) => return self.ladder(&quest, Failure::Timeout, None, collapsed),
                 Ok(Waited::Landed(Landing::Failed(failure))) => {
                     return self.ladder(&quest, failure, None, collapsed);
                 }
                 Ok(Waited::Landed(Landing::Shared(arrival))) => {
                     if !arrival.variant.selected_by(&quest.asked.headers) {
-                        flight_key = variant_key(&quest, &arrival.variant);
+                        flight_key = variant_key(&quest.key, &arrival.variant, &quest.asked.headers);
                     } else if let Some(body) = arrival.body() {
                         return self.take(&quest, arrival, body, collapsed);
                     } else {
@@ -99,15 +108,15 @@ impl Proxy {
         let Commons { flights, invalidations, .. } = &*self.commons;
         let position = invalidations.position();
         let address = self.site.address(place, request.uri(), plan);
-        if let Seat::Lead(lead, _nobody_waits) = flights.board(key, &address, position, invalidations) {
+        let flight_key = variant_key(key, &entry.variant, request.headers());
+        if let Seat::Lead(lead, _nobody_waits) = flights.board(&flight_key, &address, position, invalidations) {
             let (asked, place, plan, stale) = (Arc::new(parts), place.clone(), plan.clone(), Some(entry.clone()));
             self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale });
         }
     }
 
-    /// A seat on the flight for a key; as its leader, if there is none. Or, if one landed just now, what it
-    /// brought.
-    fn board(self: &Arc<Self>, quest: &Quest<'_>, flight_key: &[u8], alone: bool) -> Result<Boarded, Arc<Entry>> {
+    /// A seat on the flight for a key; as its leader, if there is none.
+    fn board(self: &Arc<Self>, quest: &Quest<'_>, flight_key: &KeyBuf, alone: bool) -> Boarding {
         let Commons { flights, invalidations, .. } = &*self.commons;
         let position = invalidations.position();
         let address = self.site.address(quest.place, &quest.asked.uri, quest.plan);
@@ -116,21 +125,27 @@ impl Proxy {
         } else {
             match flights.board(flight_key, &address, position, invalidations) {
                 Seat::Lead(lead, waiter) => (lead, waiter),
-                Seat::Follow(waiter) => return Ok(Boarded { waiter, collapsed: true }),
+                Seat::Follow(waiter) => return Boarding::Seated { waiter, collapsed: true },
             }
         };
-        let refused = quest.miss.forward == Forward::Request;
-        if !alone
-            && !refused
-            && let Lookup::Fresh(entry) =
-                self.look_up(&quest.key, &quest.asked.headers, &Demands::default(), quest.visit.later())
-        {
-            return Err(entry);
+        // Between the look-up and here a flight may have landed.
+        if !alone && quest.miss.forward != Forward::Request {
+            let headers = &quest.asked.headers;
+            match self.look_up(&quest.key, headers, &Demands::default(), quest.visit.later()) {
+                Lookup::Fresh(entry) => return Boarding::Hit(entry),
+                Lookup::WhileRevalidate(_) => {}
+                Lookup::Fetch(miss) => {
+                    let key = miss.flight_key(&quest.key, headers);
+                    if key != *flight_key {
+                        return Boarding::Rebook(key);
+                    }
+                }
+            }
         }
         let (asked, place, plan) = (quest.asked.clone(), quest.place.clone(), quest.plan.clone());
         let (key, stale) = (quest.key.to_vec().into(), quest.miss.stale.clone());
         self.spawn(lead, Job { asked, place, plan, key, address, position, stale });
-        Ok(Boarded { waiter, collapsed: false })
+        Boarding::Seated { waiter, collapsed: false }
     }
 
     /// A flight is a task: nobody's leaving ends it.
@@ -159,23 +174,6 @@ impl Proxy {
             }
         }
     }
-}
-
-/// The key of a flight for those who ask with other values in the headers that turned out to matter.
-fn variant_key(quest: &Quest<'_>, variant: &Variant) -> KeyBuf {
-    let names = variant.0.iter().map(|(name, _)| name.clone()).collect();
-    let own = Variant::of(names, &quest.asked.headers);
-    let mut key = quest.key.clone();
-    key.push(0xfe);
-    for (name, values) in &own.0 {
-        key.extend_from_slice(name.as_str().as_bytes());
-        for value in values {
-            key.extend_from_slice(&(value.len() as u64).to_be_bytes());
-            key.extend_from_slice(value.as_bytes());
-        }
-        key.push(0xff);
-    }
-    key
 }
 
 fn copy_of(request: &Request<Body>) -> Request<()> {

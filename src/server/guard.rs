@@ -7,8 +7,8 @@ use http::{Method, Request, StatusCode, Uri, Version};
 
 use crate::config::Limits;
 use crate::policy::headers::{must_not_be_nominated, nominated};
+use crate::policy::target::target;
 use crate::proxy::respond::Rejection;
-use crate::proxy::site::target;
 
 /// More header lines than this are refused.
 const MAX_LINES: usize = 100;

@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use tower_service::Service;
 
-use crate::proxy::site::is_refused;
+use crate::policy::target::is_refused;
 
 /// The system's resolver, guarded.
 #[derive(Debug, Clone)]

@@ -9,64 +9,64 @@ use super::soon;
 
 /// An answer.
 #[derive(Debug, Clone)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: Vec<u8>,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
     /// The body did not break off.
-    pub whole: bool,
+    pub(crate) whole: bool,
 }
 
 impl Answer {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
     }
 
-    pub fn all(&self, name: &str) -> Vec<&str> {
+    pub(crate) fn all(&self, name: &str) -> Vec<&str> {
         self.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str()).collect()
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    pub fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.text()))
     }
 
     /// The last `Cache-Status` member, without its key.
-    pub fn cache_status(&self) -> String {
+    pub(crate) fn cache_status(&self) -> String {
         let last = self.all("cache-status").last().copied().unwrap_or_default();
         last.split("; key=").next().unwrap_or_default().to_owned()
     }
 
-    pub fn is_hit(&self) -> bool {
+    pub(crate) fn is_hit(&self) -> bool {
         self.cache_status().starts_with("sidecache; hit; ttl=") && !self.cache_status().contains("detail")
     }
 }
 
 /// One connection.
 #[derive(Debug)]
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Client {
-    pub async fn connect(address: SocketAddr) -> Client {
+    pub(crate) async fn connect(address: SocketAddr) -> Client {
         let stream = TcpStream::connect(address).await.expect("a listener");
         stream.set_nodelay(true).expect("a socket");
         Client { stream, buffer: Vec::new() }
     }
 
     /// Sends bytes as they are.
-    pub async fn write(&mut self, bytes: impl AsRef<[u8]>) {
+    pub(crate) async fn write(&mut self, bytes: impl AsRef<[u8]>) {
         // A refusal may close the connection before everything is written: the answer tells.
         let _ = self.stream.write_all(bytes.as_ref()).await;
     }
 
     /// Sends a request with a Host and these header lines.
-    pub async fn ask(&mut self, method: &str, target: &str, lines: &[(&str, &str)], body: &[u8]) {
+    pub(crate) async fn ask(&mut self, method: &str, target: &str, lines: &[(&str, &str)], body: &[u8]) {
         let mut head = format!("{method} {target} HTTP/1.1\r\n");
         if !lines.iter().any(|(n, _)| n.eq_ignore_ascii_case("host")) {
             let host = self.stream.peer_addr().expect("connected");
@@ -85,7 +85,7 @@ impl Client {
     }
 
     /// Reads so many bytes of whatever comes.
-    pub async fn read_some(&mut self, least: usize) -> &[u8] {
+    pub(crate) async fn read_some(&mut self, least: usize) -> &[u8] {
         while self.buffer.len() < least {
             let read = soon("bytes from the server", self.stream.read_buf(&mut self.buffer)).await;
             if read.unwrap_or(0) == 0 {
@@ -96,14 +96,14 @@ impl Client {
     }
 
     /// Nothing more comes: the server has closed.
-    pub async fn closed(&mut self) -> bool {
+    pub(crate) async fn closed(&mut self) -> bool {
         let mut rest = Vec::new();
         let _ = soon("the server closes", self.stream.read_to_end(&mut rest)).await;
         rest.is_empty()
     }
 
     /// The answer to a request that was sent with this method; `None` if the connection ended before a head.
-    pub async fn answer_to(&mut self, method: &str) -> Option<Answer> {
+    pub(crate) async fn answer_to(&mut self, method: &str) -> Option<Answer> {
         soon("an answer", self.read_answer(method)).await
     }
 
@@ -151,13 +151,13 @@ impl Client {
     }
 
     /// Ends the connection with a reset.
-    pub fn reset(self) {
+    pub(crate) fn reset(self) {
         socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).expect("a socket");
     }
 }
 
 /// A chunked body, or `None` if it breaks off.
-pub async fn read_chunked(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
+pub(crate) async fn read_chunked(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
     let mut body = Vec::new();
     loop {
         let line_end = loop {
@@ -185,13 +185,19 @@ pub async fn read_chunked(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Optio
 }
 
 /// One request on a connection of its own.
-pub async fn send(address: SocketAddr, method: &str, target: &str, lines: &[(&str, &str)], body: &[u8]) -> Answer {
+pub(crate) async fn send(
+    address: SocketAddr,
+    method: &str,
+    target: &str,
+    lines: &[(&str, &str)],
+    body: &[u8],
+) -> Answer {
     let mut client = Client::connect(address).await;
     client.ask(method, target, lines, body).await;
     client.answer_to(method).await.unwrap_or_else(|| panic!("{method} {target}: no answer"))
 }
 
 /// GET on a connection of its own.
-pub async fn get(address: SocketAddr, target: &str, lines: &[(&str, &str)]) -> Answer {
+pub(crate) async fn get(address: SocketAddr, target: &str, lines: &[(&str, &str)]) -> Answer {
     send(address, "GET", target, lines, b"").await
 }

@@ -1,21 +1,21 @@
 //! What the tests are made of: a scripted origin, a client that sees every byte, a sidecar to start.
 
-pub mod client;
-pub mod origin;
-pub mod process;
-pub mod sidecar;
+pub(crate) mod client;
+pub(crate) mod origin;
+pub(crate) mod process;
+pub(crate) mod sidecar;
 
-pub use client::{Answer, Client, get, send};
-pub use origin::{Ask, Gate, Origin, Reply};
-pub use sidecar::Sidecar;
+pub(crate) use client::{Answer, Client, get, send};
+pub(crate) use origin::{Gate, Origin, Reply};
+pub(crate) use sidecar::Sidecar;
 
 use std::time::Duration;
 
 /// Nothing observed within this is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until something is observed; fails loudly if it never is.
-pub async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let looking = async {
         loop {
             if let Some(seen) = look() {
@@ -28,6 +28,6 @@ pub async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Waits for a future, but not for ever.
-pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("never finished: {what}"))
 }

@@ -12,35 +12,35 @@ use super::until;
 
 /// A request as it came over the wire.
 #[derive(Debug, Clone)]
-pub struct Ask {
-    pub method: String,
-    pub target: String,
-    pub headers: Vec<(String, String)>,
-    pub body: Vec<u8>,
+pub(crate) struct Ask {
+    pub(crate) method: String,
+    pub(crate) target: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
     /// How many requests came before it, on any connection.
-    pub number: usize,
+    pub(crate) number: usize,
 }
 
 impl Ask {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
     }
 }
 
 /// Opens once, for all who wait.
 #[derive(Debug, Clone)]
-pub struct Gate(Arc<watch::Sender<bool>>);
+pub(crate) struct Gate(Arc<watch::Sender<bool>>);
 
 impl Gate {
-    pub fn new() -> Gate {
+    pub(crate) fn new() -> Gate {
         Gate(Arc::new(watch::Sender::new(false)))
     }
 
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.0.send_replace(true);
     }
 
-    pub async fn wait(&self) {
+    pub(crate) async fn wait(&self) {
         self.0.subscribe().wait_for(|open| *open).await.expect("the gate is there");
     }
 }
@@ -56,7 +56,7 @@ enum Step {
 
 /// What the origin does with a request.
 #[derive(Debug, Clone)]
-pub struct Reply {
+pub(crate) struct Reply {
     before: Vec<Step>,
     status: u16,
     headers: Vec<(String, String)>,
@@ -69,59 +69,59 @@ pub struct Reply {
 }
 
 impl Reply {
-    pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+    pub(crate) fn new(status: u16, body: impl Into<Vec<u8>>) -> Reply {
         let (before, headers) = (Vec::new(), Vec::new());
         Reply { before, status, headers, body: body.into(), raw: None, middle: None, cut: None }
     }
 
     /// 200 that is fresh for so many seconds.
-    pub fn fresh(seconds: u32, body: impl Into<Vec<u8>>) -> Reply {
+    pub(crate) fn fresh(seconds: u32, body: impl Into<Vec<u8>>) -> Reply {
         Reply::new(200, body).header("Cache-Control", &format!("max-age={seconds}"))
     }
 
     /// These bytes, then the connection is closed.
-    pub fn raw(bytes: impl Into<Vec<u8>>) -> Reply {
+    pub(crate) fn raw(bytes: impl Into<Vec<u8>>) -> Reply {
         let mut reply = Reply::new(0, "");
         reply.raw = Some(vec![Step::Send(bytes.into()), Step::Close]);
         reply
     }
 
     /// No answer: closed, reset, or never.
-    pub fn close() -> Reply {
+    pub(crate) fn close() -> Reply {
         Reply { raw: Some(vec![Step::Close]), ..Reply::new(0, "") }
     }
 
-    pub fn reset() -> Reply {
+    pub(crate) fn reset() -> Reply {
         Reply { raw: Some(vec![Step::Reset]), ..Reply::new(0, "") }
     }
 
-    pub fn hang() -> Reply {
+    pub(crate) fn hang() -> Reply {
         Reply { raw: Some(vec![Step::Hang]), ..Reply::new(0, "") }
     }
 
     #[must_use]
-    pub fn header(mut self, name: &str, value: &str) -> Reply {
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Reply {
         self.headers.push((name.to_owned(), value.to_owned()));
         self
     }
 
     /// Not before this gate opens.
     #[must_use]
-    pub fn after(mut self, gate: &Gate) -> Reply {
+    pub(crate) fn after(mut self, gate: &Gate) -> Reply {
         self.before.push(Step::Wait(gate.clone()));
         self
     }
 
     /// Half of the body, then the gate, then the rest.
     #[must_use]
-    pub fn halfway(mut self, gate: &Gate) -> Reply {
+    pub(crate) fn halfway(mut self, gate: &Gate) -> Reply {
         self.middle = Some(gate.clone());
         self
     }
 
     /// Announces the whole body, sends `bytes` of it, and ends the connection.
     #[must_use]
-    pub fn cut_after(mut self, bytes: usize, reset: bool) -> Reply {
+    pub(crate) fn cut_after(mut self, bytes: usize, reset: bool) -> Reply {
         self.cut = Some((bytes, reset));
         self
     }
@@ -163,14 +163,14 @@ type Script = dyn Fn(&Ask) -> Reply + Send + Sync;
 
 /// The origin.
 #[derive(Debug)]
-pub struct Origin {
-    pub address: SocketAddr,
+pub(crate) struct Origin {
+    pub(crate) address: SocketAddr,
     asks: Arc<Mutex<Vec<Ask>>>,
     serving: JoinHandle<()>,
 }
 
 impl Origin {
-    pub async fn start(script: impl Fn(&Ask) -> Reply + Send + Sync + 'static) -> Origin {
+    pub(crate) async fn start(script: impl Fn(&Ask) -> Reply + Send + Sync + 'static) -> Origin {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let asks = Arc::new(Mutex::new(Vec::new()));
@@ -184,16 +184,16 @@ impl Origin {
         Origin { address, asks, serving }
     }
 
-    pub fn asks(&self) -> Vec<Ask> {
+    pub(crate) fn asks(&self) -> Vec<Ask> {
         self.asks.lock().expect("unpoisoned").clone()
     }
 
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.asks.lock().expect("unpoisoned").len()
     }
 
     /// Waits until so many requests have come.
-    pub async fn asked(&self, count: usize) {
+    pub(crate) async fn asked(&self, count: usize) {
         until(&format!("{count} requests at the origin"), || (self.count() >= count).then_some(())).await;
     }
 }

@@ -12,15 +12,15 @@ use super::soon;
 
 /// A running `sidecache`.
 #[derive(Debug)]
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
     /// The first lines of its start.
-    pub start: Vec<String>,
+    pub(crate) start: Vec<String>,
 }
 
 /// A command with the program and arguments, and a clean environment.
-pub fn command(arguments: &[&str]) -> Command {
+pub(crate) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
     command.args(arguments).env_clear().kill_on_drop(true).stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -28,7 +28,7 @@ pub fn command(arguments: &[&str]) -> Command {
 }
 
 /// Runs to the end: exit code, stdout, stderr.
-pub async fn run(arguments: &[&str]) -> (i32, String, String) {
+pub(crate) async fn run(arguments: &[&str]) -> (i32, String, String) {
     let output = soon("the program ends", command(arguments).output()).await.expect("the program runs");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
@@ -36,7 +36,7 @@ pub async fn run(arguments: &[&str]) -> (i32, String, String) {
 
 impl Process {
     /// Starts, and waits for so many lines.
-    pub async fn start(arguments: &[&str], lines: usize) -> Process {
+    pub(crate) async fn start(arguments: &[&str], lines: usize) -> Process {
         let mut child = command(arguments).stderr(Stdio::null()).spawn().expect("the program runs");
         let mut reader = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut start = Vec::new();
@@ -48,19 +48,19 @@ impl Process {
     }
 
     /// The address in the start line that has this text.
-    pub fn address(&self, of: &str) -> SocketAddr {
+    pub(crate) fn address(&self, of: &str) -> SocketAddr {
         let line = self.start.iter().find(|line| line.contains(of)).unwrap_or_else(|| panic!("no line {of}"));
         let after = line.split("addr=").nth(1).expect("an address").split(' ').next().expect("an address");
         after.parse().expect("an address")
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let id = i32::try_from(self.child.id().expect("running")).expect("a pid");
         kill(Pid::from_raw(id), signal).expect("our own process");
     }
 
     /// Waits for its end: the exit code.
-    pub async fn ended(mut self) -> Option<i32> {
+    pub(crate) async fn ended(mut self) -> Option<i32> {
         let code = soon("the process ends", self.child.wait()).await.expect("our own process").code();
         // What it printed after its start stays readable until here.
         drop(self.lines);

@@ -18,16 +18,16 @@ use super::origin::Origin;
 
 /// A running sidecar.
 #[derive(Debug)]
-pub struct Sidecar {
-    pub address: SocketAddr,
-    pub admin: SocketAddr,
-    pub clock: Clock,
-    pub commons: Arc<Commons>,
+pub(crate) struct Sidecar {
+    pub(crate) address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) clock: Clock,
+    pub(crate) commons: Arc<Commons>,
     stop: watch::Sender<bool>,
 }
 
 /// A configuration text for one upstream: what follows its url and listen lines, and the tables after it.
-pub fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
+pub(crate) fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
     format!(
         "[[upstream]]\nname = \"api\"\nurl = \"http://{origin}\"\nlisten = \"127.0.0.1:0\"\n{upstream}\n\
          [admin]\nlisten = \"127.0.0.1:0\"\n{tables}\n"
@@ -36,16 +36,16 @@ pub fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
 
 impl Sidecar {
     /// Before an origin, with these lines in its upstream.
-    pub async fn before(origin: &Origin, upstream: &str) -> Sidecar {
+    pub(crate) async fn before(origin: &Origin, upstream: &str) -> Sidecar {
         Self::from_text(&text(origin.address, upstream, "")).await
     }
 
     /// The same, with tables after the upstream.
-    pub async fn with_tables(origin: &Origin, upstream: &str, tables: &str) -> Sidecar {
+    pub(crate) async fn with_tables(origin: &Origin, upstream: &str, tables: &str) -> Sidecar {
         Self::from_text(&text(origin.address, upstream, tables)).await
     }
 
-    pub async fn from_text(text: &str) -> Sidecar {
+    pub(crate) async fn from_text(text: &str) -> Sidecar {
         Self::start(text, &|upstream, clock| {
             HttpUpstream::new(upstream, clock.clone()).map(|http| Arc::new(http) as Arc<dyn Upstream>)
         })
@@ -53,7 +53,7 @@ impl Sidecar {
     }
 
     /// With an upstream of the test's own making.
-    pub async fn over(upstream: Arc<dyn Upstream>, lines: &str) -> Sidecar {
+    pub(crate) async fn over(upstream: Arc<dyn Upstream>, lines: &str) -> Sidecar {
         let unused = "127.0.0.1:9".parse().expect("an address");
         Self::start(&text(unused, lines, ""), &|_, _| Ok(upstream.clone())).await
     }
@@ -70,31 +70,31 @@ impl Sidecar {
         Sidecar { address, admin, clock, commons, stop }
     }
 
-    pub async fn get(&self, target: &str) -> Answer {
+    pub(crate) async fn get(&self, target: &str) -> Answer {
         get(self.address, target, &[]).await
     }
 
-    pub async fn get_with(&self, target: &str, lines: &[(&str, &str)]) -> Answer {
+    pub(crate) async fn get_with(&self, target: &str, lines: &[(&str, &str)]) -> Answer {
         get(self.address, target, lines).await
     }
 
-    pub async fn send(&self, method: &str, target: &str, body: &str) -> Answer {
+    pub(crate) async fn send(&self, method: &str, target: &str, body: &str) -> Answer {
         send(self.address, method, target, &[], body.as_bytes()).await
     }
 
     /// `POST /purge`; its answer must be 200.
-    pub async fn purge(&self, json: &str) -> serde_json::Value {
+    pub(crate) async fn purge(&self, json: &str) -> serde_json::Value {
         let lines = [("Content-Type", "application/json")];
         let answer = send(self.admin, "POST", "/purge", &lines, json.as_bytes()).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
         answer.json()
     }
 
-    pub async fn stats(&self) -> serde_json::Value {
+    pub(crate) async fn stats(&self) -> serde_json::Value {
         get(self.admin, "/stats", &[]).await.json()
     }
 
-    pub fn turn(&self, seconds: u64) {
+    pub(crate) fn turn(&self, seconds: u64) {
         self.clock.turn(Duration::from_secs(seconds));
     }
 }

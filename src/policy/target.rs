@@ -1,0 +1,67 @@
+//! What a request is aimed at: path and query, the authority the client used, and targets that two readers
+//! might read differently.
+
+use std::net::IpAddr;
+
+use http::header::HOST;
+use http::{HeaderMap, Uri};
+
+/// Path and query as they came.
+pub fn target(uri: &Uri) -> &str {
+    uri.path_and_query().map_or("/", |target| target.as_str())
+}
+
+/// The authority that the client addressed: of an absolute-form target, else Host.
+pub fn client_authority<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> Option<&'r str> {
+    match uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => headers.get(HOST)?.to_str().ok().filter(|host| !host.is_empty()),
+    }
+}
+
+/// Could a cache and an upstream take this path for two different things? Dot segments, also encoded
+/// (RFC 3986 §5.2.4), encoded slashes and NULs, backslashes.
+pub fn is_ambiguous(path: &str) -> bool {
+    if !path.bytes().any(|b| matches!(b, b'.' | b'%' | b'\\')) {
+        return false;
+    }
+    let lower = path.to_ascii_lowercase();
+    ["\\", "%2f", "%5c", "%00"].iter().any(|bad| lower.contains(bad))
+        || lower.replace("%2e", ".").split('/').any(|segment| segment == "." || segment == "..")
+}
+
+/// Addresses that no client may make us connect to: link-local, where clouds keep their metadata.
+pub fn is_refused(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_unspecified() || v4.is_multicast(),
+        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
+            Some(v4) => is_refused(IpAddr::V4(v4)),
+            None => {
+                v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast() || v6.segments()[0] == 0xfd00
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_that_two_readers_read_differently() {
+        for bad in ["/a/../b", "/./a", "/a/%2E%2e/b", "/a%2fb", "/a%00", "/a\\b", "/.."] {
+            assert!(is_ambiguous(bad), "{bad}");
+        }
+        for good in ["/", "/a.json", "/a..b", "/a%20b", "/.well-known/x"] {
+            assert!(!is_ambiguous(good), "{good}");
+        }
+    }
+
+    #[test]
+    fn metadata_addresses_are_refused() {
+        for bad in ["169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0"] {
+            assert!(is_refused(bad.parse().expect("an address")), "{bad}");
+        }
+        assert!(!is_refused("127.0.0.1".parse().expect("an address")));
+    }
+}
