@@ -31,14 +31,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Binds an address. The error says what to do.
 pub async fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => {
+    TcpListener::bind(address).await.map_err(|error| {
+        if error.kind() == io::ErrorKind::AddrInUse {
             format!("{what}: {address} is taken by another process: stop it, or choose another listen address")
-        }
-        io::ErrorKind::PermissionDenied => {
+        } else if error.kind() == io::ErrorKind::PermissionDenied {
             format!("{what}: no permission to listen on {address}: choose a port above 1023")
+        } else {
+            format!("{what}: can't listen on {address}: {error}")
         }
-        _ => format!("{what}: can't listen on {address}: {error}"),
     })
 }
 

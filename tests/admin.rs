@@ -24,8 +24,8 @@ async fn fill(sidecar: &Sidecar) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_purge_takes_what_it_names_and_no_other() {
-    let (_origin, sidecar) = filled().await;
-    let address = format!("\"urls\":[\"http://{}/shop?a=1\"]", _origin.address);
+    let (origin, sidecar) = filled().await;
+    let address = format!("\"urls\":[\"http://{}/shop?a=1\"]", origin.address);
     let table: &[(&str, &[&str])] = &[
         (r#"{"tags":["product:1"]}"#, &["/products/1"]),
         (r#"{"tags":["products"]}"#, &["/products/1", "/products/2"]),

@@ -103,9 +103,9 @@ async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
         origin.asked(1).await;
         let followers = burst(&sidecar, 20, "/");
         if reset {
-            leader.reset()
+            leader.reset();
         } else {
-            drop(leader)
+            drop(leader);
         }
         gate.open();
         assert!(followers.join_all().await.iter().all(|a| a.text() == "shared"), "reset: {reset}");

@@ -1,6 +1,7 @@
 //! From a rule of the file to compiled [`Plan`]s: one for each of its paths.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use toml::Spanned;
 
 use super::error::{ConfigError, Source};
 use super::file;
+use super::validate::Fault;
 use super::values::{OneOrMany, Window};
 use crate::policy::glob::{Glob, PathPattern};
 use crate::policy::key::{KeyPlan, Partition, QueryFilter};
@@ -89,11 +91,11 @@ impl Surroundings<'_> {
         let before = errors.len();
         let paths = self.paths(&rule, &span, errors);
         let mode = self.collect(self.mode(&rule), errors).unwrap_or(CacheMode::Http);
-        let methods = self.collect(self.methods(&rule, mode), errors).unwrap_or_else(Methods::safe);
-        let when = self.collect(self.when(&rule), errors).unwrap_or_default();
+        let methods = self.collect(read_methods(&rule, mode), errors).unwrap_or_else(Methods::safe);
+        let when = self.collect(read_when(&rule), errors).unwrap_or_default();
         let key = self.collect(self.key(&rule), errors).unwrap_or_default();
         let fallback = self.collect(self.fallback(&rule), errors).flatten();
-        let reject_empty = self.collect(self.reject_empty(&rule), errors).flatten();
+        let reject_empty = self.collect(read_reject_empty(&rule), errors).flatten();
         let tags = self.tags(&rule, &paths, errors);
         if errors.len() > before {
             return Vec::new();
@@ -121,11 +123,11 @@ impl Surroundings<'_> {
         paths.into_iter().zip(tags).map(plan).collect()
     }
 
-    fn collect<T>(&self, result: Result<T, (std::ops::Range<usize>, String)>, errors: &mut Errors) -> Option<T> {
+    fn collect<T>(&self, result: Result<T, Fault>, errors: &mut Errors) -> Option<T> {
         result.map_err(|(span, message)| errors.push(self.source.error(&span, message))).ok()
     }
 
-    fn paths(&self, rule: &file::Rule, span: &std::ops::Range<usize>, errors: &mut Errors) -> Vec<PathPattern> {
+    fn paths(&self, rule: &file::Rule, span: &Range<usize>, errors: &mut Errors) -> Vec<PathPattern> {
         let Some(path) = &rule.path else {
             errors.push(self.source.error(span, "a rule needs a path: write path = \"/products/{id}.json\""));
             return Vec::new();
@@ -135,7 +137,7 @@ impl Surroundings<'_> {
         paths.iter().filter_map(|text| self.collect(parse(text), errors)).collect()
     }
 
-    fn mode(&self, rule: &file::Rule) -> Result<CacheMode, (std::ops::Range<usize>, String)> {
+    fn mode(&self, rule: &file::Rule) -> Result<CacheMode, Fault> {
         let word = rule.cache.as_ref().map(|c| c.get_ref().as_str());
         match (word, &rule.ttl) {
             (None | Some("override"), Some(ttl)) => {
@@ -159,7 +161,7 @@ impl Surroundings<'_> {
         }
     }
 
-    fn ttl(&self, text: &Spanned<String>) -> Result<Duration, (std::ops::Range<usize>, String)> {
+    fn ttl(&self, text: &Spanned<String>) -> Result<Duration, Fault> {
         if let Some(class) = (self.classes)(text.get_ref()) {
             return Ok(class);
         }
@@ -174,31 +176,7 @@ impl Surroundings<'_> {
         })
     }
 
-    fn methods(&self, rule: &file::Rule, mode: CacheMode) -> Result<Methods, (std::ops::Range<usize>, String)> {
-        let Some(methods) = &rule.methods else { return Ok(Methods::safe()) };
-        let parse = |name: &String| Method::from_bytes(name.as_bytes()).map_err(|e| (methods.span(), e.to_string()));
-        let parsed = methods.get_ref().iter().map(parse).collect::<Result<Vec<_>, _>>()?;
-        if mode != CacheMode::Off && parsed.iter().any(|m| *m != Method::GET && *m != Method::HEAD) {
-            let message = "only GET and HEAD can be cached: leave the others out, or write cache = \"off\"";
-            return Err((methods.span(), message.into()));
-        }
-        Ok(Methods(parsed))
-    }
-
-    fn when(&self, rule: &file::Rule) -> Result<When, (std::ops::Range<usize>, String)> {
-        let Some(when) = &rule.when else { return Ok(When::default()) };
-        if let Some(graphql) = &when.graphql {
-            return Err((graphql.span(), "when.graphql is not built yet: remove it".into()));
-        }
-        let header =
-            |(name, glob): (&Spanned<String>, &String)| header_name(name).map(|name| (name, Glob::new(glob)));
-        Ok(When {
-            query: when.query.iter().map(|(name, glob)| (name.as_str().into(), Glob::new(glob))).collect(),
-            headers: when.headers.iter().map(header).collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn key(&self, rule: &file::Rule) -> Result<KeyPlan, (std::ops::Range<usize>, String)> {
+    fn key(&self, rule: &file::Rule) -> Result<KeyPlan, Fault> {
         let key = rule.key.clone().unwrap_or_default();
         let query = match key.query {
             None => QueryFilter::Whole,
@@ -233,16 +211,7 @@ impl Surroundings<'_> {
         paths.iter().map(of).collect()
     }
 
-    fn reject_empty(&self, rule: &file::Rule) -> Result<Option<Box<str>>, (std::ops::Range<usize>, String)> {
-        match &rule.reject_empty {
-            Some(pointer) if !pointer.get_ref().starts_with('/') => {
-                Err((pointer.span(), format!("reject_empty is a JSON pointer: write \"/{}\"", pointer.get_ref())))
-            }
-            other => Ok(other.as_ref().map(|p| p.get_ref().as_str().into())),
-        }
-    }
-
-    fn fallback(&self, rule: &file::Rule) -> Result<Option<Payload>, (std::ops::Range<usize>, String)> {
+    fn fallback(&self, rule: &file::Rule) -> Result<Option<Payload>, Fault> {
         let Some(spanned) = &rule.fallback else { return Ok(None) };
         let fallback = spanned.get_ref();
         let body = match (&fallback.file, &fallback.body) {
@@ -270,7 +239,7 @@ impl Surroundings<'_> {
         Ok(Some(Payload { body, status, content_type, on }))
     }
 
-    fn payload(&self, file: &Spanned<String>) -> Result<Bytes, (std::ops::Range<usize>, String)> {
+    fn payload(&self, file: &Spanned<String>) -> Result<Bytes, Fault> {
         let path = self.folder.join(file.get_ref());
         let fail = |why: String| (file.span(), format!("fallback file {}: {why}", path.display()));
         let size = fs::metadata(&path).map_err(|e| fail(e.to_string()))?.len();
@@ -281,17 +250,49 @@ impl Surroundings<'_> {
     }
 }
 
-fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, (std::ops::Range<usize>, String)> {
+fn read_methods(rule: &file::Rule, mode: CacheMode) -> Result<Methods, Fault> {
+    let Some(methods) = &rule.methods else { return Ok(Methods::safe()) };
+    let parse = |name: &String| Method::from_bytes(name.as_bytes()).map_err(|e| (methods.span(), e.to_string()));
+    let parsed = methods.get_ref().iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    if mode != CacheMode::Off && parsed.iter().any(|m| *m != Method::GET && *m != Method::HEAD) {
+        let message = "only GET and HEAD can be cached: leave the others out, or write cache = \"off\"";
+        return Err((methods.span(), message.into()));
+    }
+    Ok(Methods(parsed))
+}
+
+fn read_when(rule: &file::Rule) -> Result<When, Fault> {
+    let Some(when) = &rule.when else { return Ok(When::default()) };
+    if let Some(graphql) = &when.graphql {
+        return Err((graphql.span(), "when.graphql is not built yet: remove it".into()));
+    }
+    let header = |(name, glob): (&Spanned<String>, &String)| header_name(name).map(|name| (name, Glob::new(glob)));
+    Ok(When {
+        query: when.query.iter().map(|(name, glob)| (name.as_str().into(), Glob::new(glob))).collect(),
+        headers: when.headers.iter().map(header).collect::<Result<_, _>>()?,
+    })
+}
+
+fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {
+    match &rule.reject_empty {
+        Some(pointer) if !pointer.get_ref().starts_with('/') => {
+            Err((pointer.span(), format!("reject_empty is a JSON pointer: write \"/{}\"", pointer.get_ref())))
+        }
+        other => Ok(other.as_ref().map(|p| p.get_ref().as_str().into())),
+    }
+}
+
+fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, Fault> {
     let known = Failure::CAUSES.into_iter().find(|cause| *cause == name);
     known.ok_or_else(|| (list.span(), format!("on = {name:?}: write some of {:?}", Failure::CAUSES)))
 }
 
-pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, (std::ops::Range<usize>, String)> {
+pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, Fault> {
     HeaderName::from_bytes(name.get_ref().as_bytes())
         .map_err(|_| (name.span(), format!("{:?} is no header name", name.get_ref())))
 }
 
-pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, (std::ops::Range<usize>, String)> {
+pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, Fault> {
     match word.get_ref().as_str() {
         "credential" => Ok(Partition::Credential),
         "everyone" => Ok(Partition::Everyone),

@@ -56,7 +56,7 @@ fn build(
     apply_flags(&mut file, flags);
     let folder = folder.to_owned();
     let mut validator = Validator { source, folder, errors: Vec::new(), notes: Vec::new() };
-    let config = validator.config(file);
+    let config = validator.config(&file);
     if validator.errors.is_empty() { Ok(config) } else { Err(validator.errors) }
 }
 
@@ -117,8 +117,8 @@ impl Validator<'_> {
         self.errors.push(error);
     }
 
-    fn config(&mut self, file: file::File) -> Config {
-        self.refuse_unbuilt(&file);
+    fn config(&mut self, file: &file::File) -> Config {
+        self.refuse_unbuilt(file);
         if file.upstream.is_empty() && self.errors.is_empty() {
             let message = "nothing to run: give --upstream https://your-api.example, or --config FILE";
             self.errors.push(ConfigError::at(self.source.name, message));

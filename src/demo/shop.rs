@@ -156,7 +156,7 @@ impl Shop {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         let (fault, delay) = self.fate(number);
         let response = match self.admit(&parts.headers) {
-            Err(refusal) => refusal,
+            Err(refusal) => *refusal,
             Ok((shop, used)) => {
                 let mut response = self.lock().shelves.serve(shop, &parts, &body);
                 set(response.headers_mut(), REQUEST_ID, &format!("{number:032x}"));
@@ -216,11 +216,11 @@ impl Shop {
     }
 
     /// Which shop a request is for, and how full its bucket is; or 401, or 429.
-    fn admit(&self, headers: &HeaderMap) -> Result<(usize, u32), Response<Bytes>> {
+    fn admit(&self, headers: &HeaderMap) -> Result<(usize, u32), Box<Response<Bytes>>> {
         let token = headers.get(TOKEN).and_then(|token| token.to_str().ok()).unwrap_or_default();
         let Some(app) = TOKENS.iter().position(|known| *known == token) else {
             let message = "[API] Invalid API key or access token (unrecognized login or wrong password)";
-            return Err(json(StatusCode::UNAUTHORIZED, &json!({"errors": message})));
+            return Err(json(StatusCode::UNAUTHORIZED, &json!({"errors": message})).into());
         };
         let (size, leak, now) = (self.options.bucket, self.options.leak, self.clock.instant());
         let mut state = self.lock();
@@ -235,7 +235,7 @@ impl Shop {
                 let mut response = json(StatusCode::TOO_MANY_REQUESTS, &json!({"errors": message}));
                 set(response.headers_mut(), RETRY_AFTER, &format!("{seconds:.1}"));
                 set(response.headers_mut(), CALL_LIMIT, &format!("{size}/{size}"));
-                Err(response)
+                Err(response.into())
             }
         }
     }

@@ -85,13 +85,13 @@ fn origin_length(url: &[u8], authority: &str) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn rewritten(name: HeaderName, value: &str, authority: &str) -> String {
+    fn rewritten(name: &HeaderName, value: &str, authority: &str) -> String {
         let mut headers = HeaderMap::new();
-        headers.append(&name, HeaderValue::from_static("<untouched>"));
-        headers.append(&name, HeaderValue::from_str(value).expect("a value"));
+        headers.append(name, HeaderValue::from_static("<untouched>"));
+        headers.append(name, HeaderValue::from_str(value).expect("a value"));
         let patches = find(&headers, authority);
         apply(&patches, &mut headers, "http://127.0.0.1:18080");
-        let last = headers.get_all(&name).iter().next_back().expect("a value").to_str().expect("text");
+        let last = headers.get_all(name).iter().next_back().expect("a value").to_str().expect("text");
         last.to_owned()
     }
 
@@ -112,8 +112,8 @@ mod tests {
             (LOCATION, "/relative", "/relative"),
         ];
         for (name, value, expected) in table {
-            assert_eq!(rewritten(name, value, shop), expected);
+            assert_eq!(rewritten(&name, value, shop), expected);
         }
-        assert_eq!(rewritten(LOCATION, "http://127.0.0.1:9/x", "127.0.0.1:9"), "http://127.0.0.1:18080/x");
+        assert_eq!(rewritten(&LOCATION, "http://127.0.0.1:9/x", "127.0.0.1:9"), "http://127.0.0.1:18080/x");
     }
 }

@@ -327,7 +327,7 @@ impl Fetched {
         Fetched { forward: Forward::Bypass(reason), status, collapsed: false, stored: Err(None) }
     }
 
-    fn detail(&self) -> Option<&'static str> {
+    fn detail(self) -> Option<&'static str> {
         match (self.forward, self.stored) {
             (Forward::Bypass(reason), _) => Some(reason.token()),
             (_, Err(Some(skip))) => Some(skip.token()),
@@ -347,7 +347,7 @@ impl fmt::Display for Outcome {
                 reason.failure().map_or(Ok(()), |failure| cause(f, failure))
             }
             Outcome::Relayed { fetched, failure } => {
-                forward(f, fetched)?;
+                forward(f, *fetched)?;
                 if fetched.stored.is_ok() && failure.is_none() {
                     f.write_str("; stored")?;
                 }
@@ -360,7 +360,7 @@ impl fmt::Display for Outcome {
                 failure.map_or(Ok(()), |failure| cause(f, failure))
             }
             Outcome::Fallback { fetched, failure } | Outcome::Failed { fetched, failure } => {
-                forward(f, fetched)?;
+                forward(f, *fetched)?;
                 if fetched.collapsed {
                     f.write_str("; collapsed")?;
                 }
@@ -373,7 +373,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-fn forward(f: &mut fmt::Formatter<'_>, fetched: &Fetched) -> fmt::Result {
+fn forward(f: &mut fmt::Formatter<'_>, fetched: Fetched) -> fmt::Result {
     write!(f, "; fwd={}", fetched.forward.token())?;
     match fetched.status {
         Some(status) if !status.is_success() => write!(f, "; fwd-status={}", status.as_u16()),

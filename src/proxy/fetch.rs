@@ -95,7 +95,7 @@ impl Proxy {
         if came.response.status() == StatusCode::NOT_MODIFIED
             && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
         {
-            return self.validated(lead, job, stale, &came);
+            return self.validated(&lead, job, stale, &came);
         }
         if let Some(failure) = Failure::from_status(came.response.status()) {
             if !may_share_failure(&came.answered(), &job.plan) || job.asked.method == Method::HEAD {
@@ -127,7 +127,7 @@ impl Proxy {
     }
 
     /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
-    fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
+    fn validated(&self, lead: &Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
         let headers = freshen(&stale.head.headers, came.response.headers());
         let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
         let asked = Asked::from(&*job.asked);
@@ -136,8 +136,8 @@ impl Proxy {
             // The upstream has taken its leave to store back: good for those who wait, and for nobody else.
             Err(skip) => (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip)),
         };
-        let head = Arc::new(self.head(stale.head.status, &headers, stale.head.casing.clone(), job, &store, came));
-        let entry = Arc::new(self.entry(job, head.clone(), stale.body.clone(), &store, came.born));
+        let head = Arc::new(head(stale.head.status, &headers, stale.head.casing.clone(), job, &store, came));
+        let entry = Arc::new(entry(job, head.clone(), stale.body.clone(), &store, came.born));
         if stored.is_ok() {
             self.keep(job, &entry);
         }
@@ -192,7 +192,7 @@ impl Proxy {
     ) {
         let casing = came.response.extensions().get::<Casing>().cloned();
         let status = came.response.status();
-        let head = Arc::new(self.head(status, came.response.headers(), casing, job, &store, &came));
+        let head = Arc::new(head(status, came.response.headers(), casing, job, &store, &came));
         let length = declared_length(&came.response);
         let (purse, stall) = (self.commons.purse.clone(), self.commons.shared_write_stall);
         let fanout = Fanout::new(purse, self.commons.max_entry_bytes, stall, length);
@@ -213,7 +213,7 @@ impl Proxy {
             && failure.is_none()
             && let Some(body) = fanout.whole()
         {
-            let entry = Arc::new(self.entry(job, head, body, &store, born));
+            let entry = Arc::new(entry(job, head, body, &store, born));
             self.keep(job, &entry);
         }
     }
@@ -262,35 +262,35 @@ impl Proxy {
             debug!(upstream = &*self.site.name, "not stored: {}", Skip::Invalidated.token());
         }
     }
+}
 
-    fn entry(&self, job: &Job, head: Arc<Head>, body: Bytes, store: &Store, born: Tick) -> Entry {
-        let about = About {
-            key_name: short_name(&job.key).into(),
-            tags: tags(&job.plan, job.asked.uri.path()).into(),
-            rule: job.plan.name.clone(),
-        };
-        let variant = Variant::of(store.vary.clone(), &job.asked.headers);
-        Entry::new(head, body, variant, born, store.terms, job.address.clone(), job.position, about)
-    }
+/// What is stored.
+fn entry(job: &Job, head: Arc<Head>, body: Bytes, store: &Store, born: Tick) -> Entry {
+    let about = About {
+        key_name: short_name(&job.key).into(),
+        tags: tags(&job.plan, job.asked.uri.path()).into(),
+        rule: job.plan.name.clone(),
+    };
+    let variant = Variant::of(store.vary.clone(), &job.asked.headers);
+    Entry::new(head, body, variant, born, store.terms, job.address.clone(), job.position, about)
+}
 
-    /// A head made ready to be sent many times.
-    fn head(
-        &self,
-        status: StatusCode,
-        headers: &HeaderMap,
-        casing: Option<Casing>,
-        job: &Job,
-        store: &Store,
-        came: &Came,
-    ) -> Head {
-        let mut headers = compact(headers);
-        for name in store.drop.iter().chain([&AGE]) {
-            headers.remove(name);
-        }
-        add_date(&mut headers, came.at);
-        let links = links::find(&headers, &job.place.host);
-        Head { status, headers, casing, links }
+/// A head made ready to be sent many times.
+fn head(
+    status: StatusCode,
+    headers: &HeaderMap,
+    casing: Option<Casing>,
+    job: &Job,
+    store: &Store,
+    came: &Came,
+) -> Head {
+    let mut headers = compact(headers);
+    for name in store.drop.iter().chain([&AGE]) {
+        headers.remove(name);
     }
+    add_date(&mut headers, came.at);
+    let links = links::find(&headers, &job.place.host);
+    Head { status, headers, casing, links }
 }
 
 /// An answer without `Date` gets the time it came: RFC 9110 §6.6.1.

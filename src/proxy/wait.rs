@@ -44,7 +44,7 @@ enum Boarding {
     /// One landed just now, with this.
     Hit(Arc<Entry>),
     /// Meanwhile it became known which request headers matter: ask again with this key.
-    Rebook(KeyBuf),
+    Rebook(Box<KeyBuf>),
 }
 
 impl Proxy {
@@ -69,7 +69,7 @@ impl Proxy {
                 Boarding::Seated { waiter, collapsed } => (waiter, collapsed),
                 Boarding::Hit(entry) => return self.hit(&*quest.asked, &entry, plan, visit),
                 Boarding::Rebook(key) => {
-                    flight_key = key;
+                    flight_key = *key;
                     continue;
                 }
             };
@@ -137,7 +137,7 @@ impl Proxy {
                 Lookup::Fetch(miss) => {
                     let key = miss.flight_key(&quest.key, headers);
                     if key != *flight_key {
-                        return Boarding::Rebook(key);
+                        return Boarding::Rebook(Box::new(key));
                     }
                 }
             }

@@ -1,0 +1,28 @@
+# What can be done here. `just` lists it.
+
+default:
+    @just --list
+
+# Everything CI checks.
+check:
+    ./scripts/test
+
+# The demo: a slow shop before and after.
+demo:
+    cargo run --release -- demo
+
+# An upstream killed or stopped under load, bursts for one slow answer: prints asked and measured.
+faults:
+    cargo bench --bench faults
+
+# What a hit costs beside a bare hyper server: instructions and CPU time.
+hits:
+    cargo bench --bench hits
+
+# The official Shopify client for Python, through the sidecar.
+python-client:
+    ./tests/clients/python/run
+
+# Licences, advisories, banned crates (needs cargo-deny).
+deny:
+    cargo deny check
