@@ -15,10 +15,6 @@ demo:
 faults:
     cargo bench --bench faults
 
-# What a hit costs beside a bare hyper server: instructions and CPU time.
-hits:
-    cargo bench --bench hits
-
 # The official Shopify client for Python, through the sidecar.
 python-client:
     ./tests/clients/python/run

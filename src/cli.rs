@@ -164,6 +164,12 @@ fn refused(message: &str) -> ExitCode {
     ExitCode::from(1)
 }
 
+/// Prints a line. Whoever read our output may have left: that ends no sidecar.
+pub(crate) fn say(line: impl std::fmt::Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 /// Turns true at SIGTERM or SIGINT; a second one ends the process at once.
 pub(crate) fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
     use tokio::signal::unix::{SignalKind, signal};

@@ -22,7 +22,7 @@ pub type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, SendEr
 /// Something that answers requests. The real one is [`http::HttpUpstream`]; tests script others.
 pub trait Upstream: fmt::Debug + Send + Sync + 'static {
     /// Sends a request whose URI is absolute. The answer's body fails with
-    /// [`BodyError::Upstream`](crate::body::BodyError::Upstream) if it ends early or stands still too long.
+    /// [`BodyError::Upstream`] if it ends early or stands still too long.
     fn send(&self, request: Request<Body>) -> Sending<'_>;
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use http::StatusCode;
 use serde_json::Value;
 
-use super::{HealthArgs, PurgeArgs, RemoteArgs};
+use super::{HealthArgs, PurgeArgs, RemoteArgs, say};
 use crate::admin::{AdminClient, PurgeRequest};
 use crate::config::Secret;
 
@@ -26,7 +26,7 @@ pub(super) async fn purge(args: PurgeArgs) -> Result<ExitCode, String> {
     let request =
         PurgeRequest { tags: tag, urls: url, prefixes: prefix, patterns: pattern, all, upstream, hosts: host, soft };
     let answer = client(&remote)?.post("/purge", &request).await?;
-    println!("{answer}");
+    say(answer);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -45,7 +45,7 @@ pub(super) async fn health(args: &HealthArgs) -> Result<ExitCode, String> {
     let client = client(&args.remote)?;
     if args.ready {
         let (status, text) = client.get("/readyz").await?;
-        print!("{text}");
+        say(text.trim_end());
         return Ok(ExitCode::from(u8::from(!status.is_success())));
     }
     let (_, text) = client.get("/health").await?;
@@ -56,7 +56,7 @@ pub(super) async fn health(args: &HealthArgs) -> Result<ExitCode, String> {
 
 fn print_json(text: &str) {
     match serde_json::from_str::<Value>(text) {
-        Ok(json) => println!("{json:#}"),
-        Err(_) => println!("{text}"),
+        Ok(json) => say(format!("{json:#}")),
+        Err(_) => say(text),
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::stop_signal;
+use super::{say, stop_signal};
 use crate::app::App;
 use crate::config::{self, Config, ConfigError, Flags};
 use crate::telemetry::logs;
@@ -15,7 +15,7 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     let stop = stop_signal()?;
     let app = App::bind(config).await?;
     for line in app.lines() {
-        println!("{line}");
+        say(line);
     }
     let cut = app.run(stop).await;
     if cut > 0 {
@@ -29,12 +29,12 @@ pub(super) fn check(config: PathBuf) -> Result<ExitCode, String> {
     let flags = Flags { config: Some(config), ..Flags::default() };
     let config = load(&flags)?;
     for upstream in &config.upstreams {
-        println!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules);
+        say(format!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules));
     }
     for note in &config.notes {
-        println!("note: {note}");
+        say(format!("note: {note}"));
     }
-    println!("{}: ok", config.source);
+    say(format!("{}: ok", config.source));
     Ok(ExitCode::SUCCESS)
 }
 

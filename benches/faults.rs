@@ -1,0 +1,251 @@
+//! Faults under load, with real processes: an upstream killed, an upstream stopped, a stampede, a burst for an
+//! answer that can't be shared. Prints asked and measured. `just faults`; about 40 s; ends what it started.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http::Request;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sidecache::body::Body;
+use sidecache::clock::Clock;
+use sidecache::config::Timeouts;
+use sidecache::upstream::Upstream;
+use sidecache::upstream::http::HttpUpstream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+/// Requests per second, and how many different things they ask for.
+const RATE: u32 = 300;
+const KEYS: usize = 50;
+
+fn main() {
+    // cargo passes --bench; `cargo test --benches` does not, and must not take a minute.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        println!("{:<58}{:>16}{:>22}", "", "asked", "measured");
+        stampede().await;
+        uncacheable().await;
+        outage(Signal::SIGKILL, "upstream killed for 5 s").await;
+        outage(Signal::SIGSTOP, "upstream stopped for 5 s").await;
+    });
+}
+
+fn row(what: &str, asked: &str, measured: &str) {
+    println!("{what:<58}{asked:>16}{measured:>22}");
+}
+
+/// A program of ours, ended when it goes out of scope.
+struct Program(Child, SocketAddr);
+
+impl Program {
+    fn start(arguments: &[&str], line_of: &str) -> Program {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_sidecache"))
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program starts");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        for line in lines.map_while(Result::ok) {
+            if let Some((_, rest)) = line.split_once("addr=").filter(|_| line.contains(line_of)) {
+                let address = rest.split(' ').next().expect("an address").parse().expect("an address");
+                return Program(child, address);
+            }
+        }
+        panic!("{arguments:?} did not say where it listens");
+    }
+
+    fn shop(listen: &str) -> Program {
+        let pace = ["--latency", "200ms", "--products", "100", "--bucket", "1000000", "--leak", "1000000"];
+        Program::start(&[&["mock-shop", "--listen", listen][..], &pace].concat(), "mock-shop")
+    }
+
+    /// A sidecar before an upstream, with these rules.
+    fn sidecar(upstream: SocketAddr, rules: &str) -> Program {
+        let file = std::env::temp_dir().join(format!("sidecache-faults-{}.toml", std::process::id()));
+        let text = format!(
+            "[[upstream]]\nname = \"api\"\nurl = \"http://{upstream}\"\nlisten = \"127.0.0.1:0\"\n{rules}\n\
+             [admin]\nlisten = \"off\"\n[log]\nfilter = \"error\"\n"
+        );
+        std::fs::write(&file, text).expect("writable");
+        Program::start(&["--config", &file.display().to_string()], "upstream=api")
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.0.id()).expect("a pid")), signal).expect("our own process");
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn client() -> Arc<HttpUpstream> {
+    let limit = Duration::from_secs(30);
+    let timeouts = Timeouts { connect: limit, first_byte: limit, idle: limit, fetch: limit };
+    Arc::new(HttpUpstream::plain(timeouts, Clock::start()).expect("a client"))
+}
+
+/// Status of a GET whose body was read to its end, and the time it took.
+async fn get(client: &HttpUpstream, address: SocketAddr, path: &str) -> (u16, Duration) {
+    let clock = Clock::start();
+    let begun = clock.instant();
+    let request = Request::get(format!("http://{address}{path}"))
+        .header("host", address.to_string())
+        .header("x-shopify-access-token", "shpat_shop0_app0")
+        .body(Body::Empty)
+        .expect("a request");
+    let status = match client.send(request).await {
+        Ok(response) => {
+            let status = response.status().as_u16();
+            let mut body = response.into_body();
+            loop {
+                match body.next().await {
+                    Some(Ok(_)) => {}
+                    None => break status,
+                    Some(Err(_)) => break 0,
+                }
+            }
+        }
+        Err(_) => 0,
+    };
+    (status, clock.instant() - begun)
+}
+
+/// An upstream that takes just so long and says just so much, and counts.
+async fn origin(delay: Duration, head: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (address, count) = (listener.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+    let counter = count.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counter = counter.clone();
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
+                    counter.fetch_add(1, Ordering::SeqCst);
+                    tokio::time::sleep(delay).await;
+                    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n{head}\r\nbody");
+                    if stream.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (address, count)
+}
+
+/// So many at once, on connections that are open already; the slowest.
+async fn burst(address: SocketAddr, count: usize) -> Duration {
+    let mut streams = Vec::new();
+    for _ in 0..count {
+        streams.push(TcpStream::connect(address).await.expect("a listener"));
+    }
+    let clock = Clock::start();
+    let begun = clock.instant();
+    let mut requests = JoinSet::new();
+    for mut stream in streams {
+        requests.spawn(async move {
+            stream
+                .write_all(format!("GET /burst HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())
+                .await
+                .expect("sent");
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"\r\n\r\nbody") {
+                let read = stream.read_buf(&mut answer).await.expect("an answer");
+                assert!(read > 0, "the connection ended: {}", String::from_utf8_lossy(&answer));
+            }
+        });
+    }
+    requests.join_all().await;
+    clock.instant() - begun
+}
+
+fn ms(duration: Duration) -> String {
+    format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
+}
+
+async fn stampede() {
+    let delay = Duration::from_millis(200);
+    let (address, count) = origin(delay, "Cache-Control: max-age=60\r\n").await;
+    let sidecar = Program::sidecar(address, "");
+    let slowest = burst(sidecar.1, 200).await;
+    row("200 at once, one cold key: upstream requests", "1", &count.load(Ordering::SeqCst).to_string());
+    row("  the slowest waiter, beyond the upstream's 200 ms", "≤ 5 ms", &ms(slowest.saturating_sub(delay)));
+}
+
+async fn uncacheable() {
+    let (address, count) = origin(Duration::from_secs(1), "Cache-Control: no-store\r\n").await;
+    let sidecar = Program::sidecar(address, "");
+    let (first, second) = (burst(sidecar.1, 20).await, burst(sidecar.1, 20).await);
+    row("20 at once, uncacheable 1 s answer: first burst", "≤ 2050 ms", &ms(first));
+    row("  second burst", "≤ 1050 ms", &ms(second));
+    row("  upstream requests", "40", &count.load(Ordering::SeqCst).to_string());
+}
+
+/// 300 req/s on 50 keys with a TTL of 1 s while the upstream is away for 5 of 15 s.
+async fn outage(signal: Signal, what: &str) {
+    let shop = Program::shop("127.0.0.1:0");
+    let address = shop.1;
+    let rules =
+        "[[upstream.rule]]\npath = \"/**\"\nttl = \"1s\"\nstale_while_revalidate = \"1m\"\nstale_if_error = \"1h\"";
+    let sidecar = Program::sidecar(address, rules);
+    let client = client();
+    let paths: Vec<String> =
+        (0..KEYS).map(|key| format!("/admin/api/2026-07/products.json?limit=1&key={key}")).collect();
+    for path in &paths {
+        assert_eq!(get(&client, sidecar.1, path).await.0, 200, "warmed up");
+    }
+    let mut shop = Some(shop);
+    let (clock, mut every) = (Clock::start(), tokio::time::interval(Duration::from_secs(1) / RATE));
+    let begun = clock.instant();
+    let mut requests = JoinSet::new();
+    let (mut away, mut back) = (false, false);
+    for number in 0..(RATE * 15) as usize {
+        every.tick().await;
+        let passed = clock.instant() - begun;
+        if !away && passed > Duration::from_secs(5) {
+            away = true;
+            shop.as_ref().expect("running").signal(signal);
+        }
+        if !back && passed > Duration::from_secs(10) {
+            back = true;
+            if signal == Signal::SIGSTOP {
+                shop.as_ref().expect("stopped").signal(Signal::SIGCONT);
+            } else {
+                drop(shop.take());
+                shop = Some(Program::shop(&address.to_string()));
+            }
+        }
+        let (client, path, sidecar) = (client.clone(), paths[number % KEYS].clone(), sidecar.1);
+        requests.spawn(async move { (away && !back, get(&client, sidecar, &path).await) });
+    }
+    let seen = requests.join_all().await;
+    let good = seen.iter().filter(|(_, (status, _))| *status == 200).count();
+    let quantile = |only_away: bool, part: f64| {
+        let mut times: Vec<Duration> =
+            seen.iter().filter(|(away, _)| *away || !only_away).map(|(_, (_, time))| *time).collect();
+        times.sort_unstable();
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        times[(times.len() as f64 * part) as usize]
+    };
+    #[allow(clippy::cast_precision_loss)]
+    let answered = 100.0 * good as f64 / seen.len() as f64;
+    row(&format!("{what}, {RATE} req/s, {KEYS} keys, TTL 1 s: answered"), "100 %", &format!("{answered:.2} %"));
+    row("  p99 over all 15 s", "≤ 3 ms", &ms(quantile(false, 0.99)));
+    row("  p99 while it was away", "≤ 3 ms", &ms(quantile(true, 0.99)));
+    row("  p50 over all 15 s", "", &ms(quantile(false, 0.5)));
+}
