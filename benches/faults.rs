@@ -48,20 +48,19 @@ struct Program(Child, SocketAddr);
 
 impl Program {
     fn start(arguments: &[&str], line_of: &str) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sidecache"))
+        let child = Command::new(env!("CARGO_BIN_EXE_sidecache"))
             .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .expect("the program starts");
-        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        for line in lines.map_while(Result::ok) {
-            if let Some((_, rest)) = line.split_once("addr=").filter(|_| line.contains(line_of)) {
-                let address = rest.split(' ').next().expect("an address").parse().expect("an address");
-                return Program(child, address);
-            }
-        }
-        panic!("{arguments:?} did not say where it listens");
+        let mut program = Program(child, SocketAddr::from(([0, 0, 0, 0], 0)));
+        let lines = BufReader::new(program.0.stdout.take().expect("piped")).lines();
+        let mut found = lines.map_while(Result::ok).filter(|line| line.contains(line_of));
+        let line = found.next().unwrap_or_else(|| panic!("{arguments:?} did not say where it listens"));
+        let address = line.split("addr=").nth(1).and_then(|rest| rest.split(' ').next());
+        program.1 = address.expect("an address").parse().expect("an address");
+        program
     }
 
     fn shop(listen: &str) -> Program {
