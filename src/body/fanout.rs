@@ -159,14 +159,16 @@ impl Fanout {
         self.lock().windowed
     }
 
-    /// Everything so far in one allocation of its size, if all of it is still here.
-    pub fn whole(&self) -> Option<Bytes> {
+    /// Everything so far and `last`, in one allocation of its size; if all of it is still here, and not too much.
+    pub fn whole_with(&self, last: &[u8]) -> Option<Bytes> {
         let state = self.lock();
-        if state.windowed {
+        let size = state.buffered + last.len() as u64;
+        if state.windowed || size > self.max_bytes {
             return None;
         }
-        let mut whole = BytesMut::with_capacity(usize::try_from(state.buffered).unwrap_or(0));
+        let mut whole = BytesMut::with_capacity(usize::try_from(size).unwrap_or(0));
         state.chunks.iter().for_each(|chunk| whole.extend_from_slice(chunk));
+        whole.extend_from_slice(last);
         Some(whole.freeze())
     }
 }
@@ -279,7 +281,7 @@ mod tests {
         assert_eq!(next(&mut late).await, Some(Ok(10)));
         assert_eq!(next(&mut late).await, Some(Ok(20)));
         assert_eq!(next(&mut late).await, None);
-        assert_eq!(fanout.whole().map(|w| w.len()), Some(30));
+        assert_eq!(fanout.whole_with(b"last").map(|w| w.len()), Some(34));
     }
 
     #[tokio::test]
@@ -297,7 +299,7 @@ mod tests {
         let fanout = Fanout::new(Purse::new(1000), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(200)).await.expect("one window");
-        assert!(fanout.outgrown() && fanout.join().is_none() && fanout.whole().is_none());
+        assert!(fanout.outgrown() && fanout.join().is_none() && fanout.whole_with(b"").is_none());
         assert_eq!(next(&mut reader).await, Some(Ok(200)));
         drop(reader);
         assert_eq!(fanout.push(chunk(1)).await, Err(Abandoned));

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use http::header::{AGE, CONTENT_LENGTH, DATE, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
+use http_body::Body as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
@@ -72,8 +73,8 @@ impl Proxy {
         let answer = timeout_at(by, self.site.upstream.send(request)).await;
         let delay = self.commons.clock.instant().saturating_duration_since(sent);
         match answer {
-            Err(_elapsed) => self.failed(&lead, Failure::Timeout, delay, "timeouts.fetch has passed"),
-            Ok(Err(error)) => self.failed(&lead, error.failure, delay, &error.message),
+            Err(_elapsed) => self.failed(lead, Failure::Timeout, delay, "timeouts.fetch has passed"),
+            Ok(Err(error)) => self.failed(lead, error.failure, delay, &error.message),
             Ok(Ok(mut response)) => {
                 strip_hop_by_hop(response.headers_mut());
                 let failure = Failure::from_status(response.status());
@@ -84,7 +85,7 @@ impl Proxy {
         }
     }
 
-    fn failed(&self, lead: &Lead, failure: Failure, after: Duration, message: &str) {
+    fn failed(&self, lead: Lead, failure: Failure, after: Duration, message: &str) {
         self.upstream_ended(Some(failure), after);
         debug!(upstream = &*self.site.name, cause = failure.cause(), message, "no answer from upstream");
         lead.land(Landing::Failed(failure));
@@ -95,7 +96,7 @@ impl Proxy {
         if came.response.status() == StatusCode::NOT_MODIFIED
             && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
         {
-            return self.validated(&lead, job, stale, &came);
+            return self.validated(lead, job, stale, &came);
         }
         if let Some(failure) = Failure::from_status(came.response.status()) {
             if !may_share_failure(&came.answered(), &job.plan) || job.asked.method == Method::HEAD {
@@ -127,7 +128,7 @@ impl Proxy {
     }
 
     /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
-    fn validated(&self, lead: &Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
+    fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
         let headers = freshen(&stale.head.headers, came.response.headers());
         let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
         let asked = Asked::from(&*job.asked);
@@ -206,49 +207,59 @@ impl Proxy {
             initial_age: store.terms.initial_age,
             content: Content::Coming(fanout.clone()),
         };
-        lead.land(Landing::Shared(Arc::new(arrival)));
+        lead.announce(Arc::new(arrival));
         let born = came.born;
-        let complete = self.pump(&mut lead, came.response.into_body(), &fanout, by).await;
-        if complete
-            && failure.is_none()
-            && let Some(body) = fanout.whole()
-        {
-            let entry = Arc::new(entry(job, head, body, &store, born));
-            self.keep(job, &entry);
-        }
+        let keep = |whole: Option<Bytes>| {
+            if let (Some(body), None) = (whole, failure) {
+                self.keep(job, &Arc::new(entry(job, head.clone(), body, &store, born)));
+            }
+        };
+        self.pump(&mut lead, came.response.into_body(), &fanout, by, &keep).await;
     }
 
-    /// Moves the body over. True if all of it came.
-    async fn pump(&self, lead: &mut Lead, mut body: Body, fanout: &Fanout, by: Instant) -> bool {
+    /// Moves the body over. It is stored, and the flight left, before the last of it goes out: a client that has
+    /// the whole answer finds it in the cache.
+    async fn pump(
+        &self,
+        lead: &mut Lead,
+        mut body: Body,
+        fanout: &Fanout,
+        by: Instant,
+        keep: &(dyn Fn(Option<Bytes>) + Sync),
+    ) {
         loop {
             // Once it is too large to be stored, only standing still ends it.
-            let outgrown = fanout.outgrown();
-            if outgrown {
+            let next = if fanout.outgrown() {
                 lead.leave();
-            }
-            let next = if outgrown {
                 timeout(self.site.timeouts.idle, body.next()).await
             } else {
                 timeout_at(by, body.next()).await
             };
             let end = match next {
-                Ok(Some(Ok(chunk))) => match fanout.push(chunk).await {
-                    Ok(()) => continue,
-                    Err(_abandoned) => return false,
-                },
-                Ok(None) => Ok(()),
+                Ok(Some(Ok(chunk))) => {
+                    let last = body.is_end_stream();
+                    if last {
+                        keep(fanout.whole_with(&chunk));
+                        lead.leave();
+                    }
+                    match fanout.push(chunk).await {
+                        Ok(()) if last => Ok(()),
+                        Ok(()) => continue,
+                        Err(_abandoned) => return,
+                    }
+                }
+                Ok(None) => {
+                    keep(fanout.whole_with(b""));
+                    Ok(())
+                }
                 Ok(Some(Err(error))) => Err(error),
                 Err(_elapsed) => Err(BodyError::Upstream(Failure::Timeout)),
             };
             if let Err(error) = end {
                 debug!(upstream = &*self.site.name, %error, "the answer ended early");
             }
-            // A flight whose body broke off must not be found by the next request.
-            if end.is_err() {
-                lead.leave();
-            }
-            fanout.finish(end);
-            return end.is_ok();
+            lead.leave();
+            return fanout.finish(end);
         }
     }
 

@@ -212,14 +212,19 @@ impl Waiter {
 }
 
 impl Lead {
-    /// Tells everybody. What is landed with [`Landing::Shared`] can still be joined until the lead is dropped.
-    pub fn land(&self, landing: Landing) {
+    /// Tells everybody that the answer has begun. It can still be joined, until the lead leaves.
+    pub fn announce(&self, arrival: Arc<Arrival>) {
+        self.landing.send_replace(Some(Landing::Shared(arrival)));
+    }
+
+    /// Tells everybody the end of it. Who asks from now on begins anew.
+    pub fn land(mut self, landing: Landing) {
+        self.leave();
         self.landing.send_replace(Some(landing));
     }
 
     /// Tells everybody to fetch for themselves, and gives the leader what came.
     pub fn release(mut self, response: Response<Body>) {
-        self.leave();
         if let Some(private) = self.private.take() {
             // If the leader has left, nobody wants it.
             let _ = private.send(response);

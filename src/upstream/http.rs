@@ -248,7 +248,7 @@ impl HttpBody for Guarded {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.is_end_stream() && !self.tap.as_ref().is_some_and(|tap| tap.overrun())
     }
 
     fn size_hint(&self) -> SizeHint {
