@@ -144,23 +144,30 @@ impl Flights {
 
     /// Joins the flight for a key, or begins one. Nobody joins a flight that a purge has outdated: that one
     /// flies on for those it has, and a new one takes its place.
-    pub fn board(
+    ///
+    /// A flight may have landed since the caller looked: `instead` looks again before one is begun, and what it
+    /// finds is the error.
+    pub fn board<T>(
         self: &Arc<Self>,
         key: &[u8],
         address: &Address,
         position: Position,
         invalidations: &Invalidations,
-    ) -> Seat {
+        instead: impl FnOnce() -> Option<T>,
+    ) -> Result<Seat, T> {
         let mut running = self.lock();
         if let Some(flight) = running.get(key)
             && !invalidations.outdated(&flight.address, flight.position)
         {
-            return Seat::Follow(Waiter { landing: flight.landing.clone(), private: None });
+            return Ok(Seat::Follow(Waiter { landing: flight.landing.clone(), private: None }));
+        }
+        if let Some(found) = instead() {
+            return Err(found);
         }
         let (lead, waiter) = self.flight(Some(key.into()));
         let landing = waiter.landing.clone();
         running.insert(key.into(), Arc::new(Flight { address: address.clone(), position, landing }));
-        Seat::Lead(lead, waiter)
+        Ok(Seat::Lead(lead, waiter))
     }
 
     /// A flight that nobody else finds.

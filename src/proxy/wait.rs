@@ -22,7 +22,7 @@ use crate::policy::outcome::{Failure, Fetched, Forward, Outcome, Skip};
 use crate::policy::plan::Plan;
 
 /// A flight can be lost, or be for another variant, so often before we give up.
-const ATTEMPTS: usize = 6;
+const ATTEMPTS: usize = 4;
 
 /// One request on its way to an answer from upstream.
 #[derive(Debug)]
@@ -109,7 +109,8 @@ impl Proxy {
         let position = invalidations.position();
         let address = self.site.address(place, request.uri(), plan);
         let flight_key = variant_key(key, &entry.variant, request.headers());
-        if let Seat::Lead(lead, _nobody_waits) = flights.board(&flight_key, &address, position, invalidations) {
+        let boarded = flights.board(&flight_key, &address, position, invalidations, || None::<()>);
+        if let Ok(Seat::Lead(lead, _nobody_waits)) = boarded {
             let (asked, place, plan, stale) = (Arc::new(parts), place.clone(), plan.clone(), Some(entry.clone()));
             self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale });
         }
@@ -123,29 +124,35 @@ impl Proxy {
         let (lead, waiter) = if alone {
             flights.alone()
         } else {
-            match flights.board(flight_key, &address, position, invalidations) {
-                Seat::Lead(lead, waiter) => (lead, waiter),
-                Seat::Follow(waiter) => return Boarding::Seated { waiter, collapsed: true },
+            let look_again = || self.look_again(quest, flight_key);
+            match flights.board(flight_key, &address, position, invalidations, look_again) {
+                Ok(Seat::Lead(lead, waiter)) => (lead, waiter),
+                Ok(Seat::Follow(waiter)) => return Boarding::Seated { waiter, collapsed: true },
+                Err(instead) => return instead,
             }
         };
-        // Between the look-up and here a flight may have landed.
-        if !alone && quest.miss.forward != Forward::Request {
-            let headers = &quest.asked.headers;
-            match self.look_up(&quest.key, headers, &Demands::default(), quest.visit.later()) {
-                Lookup::Fresh(entry) => return Boarding::Hit(entry),
-                Lookup::WhileRevalidate(_) => {}
-                Lookup::Fetch(miss) => {
-                    let key = miss.flight_key(&quest.key, headers);
-                    if key != *flight_key {
-                        return Boarding::Rebook(Box::new(key));
-                    }
-                }
-            }
-        }
         let (asked, place, plan) = (quest.asked.clone(), quest.place.clone(), quest.plan.clone());
         let (key, stale) = (quest.key.to_vec().into(), quest.miss.stale.clone());
         self.spawn(lead, Job { asked, place, plan, key, address, position, stale });
         Boarding::Seated { waiter, collapsed: false }
+    }
+
+    /// Between the look-up and the boarding a flight may have landed: is there a hit now, or is it known now
+    /// which request headers matter?
+    fn look_again(&self, quest: &Quest<'_>, flight_key: &KeyBuf) -> Option<Boarding> {
+        if quest.miss.forward == Forward::Request {
+            return None;
+        }
+        let headers = &quest.asked.headers;
+        match self.look_up(&quest.key, headers, &Demands::default(), quest.visit.later()) {
+            Lookup::Fresh(entry) => Some(Boarding::Hit(entry)),
+            Lookup::WhileRevalidate(_) => None,
+            Lookup::Fetch(Miss { sibling: None, .. }) => None,
+            Lookup::Fetch(miss) => {
+                let key = miss.flight_key(&quest.key, headers);
+                (key != *flight_key).then(|| Boarding::Rebook(Box::new(key)))
+            }
+        }
     }
 
     /// A flight is a task: nobody's leaving ends it.
