@@ -105,7 +105,10 @@ fn is_own_host(headers: &HeaderMap, address: SocketAddr) -> bool {
     let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok()) else { return false };
     let port = address.port();
     let local = ["127.0.0.1", "localhost", "[::1]"];
+    // On all addresses, any of them is its own; DNS rebinding would need a name.
+    let by_number = || host.parse::<SocketAddr>().is_ok_and(|named| named.port() == port);
     host == address.to_string()
+        || address.ip().is_unspecified() && by_number()
         || (address.ip().is_loopback() || address.ip().is_unspecified())
             && local.iter().any(|name| host == format!("{name}:{port}"))
 }

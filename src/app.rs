@@ -70,7 +70,7 @@ impl App {
             lines.push(listening(&upstream, local(&listener)?));
             let real = make(&upstream, &commons.clock)?;
             let index = u16::try_from(index).map_err(|_| "more upstreams than fit".to_owned())?;
-            let site = Site::new(index, upstream, real);
+            let site = Site::new(index, upstream, real, local(&listener)?.port());
             sites.push((listener, Arc::new(Proxy { commons: commons.clone(), site })));
         }
         let admin = match config.admin {

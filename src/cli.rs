@@ -66,9 +66,9 @@ struct RunArgs {
 
 #[derive(Debug, Args)]
 struct CheckArgs {
-    /// The configuration file
+    /// The configuration file [default: ./sidecache.toml]
     #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -22,9 +22,10 @@ use tracing::{debug, warn};
 
 use crate::body::Body;
 use crate::config::Limits;
+use crate::policy::headers::{add_date, strip_nominated};
 use crate::proxy::Proxy;
 use crate::proxy::respond::body_rejection;
-use wire::{Phase, Wire};
+use wire::{Answering, Phase, Wire};
 
 /// After a failed `accept` (no file descriptors left, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -76,6 +77,16 @@ pub async fn serve(
             }
         }
     }
+    // Who is in the kernel's queue already has been let in.
+    while let Ok(place) = places.clone().try_acquire_owned() {
+        let waiting = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
+        let Ok(Ok((stream, _))) = waiting else { break };
+        let (proxy, draining) = (proxy.clone(), draining.clone());
+        connections.spawn(async move {
+            connection(stream, proxy, limits, draining).await;
+            drop(place);
+        });
+    }
     drop(listener);
     let finish = async { while connections.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(grace, finish).await;
@@ -102,8 +113,7 @@ async fn connection(stream: TcpStream, proxy: Arc<Proxy>, limits: Limits, mut dr
         let (proxy, phase) = (proxy.clone(), phase.clone());
         async move {
             let response = answer(proxy, limits, request).await;
-            phase.set(Phase::Idle);
-            Ok::<_, Infallible>(response)
+            Ok::<_, Infallible>(response.map(|body| Answering { body, phase }))
         }
     });
     let head = usize::try_from(limits.headers + limits.url).unwrap_or(usize::MAX) + 1024;
@@ -118,6 +128,8 @@ async fn connection(stream: TcpStream, proxy: Arc<Proxy>, limits: Limits, mut dr
         .serve_connection(TokioIo::new(wire), service);
     tokio::pin!(connection);
     let ended = tokio::select! {
+        // A request that has come is read before the drain is noticed.
+        biased;
         ended = connection.as_mut() => ended,
         () = turned(&mut drain) => {
             connection.as_mut().graceful_shutdown();
@@ -137,7 +149,9 @@ async fn turned(switch: &mut watch::Receiver<bool>) {
 /// One request: guard, body, proxy.
 async fn answer(proxy: Arc<Proxy>, limits: Limits, request: Request<Incoming>) -> Response<Body> {
     let guarded = guard::check(&request, &limits, |name| proxy.site.is_keyed(name));
-    let (parts, incoming) = request.into_parts();
+    let (mut parts, incoming) = request.into_parts();
+    // Key, variant and upstream must see the same headers.
+    strip_nominated(&mut parts.headers);
     if let Err(rejection) = guarded {
         let refused = Request::from_parts(parts, Body::Empty);
         return closing(proxy.rejected(&refused, &rejection));
@@ -145,6 +159,7 @@ async fn answer(proxy: Arc<Proxy>, limits: Limits, request: Request<Incoming>) -
     if parts.method == Method::OPTIONS && parts.uri.path() == "*" {
         let mut response = Response::new(Body::Empty);
         *response.status_mut() = StatusCode::NO_CONTENT;
+        add_date(response.headers_mut(), proxy.commons.clock.wall());
         return response;
     }
     match intake::body(incoming, &limits).await {

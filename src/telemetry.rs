@@ -38,8 +38,9 @@ impl Telemetry {
         took: Duration,
     ) {
         self.counters.answered(outcome, took);
-        if enabled!(Level::INFO) {
-            log(upstream, outcome, plan, asked, status, took);
+        let level = level(outcome);
+        if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
+            log(level, upstream, outcome, plan, asked, status, took);
         }
         if *asked.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
             self.hint(upstream);
@@ -94,6 +95,7 @@ impl Telemetry {
 }
 
 fn log(
+    level: Level,
     upstream: &str,
     outcome: &Outcome,
     plan: Option<&Plan>,
@@ -107,7 +109,7 @@ fn log(
     let rule = plan.map_or("", |plan| &*plan.name);
     let status = status.as_u16();
     let ms = (took.as_secs_f64() * 10_000.0).round() / 10.0;
-    match level(outcome) {
+    match level {
         Level::WARN => warn!(
             target: "sidecache::access",
             upstream, rule, method, path, status, outcome = outcome_label, detail, cause, ms

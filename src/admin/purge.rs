@@ -79,8 +79,9 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
     if request.all && request.upstream.is_none() && request.hosts.is_empty() {
         return Ok((count, vec![Selector::Everything]));
     }
+    let hosts: Vec<String> = request.hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
     let mut selectors = Vec::new();
-    for reach in reaches(request, sites)? {
+    for reach in reaches(request, &hosts, sites)? {
         let scope = Scope { upstream: reach.site.index, authority: reach.host };
         let subjects = request.tags.iter().map(|tag| Subject::tag(scope, tag));
         selectors.extend(subjects.map(Selector::Subject));
@@ -89,7 +90,8 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
         }
         for url in &request.urls {
             let (host, target) = split(url)?;
-            if let Some(scope) = narrowed(reach, host) {
+            let host = host.map(str::to_ascii_lowercase);
+            if let Some(scope) = narrowed(reach, host.as_deref()) {
                 selectors.push(Selector::Subject(Subject::target(scope, target)));
             }
         }
@@ -99,6 +101,11 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
             let upstream = Some(reach.site.index);
             selectors.push(Selector::Matching(Matcher { upstream, authority, target: make(target) }));
         }
+    }
+    if selectors.is_empty() {
+        return Err(
+            "no upstream serves the host that these URLs name: write only the path, or the upstream's host".into()
+        );
     }
     Ok((count, selectors))
 }
@@ -111,7 +118,7 @@ fn matchers(request: &PurgeRequest) -> impl Iterator<Item = (&String, MakeMatch)
     request.prefixes.iter().map(move |text| (text, prefix)).chain(request.patterns.iter().map(move |t| (t, glob)))
 }
 
-fn reaches<'a>(request: &'a PurgeRequest, sites: &[&'a Site]) -> Result<Vec<Reach<'a>>, String> {
+fn reaches<'a>(request: &PurgeRequest, hosts: &'a [String], sites: &[&'a Site]) -> Result<Vec<Reach<'a>>, String> {
     let mut chosen = sites.to_vec();
     if let Some(name) = &request.upstream {
         chosen.retain(|site| *site.name == **name);
@@ -120,12 +127,12 @@ fn reaches<'a>(request: &'a PurgeRequest, sites: &[&'a Site]) -> Result<Vec<Reac
             return Err(format!("no upstream {name:?}: name one of {known:?}"));
         }
     }
-    if request.hosts.is_empty() {
+    if hosts.is_empty() {
         return Ok(chosen.into_iter().map(|site| Reach { site, host: None }).collect());
     }
     let several = |site: &&Site| matches!(site.target, Target::Hosts(_) | Target::Origin { preserve_host: true, .. });
-    let hosts = |site: &'a Site| request.hosts.iter().map(move |host| Reach { site, host: Some(host) });
-    let reaches: Vec<_> = chosen.into_iter().filter(several).flat_map(hosts).collect();
+    let each = |site: &'a Site| hosts.iter().map(move |host| Reach { site, host: Some(host) });
+    let reaches: Vec<_> = chosen.into_iter().filter(several).flat_map(each).collect();
     if reaches.is_empty() {
         return Err("hosts: only an upstream with a list of hosts, or with host = \"preserve\", has several".into());
     }
@@ -154,7 +161,10 @@ fn split(url: &str) -> Result<(Option<&str>, &str), String> {
     }
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
     match rest.map(|rest| rest.find('/').map_or((rest, "/"), |slash| rest.split_at(slash))) {
-        Some((host, target)) if !host.is_empty() => Ok((Some(host), target)),
+        Some((host, target)) if !host.is_empty() => {
+            let default = if url.starts_with("https") { ":443" } else { ":80" };
+            Ok((Some(host.strip_suffix(default).unwrap_or(host)), target))
+        }
         Some(_) | None => Err(format!("{url:?} is neither a path nor an http URL: write \"/path\"")),
     }
 }

@@ -5,8 +5,10 @@ use std::process::ExitCode;
 
 use super::{say, stop_signal};
 use crate::app::App;
+use crate::clock::Clock;
 use crate::config::{self, Config, ConfigError, Flags};
 use crate::telemetry::logs;
+use crate::upstream::http::HttpUpstream;
 
 /// Runs until it is told to stop.
 pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
@@ -25,10 +27,12 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
 }
 
 /// Says whether a configuration is good.
-pub(super) fn check(config: PathBuf) -> Result<ExitCode, String> {
-    let flags = Flags { config: Some(config), ..Flags::default() };
+pub(super) fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
+    let flags = Flags { config, ..Flags::default() };
     let config = load(&flags)?;
+    logs::filter(&config.log)?;
     for upstream in &config.upstreams {
+        HttpUpstream::new(upstream, Clock::start()).map_err(|e| format!("upstream {}: {e}", upstream.name))?;
         say(format!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules));
     }
     for note in &config.notes {

@@ -30,6 +30,9 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+/// Begins a message about something that must not be quoted.
+pub(super) const UNQUOTED: &str = "\u{0}";
+
 /// A text with a name, to which spans refer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Source<'a> {
@@ -50,13 +53,13 @@ impl Source<'_> {
         let column = self.text[line_start..start].chars().count() + 1;
         let width = span.end.saturating_sub(start).clamp(1, line.chars().count().saturating_sub(column - 1).max(1));
         let margin = " ".repeat(line_number.to_string().len());
+        let message = message.into();
+        if let Some(message) = message.strip_prefix(UNQUOTED) {
+            return ConfigError::at(format!("{}:{line_number}:{column}", self.name), message);
+        }
         let excerpt =
             format!("{margin} |\n{line_number} | {line}\n{margin} | {}{}", " ".repeat(column - 1), "^".repeat(width));
-        ConfigError {
-            place: format!("{}:{line_number}:{column}", self.name),
-            message: message.into(),
-            excerpt: Some(excerpt),
-        }
+        ConfigError { place: format!("{}:{line_number}:{column}", self.name), message, excerpt: Some(excerpt) }
     }
 
     /// What the TOML parser or the types behind it found.

@@ -42,6 +42,9 @@ pub(super) struct Upstream {
     pub(super) tls: Tls,
     pub(super) defaults: Rule,
     pub(super) rule: Vec<Spanned<Rule>>,
+    /// `--ttl`, not from the file.
+    #[serde(skip)]
+    pub(super) ttl_flag: Option<Spanned<String>>,
     // Known, and refused until they are built.
     pub(super) budget: Option<Spanned<Value>>,
     pub(super) breaker: Option<Spanned<Value>>,

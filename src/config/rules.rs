@@ -275,7 +275,7 @@ fn read_when(rule: &file::Rule) -> Result<When, Fault> {
 
 fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {
     match &rule.reject_empty {
-        Some(pointer) if !pointer.get_ref().starts_with('/') => {
+        Some(pointer) if !pointer.get_ref().starts_with('/') && !pointer.get_ref().is_empty() => {
             Err((pointer.span(), format!("reject_empty is a JSON pointer: write \"/{}\"", pointer.get_ref())))
         }
         other => Ok(other.as_ref().map(|p| p.get_ref().as_str().into())),

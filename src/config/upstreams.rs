@@ -12,7 +12,7 @@ use toml::Spanned;
 
 use super::error::{ConfigError, Source};
 use super::file;
-use super::rules::{Surroundings, partition};
+use super::rules::{Surroundings, inherit, partition};
 use super::validate::{Fault, Validator, address, from_flags};
 use super::values::OneOrMany;
 use super::{HostPattern, Target, Timeouts, Tls, Upstream};
@@ -54,19 +54,38 @@ impl Validator<'_> {
             deadline: given.timeouts.deadline.map_or(Duration::from_secs(5), |d| d.0),
         };
         let own = surroundings(self.source);
-        let compile = |rule: &_| own.compile(rule, &given.defaults, &mut self.errors);
-        let mut plans: Vec<Plan> = given.rule.iter().flat_map(compile).collect();
-        let mut rules = given.rule.len();
+        self.refuse_in_defaults(&given.defaults);
+        let mut defaults = given.defaults.clone();
+        let ttl_rule = match (&given.ttl_flag, profile) {
+            (Some(ttl), "generic") => Some(rule_for_all("all", Some(ttl.clone()))),
+            (ttl, _) => {
+                defaults.ttl = ttl.clone().or(defaults.ttl);
+                None
+            }
+        };
+        let own_rules = given.rule.iter().chain(&ttl_rule);
+        let mut rules = own_rules.clone().count();
+        let mut plans: Vec<Plan> =
+            own_rules.flat_map(|rule| own.compile(rule, &given.defaults, &mut self.errors)).collect();
         if given.profile_rules != Some(false) {
             let source = Source { name: profile, text: profile_text };
-            let (count, compiled) = profile_rules(&surroundings(source), &mut self.errors);
+            let (count, compiled) = profile_rules(&surroundings(source), &defaults, &mut self.errors);
             rules += count;
             plans.extend(compiled);
         }
-        plans.extend(own.compile(&closing_rule(), &given.defaults, &mut self.errors));
+        // What nothing else matched is decided by the upstream's headers.
+        plans.extend(own.compile(&rule_for_all("default", None), &file::Rule::default(), &mut self.errors));
         let router = Router::new(plans.into_iter().map(Arc::new).collect());
         let (timeouts, retry, tls) = (timeouts(&given.timeouts), retry(&given.retry), self.tls(&given.tls));
         Some(Upstream { name, listen: listen?, target: target?, profile, router, rules, timeouts, retry, tls })
+    }
+
+    fn refuse_in_defaults(&mut self, defaults: &file::Rule) {
+        let name = defaults.name.as_ref().map(|name| ("name", name.span()));
+        let path = defaults.path.as_ref().map(|path| ("path", path.span()));
+        for (key, span) in name.into_iter().chain(path) {
+            self.fault(&span, format!("{key} belongs to a rule, not to [upstream.defaults]"));
+        }
     }
 
     fn note_unbuilt(&mut self, given: &file::Upstream) {
@@ -126,23 +145,31 @@ impl Validator<'_> {
             let known: Vec<_> = PROFILES.iter().map(|(name, ..)| *name).collect();
             self.fault(&word.span(), format!("profile = {:?}: write one of {known:?}", word.get_ref()));
         }
-        let named: Vec<&str> = match (&given.url, &given.hosts) {
-            (Some(url), _) => vec![url.get_ref().trim_end_matches('/')],
-            (None, hosts) => hosts.iter().flatten().map(|h| h.get_ref().as_str()).collect(),
+        let named: Vec<String> = match (&given.url, &given.hosts) {
+            (Some(url), _) => {
+                url.get_ref().parse::<Uri>().ok().and_then(|u| u.host().map(str::to_owned)).into_iter().collect()
+            }
+            (None, hosts) => {
+                let host =
+                    |text: &str| text.rsplit("://").next().unwrap_or_default().split(':').next().map(str::to_owned);
+                hosts.iter().flatten().filter_map(|h| host(h.get_ref())).collect()
+            }
         };
         let chosen = PROFILES.iter().find(|(_, _, suffix)| {
-            suffix.is_some_and(|suffix| !named.is_empty() && named.iter().all(|host| host.ends_with(suffix)))
+            suffix.is_some_and(|suffix| {
+                !named.is_empty() && named.iter().all(|host| host.to_ascii_lowercase().ends_with(suffix))
+            })
         });
         chosen.map_or((PROFILES[0].0, PROFILES[0].1), |(name, text, _)| (name, text))
     }
 
-    /// The first upstream listens on 18080, the next ones on the ports after it, but not on the admin's.
+    /// The first upstream listens on 18080, the next ones on 18180, 18280 and so on.
     fn listen(&mut self, given: &file::Upstream, others: usize) -> Option<SocketAddr> {
         if let Some(text) = &given.listen {
             return self.collect(address(text));
         }
-        let port = 18080 + u16::try_from(others).unwrap_or(0);
-        Some(SocketAddr::from(([127, 0, 0, 1], if others == 0 { port } else { port + 9 })))
+        let port = 18080 + 100 * u16::try_from(others).unwrap_or(0);
+        Some(SocketAddr::from(([127, 0, 0, 1], port)))
     }
 
     fn tls(&mut self, given: &file::Tls) -> Tls {
@@ -164,18 +191,22 @@ impl Validator<'_> {
     }
 }
 
-/// Closes every list of rules: what nothing else matched is decided by the upstream's headers.
-fn closing_rule() -> Spanned<file::Rule> {
-    let path = OneOrMany(vec!["/**".to_owned()]);
-    let name = Some(from_flags("default".to_owned()));
-    from_flags(file::Rule { name, path: Some(from_flags(path)), ..file::Rule::default() })
+fn rule_for_all(name: &str, ttl: Option<Spanned<String>>) -> Spanned<file::Rule> {
+    let path = Some(from_flags(OneOrMany(vec!["/**".to_owned()])));
+    from_flags(file::Rule { name: Some(from_flags(name.to_owned())), path, ttl, ..file::Rule::default() })
 }
 
-fn profile_rules(surroundings: &Surroundings<'_>, errors: &mut Vec<ConfigError>) -> (usize, Vec<Plan>) {
+/// A profile's rules inherit from the operator's defaults first, then from the profile's.
+fn profile_rules(
+    surroundings: &Surroundings<'_>,
+    defaults: &file::Rule,
+    errors: &mut Vec<ConfigError>,
+) -> (usize, Vec<Plan>) {
     let parsed = toml::Deserializer::parse(surroundings.source.text).and_then(file::Profile::deserialize);
     match parsed {
         Ok(profile) => {
-            let compile = |rule: &_| surroundings.compile(rule, &profile.defaults, errors);
+            let defaults = inherit(defaults.clone(), &profile.defaults);
+            let compile = |rule: &_| surroundings.compile(rule, &defaults, errors);
             (profile.rule.len(), profile.rule.iter().flat_map(compile).collect())
         }
         Err(error) => {
@@ -222,7 +253,9 @@ fn origin(text: &Spanned<String>, preserve_host: bool) -> Result<Target, Fault> 
         return Err(fail(format!("an upstream is one origin, without a path: write \"{scheme}://{authority}\"")));
     }
     if authority.as_str().contains('@') {
-        return Err(fail("a URL does not carry credentials: the client's headers do".into()));
+        return Err(fail(
+            super::error::UNQUOTED.to_owned() + "a URL does not carry credentials: the client's headers do",
+        ));
     }
     Ok(Target::Origin { scheme, authority, preserve_host })
 }

@@ -1,6 +1,8 @@
 //! From file, environment and flags to a [`Config`], or to every error at once.
 
 use std::collections::BTreeMap;
+use std::env::VarError;
+use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -35,7 +37,10 @@ pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
         Some(path) => fs::read_to_string(path)
             .map_err(|e| vec![ConfigError::at(&name, format!("can't read the configuration: {e}"))])?,
     };
-    let vars: Vec<(String, String)> = std::env::vars().filter(|(k, _)| k.starts_with("SIDECACHE_")).collect();
+    // What is not text is not for us; it must not stop us either.
+    let text_only = |(key, value): (OsString, OsString)| Some((key.into_string().ok()?, value.into_string().ok()?));
+    let vars: Vec<(String, String)> =
+        std::env::vars_os().filter_map(text_only).filter(|(key, _)| key.starts_with("SIDECACHE_")).collect();
     let folder = path.as_ref().and_then(|p| p.parent()).unwrap_or(Path::new(""));
     build(Source { name: &name, text: &text }, folder, &vars, flags)
 }
@@ -91,11 +96,7 @@ fn apply_flags(file: &mut file::File, flags: &Flags) {
         upstream.profile = Some(from_flags(profile.clone()));
     }
     if let Some(ttl) = &flags.ttl {
-        let path = from_flags(OneOrMany(vec!["/**".to_owned()]));
-        let name = from_flags("all".to_owned());
-        let ttl = from_flags(ttl.clone());
-        let rule = file::Rule { name: Some(name), path: Some(path), ttl: Some(ttl), ..file::Rule::default() };
-        upstream.rule.push(from_flags(rule));
+        upstream.ttl_flag = Some(from_flags(ttl.clone()));
     }
 }
 
@@ -135,7 +136,7 @@ impl Validator<'_> {
             upstreams.extend(built);
         }
         self.distinct(&upstreams, &file.upstream);
-        let admin = self.admin(&file.admin);
+        let admin = self.admin(&file.admin, &upstreams);
         Config {
             source: self.source.name.to_owned(),
             upstreams,
@@ -214,7 +215,11 @@ impl Validator<'_> {
                 (fs::read_to_string(&path).map_err(|e| e.to_string()), format!("file {}", path.display()))
             }
             SecretRef::Env(name) => {
-                (std::env::var(name).map_err(|e| e.to_string()), format!("environment variable {name}"))
+                let unset = |e| match e {
+                    VarError::NotPresent => "it is not set".to_owned(),
+                    VarError::NotUnicode(_) => "it is not text".to_owned(),
+                };
+                (std::env::var(name).map_err(unset), format!("environment variable {name}"))
             }
         };
         let result = match read.as_deref().map(str::trim) {
@@ -245,7 +250,7 @@ impl Validator<'_> {
         }
     }
 
-    fn admin(&mut self, given: &file::Admin) -> Option<Admin> {
+    fn admin(&mut self, given: &file::Admin, upstreams: &[super::Upstream]) -> Option<Admin> {
         let token = given.token.as_ref().and_then(|token| self.secret(token.get_ref(), &token.span()));
         let listen = match &given.listen {
             None => SocketAddr::from(([127, 0, 0, 1], 18081)),
@@ -256,6 +261,10 @@ impl Validator<'_> {
             let span = given.listen.as_ref().map_or(0..0, Spanned::span);
             let message = "the admin API beyond loopback needs a token: write token = { file = \"…\" } under [admin]";
             self.fault(&span, message);
+        }
+        if listen.port() != 0 && upstreams.iter().any(|upstream| upstream.listen == listen) {
+            let span = given.listen.as_ref().map_or(0..0, Spanned::span);
+            self.fault(&span, format!("an upstream listens on {listen} too: write another listen = \"…\""));
         }
         Some(Admin { listen, token })
     }

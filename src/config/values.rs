@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
+use super::error::UNQUOTED;
+
 /// `"250ms"`, `"5s"`, `"1h"`. A bare number is an error.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Dur(pub(super) Duration);
@@ -103,7 +105,16 @@ impl<'de> Deserialize<'de> for SecretRef {
             }
 
             fn visit_str<E: Error>(self, _: &str) -> Result<SecretRef, E> {
-                Err(E::custom("a secret is never written down here: write { file = \"…\" } or { env = \"…\" }"))
+                let advice = "a secret is never written down here: write { file = \"…\" } or { env = \"…\" }";
+                Err(E::custom(UNQUOTED.to_owned() + advice))
+            }
+
+            fn visit_i64<E: Error>(self, _: i64) -> Result<SecretRef, E> {
+                self.visit_str("")
+            }
+
+            fn visit_f64<E: Error>(self, _: f64) -> Result<SecretRef, E> {
+                self.visit_str("")
             }
 
             fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<SecretRef, A::Error> {

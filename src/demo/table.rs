@@ -22,7 +22,7 @@ pub(super) fn render(before: &Seen, after: &Seen) -> String {
         row(
             "products p99",
             &|s| duration(quantile(&s.latencies, 0.99)),
-            Some(("< 2 s", quantile(&after.latencies, 0.99) < Some(Duration::from_secs(2)))),
+            Some(("< 2 s", quantile(&after.latencies, 0.99).is_some_and(|p99| p99 < Duration::from_secs(2)))),
         ),
         row("failures", &|s| percent(failures(s)), Some(("< 5 %", failures(after) < 0.05))),
         row("requests per second", &|s| format!("{:.1}", rate(s)), Some(("> 5", rate(after) > 5.0))),
@@ -31,7 +31,7 @@ pub(super) fn render(before: &Seen, after: &Seen) -> String {
         row(
             "health check p99",
             &|s| duration(quantile(&s.health, 0.99)),
-            Some(("< 500 ms", quantile(&after.health, 0.99) < Some(Duration::from_millis(500)))),
+            Some(("< 500 ms", quantile(&after.health, 0.99).is_some_and(|p99| p99 < Duration::from_millis(500)))),
         ),
     ];
     let mut text = format!("{:<24}{:>14}{:>14}   {}\n", "", "direct", "sidecar", "target");

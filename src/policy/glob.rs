@@ -165,29 +165,64 @@ impl fmt::Display for PathPattern {
 }
 
 /// Matches one segment; on success `captures` has grown by the segment's names.
+///
+/// Each text is taken where it stands first, the last one at the end: if any reading fits, this one does, and
+/// there is nothing to go back to.
 pub(super) fn match_pieces<'p>(pieces: &[Piece], text: &'p str, captures: &mut Captures<'p>) -> bool {
-    let Some((first, rest)) = pieces.split_first() else {
-        return text.is_empty();
-    };
-    let least = match first {
-        Piece::Text(literal) => {
-            return text.strip_prefix(&**literal).is_some_and(|after| match_pieces(rest, after, captures));
-        }
-        Piece::Run => 0,
-        Piece::Capture => 1,
-    };
     let depth = captures.len();
-    for end in (least..=text.len()).filter(|end| text.is_char_boundary(*end)) {
+    let matched = walk(pieces, text, captures).is_some();
+    if !matched {
         captures.truncate(depth);
-        if *first == Piece::Capture {
-            captures.push(&text[..end]);
+    }
+    matched
+}
+
+fn walk<'p>(pieces: &[Piece], text: &'p str, captures: &mut Captures<'p>) -> Option<()> {
+    let mut rest = text;
+    // The wildcard whose end is not known yet; its text begins where `rest` does.
+    let mut open: Option<&Piece> = None;
+    for (index, piece) in pieces.iter().enumerate() {
+        let Piece::Text(literal) = piece else {
+            if let Some(wildcard) = open {
+                // Two in a row: the first takes as little as it may.
+                rest = close(wildcard, rest, least(wildcard, rest)?, captures);
+            }
+            open = Some(piece);
+            continue;
+        };
+        if let Some(wildcard) = open.take() {
+            let least = least(wildcard, rest)?;
+            let end = if index + 1 == pieces.len() {
+                let end = rest.len().checked_sub(literal.len())?;
+                (end >= least && rest.ends_with(&**literal)).then_some(end)?
+            } else {
+                least + rest[least..].find(&**literal)?
+            };
+            rest = close(wildcard, rest, end, captures);
         }
-        if match_pieces(rest, &text[end..], captures) {
-            return true;
+        rest = rest.strip_prefix(&**literal)?;
+    }
+    match open {
+        None => rest.is_empty().then_some(()),
+        Some(wildcard) => {
+            least(wildcard, rest)?;
+            close(wildcard, rest, rest.len(), captures);
+            Some(())
         }
     }
-    captures.truncate(depth);
-    false
+}
+
+/// The fewest bytes a wildcard may take of `rest`, if there are that many.
+fn least(wildcard: &Piece, rest: &str) -> Option<usize> {
+    if *wildcard == Piece::Capture { rest.chars().next().map(char::len_utf8) } else { Some(0) }
+}
+
+/// Ends a wildcard after `end` bytes; returns what follows.
+fn close<'p>(wildcard: &Piece, rest: &'p str, end: usize, captures: &mut Captures<'p>) -> &'p str {
+    if *wildcard == Piece::Capture {
+        captures.push(&rest[..end]);
+    }
+    &rest[end..]
 }
 
 #[cfg(test)]
@@ -225,6 +260,14 @@ mod tests {
             ("/a", "/a/", None),
             ("/a*c", "/abbc", Some(&[])),
             ("/", "/", Some(&[])),
+            ("/{a}-{b}-x", "/1-2-x-x", Some(&["1", "2-x"])),
+            ("/{a}*", "/xyz", Some(&["x"])),
+            ("/{a}*", "/", None),
+            ("/*-{a}", "/-", None),
+            ("/*-{a}", "/-b", Some(&["b"])),
+            ("/{a}ab", "/ab", None),
+            ("/{a}ab", "/aab", Some(&["a"])),
+            ("/{a}é", "/éé", Some(&["é"])),
         ];
         for (pattern, path, expected) in table {
             let parsed = PathPattern::parse(pattern).expect("a pattern");

@@ -1,10 +1,13 @@
 //! Fields that are not forwarded, and fields that are not stored.
 
+use std::time::SystemTime;
+
 use bytes::{Bytes, BytesMut};
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    CONNECTION, CONTENT_LENGTH, DATE, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
+use smallvec::SmallVec;
 
 /// Hop-by-hop: RFC 9110 §7.6.1, and what older agents send.
 const HOP_BY_HOP: [HeaderName; 10] = [
@@ -21,19 +24,8 @@ const HOP_BY_HOP: [HeaderName; 10] = [
 ];
 
 /// What could make the upstream see another request than the one the cache keyed.
-const OVERRIDES: [HeaderName; 11] = [
-    FORWARDED,
-    HeaderName::from_static("x-forwarded-for"),
-    HeaderName::from_static("x-forwarded-host"),
-    HeaderName::from_static("x-forwarded-proto"),
-    HeaderName::from_static("x-forwarded-port"),
-    HeaderName::from_static("x-forwarded-prefix"),
-    HeaderName::from_static("x-forwarded-server"),
-    HeaderName::from_static("x-forwarded-scheme"),
-    HeaderName::from_static("x-forwarded-ssl"),
-    HeaderName::from_static("x-original-url"),
-    HeaderName::from_static("x-rewrite-url"),
-];
+const OVERRIDES: [HeaderName; 3] =
+    [FORWARDED, HeaderName::from_static("x-original-url"), HeaderName::from_static("x-rewrite-url")];
 
 /// A `Connection` field may not name these: it would make us drop what decides about the request.
 pub fn must_not_be_nominated(name: &HeaderName, keyed: impl Fn(&HeaderName) -> bool) -> bool {
@@ -67,14 +59,33 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Takes out what `Connection` names, and nothing else.
+pub fn strip_nominated(headers: &mut HeaderMap) {
+    let options = ["close", "keep-alive"];
+    let names: SmallVec<[HeaderName; 2]> = nominated(headers).filter(|n| !options.contains(&n.as_str())).collect();
+    for name in names {
+        headers.remove(name);
+    }
+}
+
+/// An answer without `Date` gets the time it came: RFC 9110 §6.6.1.
+pub fn add_date(headers: &mut HeaderMap, at: SystemTime) {
+    if !headers.contains_key(DATE)
+        && let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(at))
+    {
+        headers.insert(DATE, date);
+    }
+}
+
 /// Takes out of a request what is never forwarded.
 pub fn strip_overrides(headers: &mut HeaderMap) {
     for name in &OVERRIDES {
         headers.remove(name);
     }
-    let method_overrides: Vec<_> =
-        headers.keys().filter(|name| name.as_str().starts_with("x-http-method")).cloned().collect();
-    for name in method_overrides {
+    let prefixed =
+        |name: &&HeaderName| ["x-forwarded-", "x-http-method"].iter().any(|p| name.as_str().starts_with(p));
+    let prefixed: Vec<_> = headers.keys().filter(prefixed).cloned().collect();
+    for name in prefixed {
         headers.remove(name);
     }
 }

@@ -7,9 +7,12 @@ use serde_json::Value;
 
 /// Is the list at `pointer` (RFC 6901) empty or missing? A body that can't be read has no list.
 ///
-/// At most `max` bytes are decompressed.
+/// At most `max` bytes are decompressed; a body that has more is too large to look into, and not empty.
 pub fn is_empty_at(pointer: &str, headers: &HeaderMap, body: &[u8], max: usize) -> bool {
     let Some(body) = decoded(headers, body, max) else { return true };
+    if body.len() > max {
+        return false;
+    }
     match serde_json::from_slice::<Value>(&body).ok().as_ref().and_then(|json| json.pointer(pointer)) {
         Some(Value::Array(list)) => list.is_empty(),
         Some(Value::Object(map)) => map.is_empty(),
@@ -20,7 +23,7 @@ pub fn is_empty_at(pointer: &str, headers: &HeaderMap, body: &[u8], max: usize) 
 }
 
 fn decoded(headers: &HeaderMap, body: &[u8], max: usize) -> Option<Vec<u8>> {
-    let limit = max as u64;
+    let limit = max as u64 + 1;
     let coding = headers.get(CONTENT_ENCODING).map_or(&b"identity"[..], |value| value.as_bytes());
     let mut plain = Vec::new();
     let read = match coding.to_ascii_lowercase().as_slice() {
@@ -59,6 +62,7 @@ mod tests {
         let gzip = gzip.finish().expect("compressed");
         let headers = HeaderMap::from_iter([(CONTENT_ENCODING, HeaderValue::from_static("gzip"))]);
         assert!(!is_empty_at("/products", &headers, &gzip, 1000));
-        assert!(is_empty_at("/products", &headers, &gzip, 5), "cut off: not readable");
+        assert!(!is_empty_at("/products", &headers, &gzip, 5), "too large to look into");
+        assert!(is_empty_at("/products", &headers, b"not gzip", 1000));
     }
 }

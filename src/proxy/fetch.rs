@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{AGE, CONTENT_LENGTH, DATE, HeaderMap, HeaderName, HeaderValue};
+use http::header::{AGE, CONTENT_LENGTH, HeaderMap};
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use http_body::Body as _;
@@ -20,7 +20,7 @@ use crate::body::{Body, BodyError};
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
-use crate::policy::headers::{compact, strip_hop_by_hop};
+use crate::policy::headers::{add_date, compact, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
 use crate::policy::invalidation::{Address, Position, Standing};
 use crate::policy::key::short_name;
@@ -304,16 +304,6 @@ fn head(
     Head { status, headers, casing, links }
 }
 
-/// An answer without `Date` gets the time it came: RFC 9110 §6.6.1.
-pub(super) fn add_date(headers: &mut HeaderMap, at: std::time::SystemTime) {
-    if !headers.contains_key(DATE)
-        && let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(at))
-    {
-        headers.insert(DATE, date);
-    }
-}
-
 fn declared_length(response: &Response<Body>) -> Option<u64> {
-    const NAME: HeaderName = CONTENT_LENGTH;
-    response.headers().get(NAME)?.to_str().ok()?.parse().ok()
+    response.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -1,6 +1,6 @@
 //! The request as it goes upstream.
 
-use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, VIA};
+use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderValue, TRANSFER_ENCODING, VIA};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Uri, Version};
@@ -12,7 +12,7 @@ use crate::policy::headers::{strip_hop_by_hop, strip_overrides};
 /// A request for the upstream, from the client's: hop-by-hop and override fields dropped, Host set, `Via`
 /// appended, header case kept. The target stays as it came, to the byte.
 pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
-    let empty = matches!(body, Body::Empty);
+    let kind = Framing::of(&body);
     let mut request = Request::new(body);
     *request.method_mut() = asked.method.clone();
     *request.uri_mut() = uri(asked, place);
@@ -23,16 +23,52 @@ pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
     strip_hop_by_hop(headers);
     strip_overrides(headers);
     headers.remove(EXPECT);
-    // Framing is made anew by the one who writes it; only "nothing follows" must be said.
-    if headers.remove(CONTENT_LENGTH).is_some() && empty {
-        headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-    }
+    reframe(headers, &kind);
     headers.remove(HOST);
     if let Ok(host) = HeaderValue::from_str(&place.host) {
         headers.insert(HOST, host);
     }
     headers.append(VIA, via(asked.version));
     request
+}
+
+/// How the length of a request body is said.
+enum Framing {
+    Nothing,
+    /// The writer knows the length.
+    Known,
+    /// It still comes from the client.
+    Coming,
+}
+
+impl Framing {
+    fn of(body: &Body) -> Framing {
+        match body {
+            Body::Empty => Framing::Nothing,
+            Body::Full(_) => Framing::Known,
+            Body::Stream(_) | Body::Shared(_) => Framing::Coming,
+        }
+    }
+}
+
+/// Framing is made anew by the one who writes it, but for what only the client knows: that nothing follows, or
+/// how long what follows will be (validated by the guard, and counted by the HTTP library).
+fn reframe(headers: &mut HeaderMap, kind: &Framing) {
+    match kind {
+        Framing::Nothing => {
+            if let Some(length) = headers.get_mut(CONTENT_LENGTH) {
+                *length = HeaderValue::from_static("0");
+            }
+        }
+        Framing::Known => {
+            headers.remove(CONTENT_LENGTH);
+        }
+        Framing::Coming => {
+            if !headers.contains_key(CONTENT_LENGTH) {
+                headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
+        }
+    }
 }
 
 /// For a rule that looks into bodies: only codings it can read.

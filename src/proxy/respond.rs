@@ -12,7 +12,6 @@ use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 
 use super::Proxy;
-use super::fetch::add_date;
 use super::flights::Arrival;
 use super::site::Misdirected;
 use super::visit::Visit;
@@ -20,6 +19,7 @@ use super::wait::Quest;
 use crate::body::{Body, BodyError};
 use crate::policy::asked::Asked;
 use crate::policy::entry::{Entry, Head};
+use crate::policy::headers::add_date;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
 use crate::policy::plan::{Payload, Plan};

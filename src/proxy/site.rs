@@ -35,6 +35,8 @@ pub struct Site {
     pub timeouts: Timeouts,
     /// The API itself.
     pub upstream: Arc<dyn Upstream>,
+    /// The port its listener has.
+    port: u16,
     /// How it is doing.
     pub signals: Signals,
     /// Request headers that are part of some key.
@@ -62,7 +64,7 @@ pub struct Misdirected;
 
 impl Site {
     /// The site of a configured upstream.
-    pub fn new(index: u16, config: config::Upstream, upstream: Arc<dyn Upstream>) -> Site {
+    pub fn new(index: u16, config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
         let config::Upstream { name, target, router, timeouts, .. } = config;
         let fixed = match &target {
             Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
@@ -75,7 +77,7 @@ impl Site {
         };
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
-        Site { index, name, target, router, timeouts, upstream, signals: Signals::default(), keyed, fixed }
+        Site { index, name, target, router, timeouts, upstream, port, signals: Signals::default(), keyed, fixed }
     }
 
     /// Is this request header part of some key?
@@ -85,6 +87,13 @@ impl Site {
 
     /// Where a request goes, from its target, `X-Forwarded-Host` and `Host`.
     pub fn locate(&self, uri: &Uri, headers: &HeaderMap) -> Result<Cow<'_, Place>, Misdirected> {
+        if let (Target::Origin { authority, .. }, Some(named)) = (&self.target, uri.authority()) {
+            // Absolute-form: meant for the origin, or for us as an origin; we are no open proxy.
+            let same = named.host().eq_ignore_ascii_case(authority.host()) && port(named) == port(authority);
+            if !same && named.port_u16() != Some(self.port) {
+                return Err(Misdirected);
+            }
+        }
         if let Some(fixed) = &self.fixed {
             return Ok(Cow::Borrowed(fixed));
         }
@@ -110,6 +119,11 @@ impl Site {
     }
 }
 
+/// A port, if it is not the default of either scheme.
+fn port(authority: &Authority) -> Option<u16> {
+    authority.port_u16().filter(|port| *port != 80 && *port != 443)
+}
+
 /// The tags of a path under a rule.
 pub fn tags(plan: &Plan, path: &str) -> Vec<String> {
     let captures = if plan.tags.is_empty() { None } else { plan.path.captures(path) };
@@ -130,6 +144,9 @@ fn allowed(patterns: &[HostPattern], uri: &Uri, headers: &HeaderMap) -> Option<P
         return None;
     }
     let pattern = patterns.iter().find(|pattern| pattern.matches(host, authority.port_u16()))?;
+    // `shop` and `shop:443` are one: the default port is left out.
+    let default = if pattern.scheme == Scheme::HTTPS { 443 } else { 80 };
+    let authority = if authority.port_u16() == Some(default) { host.parse().ok()? } else { authority };
     let host: Box<str> = authority.as_str().into();
     Some(Place { scheme: pattern.scheme.clone(), connect: authority, keyed: Some(host.clone()), host })
 }
@@ -157,7 +174,7 @@ mod tests {
     fn the_first_that_names_a_host_decides_and_must_be_on_the_list() {
         let table: &[(&str, &[(&str, &str)], Option<&str>)] = &[
             ("/", &[("host", "a.shop.example")], Some("a.shop.example")),
-            ("/", &[("host", "A.Shop.example:443")], Some("a.shop.example:443")),
+            ("/", &[("host", "A.Shop.example:443")], Some("a.shop.example")),
             ("/", &[("host", "127.0.0.1"), ("x-forwarded-host", "b.shop.example")], Some("b.shop.example")),
             ("/", &[("host", "a.shop.example"), ("x-forwarded-host", "evil.example")], None),
             ("http://c.shop.example/", &[("host", "evil.example")], Some("c.shop.example")),

@@ -26,7 +26,8 @@ pub(super) async fn body(incoming: Incoming, limits: &Limits) -> Result<Body, Bo
     if incoming.is_end_stream() {
         return Ok(Body::Empty);
     }
-    let paced = Paced { incoming, left: limits.request_body, taken: 0, since: Instant::now(), pause: None };
+    let (left, now) = (limits.request_body, Instant::now());
+    let paced = Paced { incoming, left, taken: 0, since: now, last: now, stall: limits.write_stall, pause: None };
     let mut body = Body::stream(paced);
     let mut buffer = BytesMut::new();
     while let Some(chunk) = body.next().await {
@@ -43,6 +44,8 @@ struct Paced {
     left: u64,
     taken: u64,
     since: Instant,
+    last: Instant,
+    stall: Duration,
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -56,6 +59,7 @@ impl HttpBody for Paced {
             Poll::Ready(Some(Err(_))) => Poll::Ready(Some(Err(BodyError::Client))),
             Poll::Ready(Some(Ok(frame))) => {
                 self.pause = None;
+                self.last = Instant::now();
                 let size = frame.data_ref().map_or(0, |data| data.len() as u64);
                 let Some(left) = self.left.checked_sub(size) else {
                     return Poll::Ready(Some(Err(BodyError::TooLarge)));
@@ -65,7 +69,8 @@ impl HttpBody for Paced {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Pending => {
-                let due = self.since + ALLOWANCE + Duration::from_secs(self.taken / LEAST_RATE);
+                let on_average = self.since + ALLOWANCE + Duration::from_secs(self.taken / LEAST_RATE);
+                let due = on_average.min(self.last + self.stall);
                 let pause = self.pause.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
                 pause.as_mut().poll(cx).map(|()| Some(Err(BodyError::TooSlow)))
             }

@@ -9,9 +9,13 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
+
+use crate::body::{Body, BodyError};
 
 /// What a connection is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,36 @@ impl Shared {
 
     fn is(&self, phase: Phase) -> bool {
         self.0.load(Ordering::Relaxed) == phase as u8
+    }
+}
+
+/// The body of an answer: while it lives, the connection is busy.
+#[derive(Debug)]
+pub(super) struct Answering {
+    pub(super) body: Body,
+    pub(super) phase: Shared,
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.phase.set(Phase::Idle);
+    }
+}
+
+impl HttpBody for Answering {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

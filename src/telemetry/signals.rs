@@ -48,7 +48,9 @@ impl Signals {
             }
             Some(failure) => {
                 last.failure = Some((now, failure.cause()));
-                last.in_a_row += 1;
+                // A throttled or an empty answer comes from an upstream that is up.
+                let is_up = matches!(failure, Failure::Throttled | Failure::Empty);
+                last.in_a_row = if is_up { 0 } else { last.in_a_row + 1 };
             }
         }
     }

@@ -62,7 +62,7 @@ def three_pages():
 
 def run(binary):
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
-        with Program(binary, "mock-shop", "--listen", "127.0.0.1:0", "--products", "12") as shop_program:
+        with Program(binary, "mock-shop", "--listen", "127.0.0.1:0", "--products", "12", "--leak", "0.001") as shop_program:
             shop = shop_program.address("mock-shop")
             config.write(
                 f'[[upstream]]\nprofile = "shopify"\nurl = "http://{shop}"\nlisten = "127.0.0.1:0"\n'
