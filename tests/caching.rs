@@ -278,3 +278,52 @@ async fn only_if_cached_is_honoured() {
     assert!(sidecar.get_with("/", &only).await.is_hit());
     assert_eq!(origin.count(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_exclusions_excludes_nothing_else() {
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"!utm_*\"] }\n";
+    let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
+    let sidecar = Sidecar::before(&origin, rules).await;
+    for page in 1..3 {
+        let target = format!("/?page={page}");
+        assert_eq!(sidecar.get(&target).await.text(), target);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_rule_stored_is_not_for_another() {
+    let rules = "[[upstream.rule]]\nname = \"gold\"\npath = \"/**\"\nttl = \"10s\"\nwhen = { headers = { x-tier = \"gold\" } }\n\
+                 [[upstream.rule]]\nname = \"plain\"\npath = \"/**\"\nttl = \"1h\"\n";
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, rules).await;
+    sidecar.get("/").await;
+    sidecar.turn(100);
+    assert!(sidecar.get("/").await.is_hit());
+    assert!(!sidecar.get_with("/", &[("X-Tier", "gold")]).await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_that_connection_names_cannot_poison_a_variant() {
+    let origin = Origin::start(|ask| {
+        Reply::fresh(60, ask.header("accept-language").unwrap_or("default")).header("Vary", "Accept-Language")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let poison = [("Connection", "Accept-Language"), ("Accept-Language", "de")];
+    assert_eq!(sidecar.get_with("/", &poison).await.text(), "default");
+    assert_eq!(sidecar.get_with("/", &[("Accept-Language", "de")]).await.text(), "de");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_about_another_representation_freshens_nothing() {
+    let origin = Origin::start(|ask| match ask.header("if-none-match") {
+        Some(_) => Reply::new(304, "").header("ETag", "\"v2\""),
+        None => Reply::fresh(10, "v1").header("ETag", "\"v1\""),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/").await;
+    sidecar.turn(11);
+    let answer = sidecar.get("/").await;
+    assert_ne!(answer.header("etag"), Some("\"v2\""), "{answer:?}");
+}

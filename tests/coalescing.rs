@@ -239,3 +239,109 @@ async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
     assert!(before.join_all().await.len() == 5);
     assert_eq!(sidecar.get("/").await.text(), "answer 1", "the older flight was not stored");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_variant_may_come_while_the_first_ones_body_is_still_coming() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| match ask.header("accept-encoding") {
+        Some("gzip") => Reply::new(200, "gzip gzip").halfway(&held),
+        _ => Reply::new(200, "plain"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n").await;
+    let mut first = Client::connect(sidecar.address).await;
+    first.ask("GET", "/", &[("Accept-Encoding", "gzip")], b"").await;
+    first.read_some(100).await;
+    let second = sidecar.get("/").await;
+    assert_eq!((second.status, second.text().as_str()), (200, "plain"));
+    gate.open();
+    assert_eq!(first.answer_to("GET").await.expect("an answer").text(), "gzip gzip");
+    assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_nothing_more_may_be_held_answers_stream_through() {
+    let origin = Origin::start(|_| Reply::fresh(60, vec![b'x'; 300_000])).await;
+    for rule in ["", "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nreject_empty = \"/x\"\n"] {
+        let before = origin.count();
+        let sidecar = Sidecar::with_tables(&origin, rule, "[memory]\nmax_inflight_bytes = \"1KiB\"\n").await;
+        let answers = burst(&sidecar, 10, "/").join_all().await;
+        assert!(answers.iter().all(|a| a.status == 200 && a.whole && a.body.len() == 300_000), "{rule}");
+        assert!(origin.count() - before <= 20, "{} calls for 10 requests", origin.count() - before);
+        assert_eq!(sidecar.commons.memory.usage().entries, 0);
+        until("nothing is held", || (sidecar.commons.purse.held() == 0).then_some(())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_needs_validation_is_for_the_one_who_fetched_it() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| {
+        let cookie = format!("session={}", ask.number);
+        Reply::new(200, "x").header("ETag", "\"1\"").header("Set-Cookie", &cookie).after(&held)
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let requests = burst(&sidecar, 5, "/");
+    origin.asked(1).await;
+    gate.open();
+    let mut cookies: Vec<_> =
+        requests.join_all().await.iter().map(|a| a.header("set-cookie").expect("a cookie").to_owned()).collect();
+    cookies.sort();
+    cookies.dedup();
+    assert_eq!(cookies.len(), 5, "nobody got another's session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cookie_reaches_the_one_it_is_for_and_nobody_else() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::new(200, "x").header("Set-Cookie", "session=1").after(&held)).await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n").await;
+    let requests = burst(&sidecar, 10, "/");
+    origin.asked(1).await;
+    gate.open();
+    let answers = requests.join_all().await;
+    assert_eq!(answers.iter().filter(|a| a.header("set-cookie").is_some()).count(), 1);
+    assert!(sidecar.get("/").await.header("set-cookie").is_none());
+    assert_eq!(origin.count(), 1);
+}
+
+/// Panics in the middle of a body.
+#[derive(Debug)]
+struct Bursting;
+
+impl Upstream for Bursting {
+    fn send(&self, _: Request<Body>) -> Sending<'_> {
+        Box::pin(async {
+            let mut response = Response::new(Body::prefixed("first".into(), Body::stream(Bomb)));
+            response.headers_mut().insert("cache-control", http::HeaderValue::from_static("max-age=60"));
+            Ok(response)
+        })
+    }
+}
+
+struct Bomb;
+
+impl http_body::Body for Bomb {
+    type Data = bytes::Bytes;
+    type Error = sidecache::body::BodyError;
+
+    fn poll_frame(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<bytes::Bytes>, Self::Error>>> {
+        panic!("the flight panics: this is what the test is about")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flight_that_panics_in_the_body_leaves_no_reader_waiting() {
+    let sidecar = Sidecar::over(Arc::new(Bursting), "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("GET", "/", &[], b"").await;
+    assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole));
+    assert_eq!(sidecar.commons.flights.running(), 0);
+}

@@ -56,6 +56,33 @@ fn every_mistake_is_told_where_it_is_and_what_to_write() {
 }
 
 #[test]
+fn a_secret_in_the_file_is_not_repeated_in_its_error() {
+    for line in ["token = \"hunter2\"", "token = 123456"] {
+        let errors = config::from_text("t.toml", &format!("{HEAD}[admin]\n{line}\n"), Path::new("")).expect_err(line);
+        let text = errors[0].to_string();
+        assert!(text.starts_with("t.toml:4:9: a secret is never written down here"), "{text}");
+        assert!(!text.contains("hunter2") && !text.contains("123456"), "{text}");
+    }
+    let errors =
+        config::from_text("t.toml", "[[upstream]]\nurl = \"http://u:pw@h\"\n", Path::new("")).expect_err("bad");
+    assert!(!errors[0].to_string().contains("pw@"), "{}", errors[0]);
+}
+
+#[test]
+fn the_ttl_flag_is_for_everything_or_for_what_the_profile_names() {
+    let modes = |url: &str, path: &str| {
+        let flags =
+            config::Flags { upstream: Some(url.to_owned()), ttl: Some("7m".to_owned()), ..config::Flags::default() };
+        let config = config::load(&flags).expect("good");
+        let plan = config.upstreams[0].router.plans().iter().find(|plan| plan.path.captures(path).is_some()).cloned();
+        format!("{:?}", plan.expect("a rule").mode)
+    };
+    assert!(modes("https://api.example", "/anything").contains("420s"));
+    assert!(modes("https://x.MyShopify.com", "/admin/api/2026-07/products.json").contains("420s"));
+    assert_eq!(modes("https://x.myshopify.com", "/admin/oauth/access_token"), "Off");
+}
+
+#[test]
 fn all_mistakes_are_told_at_once() {
     let text = format!("mode = \"x\"\n{HEAD}[[upstream.rule]]\npath = \"a\"\nttl = \"b\"\n[log]\nformat = \"c\"\n");
     let errors = config::from_text("t.toml", &text, Path::new("")).expect_err("bad");
@@ -77,12 +104,13 @@ fn rules_inherit_key_by_key() {
             "Override { ttl: 3600s, negative_ttl: None }",
             "Override { ttl: 86400s, negative_ttl: None }",
             "Http",
-            "Override { ttl: 3600s, negative_ttl: None }"
+            // What no rule matches is the upstream's business, whatever the rules' defaults are.
+            "Http",
         ]
     );
     let windows: Vec<_> =
         config.upstreams[0].router.plans().iter().map(|p| p.stale_if_error.map(|d| d.as_secs())).collect();
-    assert_eq!(windows, [Some(7200), None, Some(7200), Some(7200)]);
+    assert_eq!(windows, [Some(7200), None, Some(7200), None]);
 }
 
 #[test]
@@ -100,7 +128,7 @@ fn the_example_says_every_key_and_its_default() {
     };
     assert_eq!(upstream(&with_example), upstream(&bare));
     // Every field that serde reads is in the example, but for what is refused.
-    let unbuilt = ["redis", "probes", "webhook", "breaker", "max_unverified", "graphql"];
+    let unbuilt = ["ttl_flag", "redis", "probes", "webhook", "breaker", "max_unverified", "graphql"];
     for line in include_str!("../src/config/file.rs").lines() {
         let Some(field) = line.trim().strip_prefix("pub(super) ").and_then(|l| l.split_once(": ")) else { continue };
         let documented = example.lines().any(|l| {
@@ -166,12 +194,20 @@ async fn the_environment_beats_the_file_and_flags_beat_both() {
     assert!(check(&[("SIDECACHE_MEMORY__MAX_BYTES", "3")]).await.contains("\"3\" has no unit"));
     assert!(check(&[("SIDECACHE_MEMORY__NOPE", "3")]).await.contains("unknown field `nope`"));
     assert!(check(&[("SIDECACHE_MODE", "bypass")]).await.contains("not built yet"));
+    assert!(
+        check(&[("SIDECACHE_UPSTREAM", "nonsense"), ("SIDECACHE_LOG__FORMAT", "x")]).await.contains("log.format")
+    );
     let kubernetes = [("SIDECACHE_PORT_18080_TCP_ADDR", "10.0.0.1"), ("SIDECACHE_SERVICE_HOST", "10.0.0.1")];
     let text = std::env::temp_dir().join(format!("sidecache-env-{}.toml", std::process::id()));
     std::fs::write(&text, "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n").expect("writable");
     let mut child = command(&["check", "--config", &text.display().to_string()]);
     let output = soon("it ends", child.envs(kubernetes).output()).await.expect("it runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::write(&text, "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n[log]\nformat = \"json\"\n")
+        .expect("writable");
+    let mut child = command(&["check", "--config", &text.display().to_string()]);
+    let output = soon("it ends", child.env("SIDECACHE_LOG__FORMAT", "xml").output()).await.expect("it runs");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("\"xml\""), "the environment beats the file");
     std::fs::remove_file(text).expect("it is there");
 }
 

@@ -18,15 +18,22 @@ async fn failing() -> Origin {
 const RULES: &str = r#"
 [[upstream.rule]]
 name = "plain"
-path = "/plain/**"
+path = "/plain/timeout"
 ttl = "10s"
 deadline = "200ms"
+[[upstream.rule]]
+path = "/plain/**"
+ttl = "10s"
 reject_empty = "/products"
+[[upstream.rule]]
+path = "/timeout"
+ttl = "10s"
+deadline = "200ms"
+fallback = { body = '{"products":[{"id":1}]}', status = 203 }
 [[upstream.rule]]
 name = "covered"
 path = "/**"
 ttl = "10s"
-deadline = "200ms"
 reject_empty = "/products"
 fallback = { body = '{"products":[{"id":1}]}', status = 203 }
 "#;

@@ -52,7 +52,7 @@ async fn what_is_unusual_but_right_is_served() {
         ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204),
         ("OPTIONS / HTTP/1.1\r\nHost: a\r\n\r\n", 200),
         ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", 200),
-        ("GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        ("GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 421),
         ("M-SEARCH / HTTP/1.1\r\nHost: a\r\n\r\n", 200),
     ];
     for (request, expected) in table {
@@ -60,6 +60,35 @@ async fn what_is_unusual_but_right_is_served() {
         client.write(request).await;
         assert_eq!(client.answer_to("GET").await.map(|a| a.status), Some(expected), "{request:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn absolute_form_is_for_the_origin_or_the_listener() {
+    let origin = plain().await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for (authority, expected) in
+        [(origin.address.to_string(), 200), (sidecar.address.to_string(), 200), ("billing.internal".to_owned(), 421)]
+    {
+        let target = format!("http://{authority}/");
+        assert_eq!(get(sidecar.address, &target, &[("Authorization", "x")]).await.status, expected, "{target}");
+    }
+    assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_body_keeps_its_framing() {
+    let origin = plain().await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let large = vec![b'x'; 2 << 20];
+    for method in ["POST", "GET"] {
+        assert!(send(sidecar.address, method, "/", &[], &large).await.body == large, "{method}");
+    }
+    let mut client = Client::connect(sidecar.address).await;
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n200000\r\n";
+    client.write([head.as_bytes(), &large, b"\r\n0\r\n\r\n"].concat()).await;
+    assert!(client.answer_to("POST").await.expect("an answer").body == large);
+    let framing: Vec<_> = origin.asks().iter().map(|ask| ask.header("content-length").map(str::to_owned)).collect();
+    assert_eq!(framing, [Some("2097152".into()), Some("2097152".into()), None]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,6 +155,11 @@ async fn connections_beyond_the_limit_wait_their_turn() {
     origin.asked(1).await;
     let mut second = Client::connect(sidecar.address).await;
     second.ask("GET", "/second", &[], b"").await;
+    // Time enough for a sidecar that did not keep the limit: other requests go round meanwhile.
+    for _ in 0..20 {
+        get(sidecar.admin, "/livez", &[]).await;
+    }
+    assert_eq!(origin.count(), 1, "the second one waits");
     gate.open();
     assert_eq!(first.answer_to("GET").await.expect("an answer").status, 200);
     assert_eq!(second.answer_to("GET").await.expect("an answer").status, 200);

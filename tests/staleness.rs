@@ -110,3 +110,20 @@ async fn a_client_that_insists_gets_a_new_answer() {
         assert_eq!(insisted.cache_status(), "sidecache; fwd=request; stored");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_definitive_answer_displaces_what_was_stored() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::new(200, "old"),
+        1 => Reply::new(401, "revoked"),
+        _ => Reply::close(),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, SWR).await;
+    sidecar.get("/").await;
+    sidecar.turn(20);
+    assert_eq!(sidecar.get("/").await.text(), "old", "while the refresh finds out");
+    origin.asked(2).await;
+    until("the refresh has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    assert_eq!(sidecar.get("/").await.status, 502, "the old answer does not come back, not even in an outage");
+}

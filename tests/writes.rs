@@ -135,3 +135,20 @@ async fn location_of_the_same_origin_is_stale_too() {
         assert_eq!(sidecar.get(target).await.is_hit(), hit, "{target}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rules_conditions_on_reads_do_not_shield_it_from_writes() {
+    let rules = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\ntags = [\"product:{id}\"]\n\
+                 when = { query = { status = \"active\" } }\n\
+                 [[upstream.rule]]\npath = \"/also/{id}\"\nttl = \"1h\"\ntags = [\"product:{id}\"]\n";
+    let (origin, _) = versioned().await;
+    let sidecar = Sidecar::before(&origin, rules).await;
+    for target in ["/products/1?status=active", "/also/1", "/also/2"] {
+        sidecar.get(target).await;
+        assert!(sidecar.get(target).await.is_hit());
+    }
+    sidecar.send("PUT", "/products/1", "x").await;
+    for (target, hit) in [("/products/1?status=active", false), ("/also/1", false), ("/also/2", true)] {
+        assert_eq!(sidecar.get(target).await.is_hit(), hit, "{target}");
+    }
+}

@@ -17,8 +17,10 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http_body::SizeHint;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::body::BodyError;
+use crate::policy::outcome::Failure;
 
 /// What a windowed fetch may be ahead of its slowest reader.
 const WINDOW: u64 = 256 << 10;
@@ -54,28 +56,70 @@ impl Purse {
     }
 }
 
+/// What somebody holds of a purse; given back when dropped.
+#[derive(Debug)]
+pub struct Held {
+    purse: Arc<Purse>,
+    bytes: u64,
+}
+
+impl Held {
+    /// Nothing yet.
+    pub fn of(purse: &Arc<Purse>) -> Held {
+        Held { purse: purse.clone(), bytes: 0 }
+    }
+
+    /// Takes so much more, if it is there.
+    pub fn take(&mut self, bytes: u64) -> bool {
+        let taken = self.purse.take(bytes);
+        self.bytes += if taken { bytes } else { 0 };
+        taken
+    }
+
+    fn give_back(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        self.purse.give_back(bytes);
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.give_back(self.bytes);
+    }
+}
+
+/// Ends a body in whatever way its fetch ends, by panic too.
+#[derive(Debug)]
+pub struct Ending<'f>(pub &'f Fanout);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.finish(Err(BodyError::Upstream(Failure::Internal)));
+    }
+}
+
 /// The body of a running fetch.
 #[derive(Debug)]
 pub struct Fanout {
     state: Mutex<State>,
     /// A reader moved on or left.
     moved: Notify,
-    purse: Arc<Purse>,
     max_bytes: u64,
     stall: Duration,
     /// Content-Length, where the answer has one.
     length: Option<u64>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     chunks: VecDeque<Bytes>,
     /// How many chunks were dropped from the front.
     dropped: usize,
     /// Bytes in `chunks`.
     buffered: u64,
-    /// Bytes taken from the purse.
-    reserved: u64,
+    /// What it holds of the purse.
+    held: Held,
     windowed: bool,
     end: Option<Result<(), BodyError>>,
     readers: Vec<Option<Seat>>,
@@ -95,9 +139,17 @@ pub struct Abandoned;
 
 impl Fanout {
     /// An empty one, growing up to `max_bytes`.
-    pub fn new(purse: Arc<Purse>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
-        let state = Mutex::new(State::default());
-        Arc::new(Fanout { state, moved: Notify::new(), purse, max_bytes, stall, length })
+    pub fn new(purse: &Arc<Purse>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
+        let state = Mutex::new(State {
+            chunks: VecDeque::new(),
+            dropped: 0,
+            buffered: 0,
+            held: Held::of(purse),
+            windowed: false,
+            end: None,
+            readers: Vec::new(),
+        });
+        Arc::new(Fanout { state, moved: Notify::new(), max_bytes, stall, length })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -118,15 +170,13 @@ impl Fanout {
     /// Adds a chunk, waiting for room if the buffer was outgrown.
     pub async fn push(&self, chunk: Bytes) -> Result<(), Abandoned> {
         let size = chunk.len() as u64;
+        let due = Instant::now() + self.stall;
         loop {
             {
                 let mut state = self.lock();
                 if !state.windowed {
-                    if state.buffered + size <= self.max_bytes && self.purse.take(size) {
-                        state.reserved += size;
-                    } else {
-                        state.windowed = true;
-                    }
+                    let fits = state.buffered + size <= self.max_bytes;
+                    state.windowed = !(fits && state.held.take(size));
                 }
                 if state.windowed {
                     state.drop_read();
@@ -141,16 +191,29 @@ impl Fanout {
                     return Ok(());
                 }
             }
-            if tokio::time::timeout(self.stall, self.moved.notified()).await.is_err() {
+            if tokio::time::timeout_at(due, self.moved.notified()).await.is_err() {
                 self.lock().cut_slowest();
             }
         }
     }
 
-    /// The end: no chunk follows.
+    /// The whole is stored: who still reads does so from there, and nothing is held here any more.
+    pub fn settle(&self, whole: &Bytes) {
+        let mut state = self.lock();
+        let mut start = 0;
+        for chunk in &mut state.chunks {
+            let end = start + chunk.len();
+            *chunk = whole.slice(start..end);
+            start = end;
+        }
+        let held = state.held.bytes;
+        state.held.give_back(held);
+    }
+
+    /// The end: no chunk follows. Only the first word counts.
     pub fn finish(&self, end: Result<(), BodyError>) {
         let mut state = self.lock();
-        state.end = Some(end);
+        state.end.get_or_insert(end);
         state.wake_all();
     }
 
@@ -173,12 +236,6 @@ impl Fanout {
     }
 }
 
-impl Drop for Fanout {
-    fn drop(&mut self) {
-        self.purse.give_back(self.lock().reserved);
-    }
-}
-
 impl State {
     fn wake_all(&mut self) {
         self.readers.iter_mut().flatten().filter_map(|seat| seat.waker.take()).for_each(Waker::wake);
@@ -191,6 +248,7 @@ impl State {
             let Some(chunk) = self.chunks.pop_front() else { break };
             self.dropped += 1;
             self.buffered -= chunk.len() as u64;
+            self.held.give_back(chunk.len() as u64);
         }
     }
 
@@ -273,7 +331,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_joins_late_reads_from_the_first_byte() {
-        let fanout = Fanout::new(Purse::new(1000), 1000, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&Purse::new(1000), 1000, Duration::from_secs(1), None);
         fanout.push(chunk(10)).await.expect("room");
         let mut late = fanout.join().expect("still growing");
         fanout.push(chunk(20)).await.expect("room");
@@ -287,7 +345,7 @@ mod tests {
     #[tokio::test]
     async fn the_purse_is_given_back() {
         let purse = Purse::new(1000);
-        let fanout = Fanout::new(purse.clone(), 1000, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&purse, 1000, Duration::from_secs(1), None);
         fanout.push(chunk(600)).await.expect("room");
         assert_eq!(purse.held(), 600);
         drop(fanout);
@@ -296,7 +354,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_outgrown_buffer_takes_no_more_readers_and_is_not_whole() {
-        let fanout = Fanout::new(Purse::new(1000), 100, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&Purse::new(1000), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(200)).await.expect("one window");
         assert!(fanout.outgrown() && fanout.join().is_none() && fanout.whole_with(b"").is_none());
@@ -307,7 +365,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_stands_still_is_cut_when_others_wait() {
-        let fanout = Fanout::new(Purse::new(0), 0, Duration::from_secs(2), None);
+        let fanout = Fanout::new(&Purse::new(0), 0, Duration::from_secs(2), None);
         let (mut quick, mut slow) = {
             let mut state = fanout.lock();
             state.readers.extend([0, 0].map(|next| Some(Seat { next, waker: None, cut: false })));
@@ -323,7 +381,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failed_fetch_fails_its_readers_after_what_came() {
-        let fanout = Fanout::new(Purse::new(100), 100, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&Purse::new(100), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(1)).await.expect("room");
         fanout.finish(Err(BodyError::Client));

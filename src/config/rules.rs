@@ -108,17 +108,17 @@ impl Surroundings<'_> {
         let plan = |(path, tags): (PathPattern, Vec<TagTemplate>)| Plan {
             name: name(&path),
             methods: methods.clone(),
-            path,
             when: when.clone(),
             mode,
             stale_while_revalidate: window(rule.stale_while_revalidate),
             stale_if_error: window(rule.stale_if_error),
             last_known_good: window(rule.last_known_good),
-            key: key.clone(),
+            key: KeyPlan { rule: salt(&name(&path)), ..key.clone() },
             tags,
             reject_empty: reject_empty.clone(),
             deadline: rule.deadline.map_or(self.deadline, |d| d.0),
             fallback: fallback.clone(),
+            path,
         };
         paths.into_iter().zip(tags).map(plan).collect()
     }
@@ -181,13 +181,22 @@ impl Surroundings<'_> {
         let query = match key.query {
             None => QueryFilter::Whole,
             Some(list) if list == ["*"] => QueryFilter::Whole,
-            Some(list) => QueryFilter::Filtered(
-                list.iter()
-                    .map(|p| p.strip_prefix('!').map_or_else(|| (true, Glob::new(p)), |p| (false, Glob::new(p))))
-                    .collect(),
-            ),
+            Some(list) => {
+                let pattern = |p: &String| match p.strip_prefix('!') {
+                    Some(excluded) => (false, Glob::new(excluded)),
+                    None => (true, Glob::new(p)),
+                };
+                let mut patterns: Vec<_> = list.iter().map(pattern).collect();
+                // A list of exclusions excludes from all.
+                if patterns.iter().all(|(keep, _)| !keep) {
+                    patterns.insert(0, (true, Glob::new("*")));
+                }
+                QueryFilter::Filtered(patterns)
+            }
         };
         Ok(KeyPlan {
+            // Set where the rule's name is known.
+            rule: [0; 4],
             query,
             headers: key.headers.unwrap_or_default().iter().map(header_name).collect::<Result<_, _>>()?,
             partition: key.partition.as_ref().map_or(Ok(self.partition), partition)?,
@@ -285,6 +294,11 @@ fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {
 fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, Fault> {
     let known = Failure::CAUSES.into_iter().find(|cause| *cause == name);
     known.ok_or_else(|| (list.span(), format!("on = {name:?}: write some of {:?}", Failure::CAUSES)))
+}
+
+fn salt(rule: &str) -> [u8; 4] {
+    let digest = blake3::hash(rule.as_bytes());
+    std::array::from_fn(|i| digest.as_bytes()[i])
 }
 
 pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, Fault> {

@@ -50,6 +50,11 @@ pub struct Terms {
 }
 
 impl Terms {
+    /// May it answer a request that did not fetch it, without validation?
+    pub fn for_others(&self) -> bool {
+        !self.always_validate && (self.fresh_for > 0 || self.while_revalidate > 0)
+    }
+
     /// Kept until here, then swept.
     pub fn keep_for(&self) -> u64 {
         let longest =
@@ -240,6 +245,11 @@ impl Resource {
             variants.push(other);
         }
         Resource { variants }
+    }
+
+    /// A copy without what this request selects; `None` if nothing is left.
+    pub fn without(&self, request: &HeaderMap) -> Option<Resource> {
+        self.filtered(|entry| !entry.variant.selected_by(request))
     }
 
     /// A copy with only those that `keep` keeps; `None` if that is none.

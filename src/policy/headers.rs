@@ -90,6 +90,15 @@ pub fn strip_overrides(headers: &mut HeaderMap) {
     }
 }
 
+/// A copy of just these fields.
+pub fn only(names: &[HeaderName], headers: &HeaderMap) -> HeaderMap {
+    let lines = names.iter().flat_map(|name| headers.get_all(name).iter().map(move |value| (name.clone(), value)));
+    lines.fold(HeaderMap::new(), |mut picked, (name, value)| {
+        picked.append(name, value.clone());
+        picked
+    })
+}
+
 /// A copy whose values lie in one allocation of just their size, not in the network buffer they came in.
 pub fn compact(headers: &HeaderMap) -> HeaderMap {
     let mut storage = BytesMut::with_capacity(headers.values().map(HeaderValue::len).sum());
@@ -97,7 +106,8 @@ pub fn compact(headers: &HeaderMap) -> HeaderMap {
         storage.extend_from_slice(value.as_bytes());
     }
     let storage: Bytes = storage.freeze();
-    let mut copy = HeaderMap::with_capacity(headers.len());
+    // Room for what every answer from the cache gets besides.
+    let mut copy = HeaderMap::with_capacity(headers.len() + 4);
     let mut start = 0;
     for (name, value) in headers {
         let end = start + value.len();

@@ -41,6 +41,8 @@ pub enum Partition {
 /// What the key of a rule is made of.
 #[derive(Debug, Clone, Default)]
 pub struct KeyPlan {
+    /// Tells rules apart: what one has stored is not for another, which may be stricter.
+    pub rule: [u8; 4],
     /// Which parameters of the query count.
     pub query: QueryFilter,
     /// Request headers that count, beside credentials.
@@ -82,6 +84,7 @@ impl KeyPlan {
         let mut key = KeyBuf::new();
         key.push(VERSION);
         self.tenant(secret, parts.headers, &mut key)?;
+        key.extend_from_slice(&self.rule);
         key.extend_from_slice(&parts.upstream.to_be_bytes());
         field(&mut key, parts.authority.unwrap_or_default().as_bytes());
         field(&mut key, parts.path.as_bytes());
@@ -158,12 +161,41 @@ fn field(key: &mut KeyBuf, bytes: &[u8]) {
     key.extend_from_slice(bytes);
 }
 
-/// Header names that nobody configured but that smell of a credential.
+/// Header names that nobody configured but that smell of a credential: one of their words says so.
 fn looks_like_credential(name: &str) -> bool {
-    const SUFFIXES: [&str; 6] = ["-token", "-key", "-secret", "-authorization", "-signature", "-session"];
-    const WHOLE: [&str; 5] = ["authorization", "cookie", "apikey", "token", "x-auth"];
-    const HARMLESS: [&str; 2] = ["idempotency-key", "sec-websocket-key"];
-    (SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) || WHOLE.contains(&name)) && !HARMLESS.contains(&name)
+    const WORDS: [&str; 18] = [
+        "token",
+        "key",
+        "secret",
+        "auth",
+        "authorization",
+        "authentication",
+        "session",
+        "sessionid",
+        "sid",
+        "signature",
+        "jwt",
+        "credential",
+        "credentials",
+        "cookie",
+        "password",
+        "apikey",
+        "authtoken",
+        "accesstoken",
+    ];
+    // What nearly every request has is let off at once.
+    const PLAIN: [&str; 8] = [
+        "host",
+        "accept",
+        "user-agent",
+        "connection",
+        "accept-encoding",
+        "accept-language",
+        "content-type",
+        "cache-control",
+    ];
+    const HARMLESS: [&str; 3] = ["idempotency-key", "sec-websocket-key", "surrogate-key"];
+    !PLAIN.contains(&name) && name.split(['-', '_']).any(|word| WORDS.contains(&word)) && !HARMLESS.contains(&name)
 }
 
 /// A short public name of a key, as `Cache-Status: …; key=` shows it: 64 bits of its BLAKE3 digest, in hex.
@@ -199,7 +231,12 @@ mod tests {
         assert_ne!(none, key(&with("authorization", "a")));
         assert_ne!(key(&with("authorization", "a")), key(&with("authorization", "b")));
         assert_eq!(none, key(&with("user-agent", "x")));
-        assert_eq!(key(&with("x-foo-token", "x")), Err(Bypass::UnkeyedCredential));
+        for smelling in ["x-foo-token", "x-apikey", "api_key", "x-jwt", "x-session-id", "x-auth"] {
+            assert_eq!(key(&with(smelling, "x")), Err(Bypass::UnkeyedCredential), "{smelling}");
+        }
+        for harmless in ["x-author", "x-keyboard", "idempotency-key", "x-request-id"] {
+            assert_eq!(key(&with(harmless, "x")), none, "{harmless}");
+        }
         let everyone = KeyPlan { partition: Partition::Everyone, ..plan() };
         let shared = |headers: &HeaderMap| everyone.key(&SECRET, &parts("/", None, headers));
         assert_eq!(shared(&with("authorization", "a")), shared(&with("x-foo-token", "b")));

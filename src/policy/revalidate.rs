@@ -82,6 +82,13 @@ pub fn without_content(headers: &mut HeaderMap) {
     }
 }
 
+/// Does a 304 speak of another representation than the stored one? Both name strong validators, and they differ
+/// (RFC 9111 §4.3.4).
+pub fn of_another(stored: &HeaderMap, answered: &HeaderMap) -> bool {
+    let strong = |headers: &HeaderMap| headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")).cloned();
+    matches!((strong(stored), strong(answered)), (Some(ours), Some(theirs)) if ours != theirs)
+}
+
 /// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
 /// bytes stay (RFC 9111 §3.2).
 pub fn freshen(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {

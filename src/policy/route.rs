@@ -69,9 +69,9 @@ impl Router {
         }
     }
 
-    /// The rule that caches reads of what an unsafe request to `path` changes.
-    pub fn rule_for_write(&self, path: &str, query: Option<&str>, headers: &HeaderMap) -> Option<&Arc<Plan>> {
-        self.find(path, |plan| plan.accepts(&Method::GET, query, headers))
+    /// The rules that cache reads of what an unsafe request to `path` changes, whatever else they ask of a read.
+    pub fn rules_for_write<'r>(&'r self, path: &'r str) -> impl Iterator<Item = &'r Arc<Plan>> {
+        self.plans.iter().filter(|plan| plan.path.captures(path).is_some())
     }
 
     fn find(&self, path: &str, accept: impl Fn(&Plan) -> bool) -> Option<&Arc<Plan>> {

@@ -3,7 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    AGE, AUTHORIZATION, CONTENT_RANGE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, LAST_MODIFIED, SET_COOKIE, VARY,
+    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_RANGE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, LAST_MODIFIED,
+    SET_COOKIE, VARY,
 };
 use http::{Method, StatusCode};
 
@@ -64,11 +65,19 @@ pub fn decide(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan) -> Result
     }
 }
 
-/// May others who asked for the same share even an answer that is not stored, because it is a failure?
-pub fn may_share_failure(answered: &Answered<'_>, plan: &Plan) -> bool {
+/// May others who asked for the same share even an answer that is not stored, because it is a failure? Then
+/// those with the same values in these request headers.
+pub fn failure_vary(answered: &Answered<'_>, plan: &Plan) -> Option<Vec<HeaderName>> {
     let directives = CacheControl::of_response(answered.headers);
     let forbidden = plan.mode == CacheMode::Http && (directives.no_store || directives.private);
-    !forbidden && !answered.headers.contains_key(SET_COOKIE)
+    if forbidden || answered.headers.contains_key(SET_COOKIE) {
+        return None;
+    }
+    let mut vary = vary(answered.headers).ok()?;
+    if !vary.contains(&ACCEPT_ENCODING) {
+        vary.push(ACCEPT_ENCODING);
+    }
+    Some(vary)
 }
 
 fn by_rule(
@@ -83,8 +92,8 @@ fn by_rule(
         404 | 410 => negative_ttl.ok_or(Skip::Status)?,
         _ => return Err(Skip::Status),
     };
-    if !vary.contains(&http::header::ACCEPT_ENCODING) {
-        vary.push(http::header::ACCEPT_ENCODING);
+    if !vary.contains(&ACCEPT_ENCODING) {
+        vary.push(ACCEPT_ENCODING);
     }
     let negative = answered.status.is_client_error();
     let window = |d: Option<Duration>| if negative { 0 } else { d.map_or(0, millis) };
@@ -320,7 +329,7 @@ mod tests {
             let found = decided(mode, status, &map(&[("authorization", "x")]), &headers);
             assert_eq!(found.clone().map(|s| s.terms.fresh_for), expected, "{status}");
             if let Ok(store) = found {
-                assert_eq!((store.vary, store.drop), (vec![http::header::ACCEPT_ENCODING], vec![SET_COOKIE]));
+                assert_eq!((store.vary, store.drop), (vec![ACCEPT_ENCODING], vec![SET_COOKIE]));
             }
         }
         let star = map(&[("vary", "*")]);

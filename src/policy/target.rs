@@ -22,12 +22,35 @@ pub fn client_authority<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> Option<&'r 
 /// Could a cache and an upstream take this path for two different things? Dot segments, also encoded
 /// (RFC 3986 §5.2.4), encoded slashes and NULs, backslashes.
 pub fn is_ambiguous(path: &str) -> bool {
-    if !path.bytes().any(|b| matches!(b, b'.' | b'%' | b'\\')) {
-        return false;
+    let bytes = path.as_bytes();
+    let encoded =
+        |at: usize| bytes.get(at..at + 3).map(|code| [code[1].to_ascii_lowercase(), code[2].to_ascii_lowercase()]);
+    // The segment so far, if it has dots only: how many.
+    let mut dots = Some(0u8);
+    let mut at = 0;
+    while at < bytes.len() {
+        let (dot, length) = match bytes[at] {
+            b'\\' => return true,
+            b'%' => match encoded(at) {
+                Some([b'2', b'f'] | [b'5', b'c'] | [b'0', b'0']) => return true,
+                Some([b'2', b'e']) => (true, 3),
+                Some(_) | None => (false, 1),
+            },
+            b'.' => (true, 1),
+            b'/' => {
+                if matches!(dots, Some(1 | 2)) {
+                    return true;
+                }
+                dots = Some(0);
+                at += 1;
+                continue;
+            }
+            _ => (false, 1),
+        };
+        dots = if dot { dots.map(|n| n.saturating_add(1)) } else { None };
+        at += length;
     }
-    let lower = path.to_ascii_lowercase();
-    ["\\", "%2f", "%5c", "%00"].iter().any(|bad| lower.contains(bad))
-        || lower.replace("%2e", ".").split('/').any(|segment| segment == "." || segment == "..")
+    matches!(dots, Some(1 | 2))
 }
 
 /// Addresses that no client may make us connect to: link-local, where clouds keep their metadata.

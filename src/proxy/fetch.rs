@@ -14,21 +14,22 @@ use tracing::debug;
 use super::Proxy;
 use super::flights::{Arrival, Content, Landing, Lead};
 use super::forward::{outgoing, readable_codings_only};
+use super::respond::make_room;
 use super::site::{Place, tags};
-use crate::body::fanout::Fanout;
+use crate::body::fanout::{Ending, Fanout, Held};
 use crate::body::{Body, BodyError};
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
-use crate::policy::headers::{add_date, compact, strip_hop_by_hop};
+use crate::policy::headers::{add_date, compact, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
 use crate::policy::invalidation::{Address, Position, Standing};
 use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::plan::Plan;
-use crate::policy::revalidate::{condition, freshen};
-use crate::policy::storage::{Answered, Store, decide, initial_age, may_share_failure};
+use crate::policy::revalidate::{condition, freshen, of_another};
+use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
 
 /// What a flight is to bring.
 #[derive(Debug)]
@@ -60,7 +61,7 @@ impl Came {
 
 impl Proxy {
     /// The whole flight. Ends when the answer is stored, passed on, or known not to come.
-    pub(super) async fn fly(self: Arc<Self>, lead: Lead, job: Job) {
+    pub(super) async fn fly(self: Arc<Self>, mut lead: Lead, job: Job) {
         let by = Instant::now() + self.site.timeouts.fetch;
         let mut request = outgoing(&job.asked, &job.place, Body::Empty);
         if job.asked.method == Method::GET {
@@ -70,7 +71,16 @@ impl Proxy {
             readable_codings_only(&mut request);
         }
         let sent = self.commons.clock.instant();
-        let answer = timeout_at(by, self.site.upstream.send(request)).await;
+        let sending = timeout_at(by, self.site.upstream.send(request));
+        let answer = if job.asked.method == Method::HEAD {
+            // It can't be stored: when nobody waits any more, nobody needs it.
+            tokio::select! {
+                answer = sending => answer,
+                () = lead.left_alone() => return,
+            }
+        } else {
+            sending.await
+        };
         let delay = self.commons.clock.instant().saturating_duration_since(sent);
         match answer {
             Err(_elapsed) => self.failed(lead, Failure::Timeout, delay, "timeouts.fetch has passed"),
@@ -96,13 +106,15 @@ impl Proxy {
         if came.response.status() == StatusCode::NOT_MODIFIED
             && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
         {
+            if of_another(&stale.head.headers, came.response.headers()) {
+                return lead.land(Landing::Failed(Failure::Malformed));
+            }
             return self.validated(lead, job, stale, &came);
         }
         if let Some(failure) = Failure::from_status(came.response.status()) {
-            if !may_share_failure(&came.answered(), &job.plan) || job.asked.method == Method::HEAD {
-                return self.released(lead, job, came.response, Skip::Status);
-            }
-            let store = Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() };
+            let shared = failure_vary(&came.answered(), &job.plan).filter(|_| job.asked.method == Method::GET);
+            let Some(vary) = shared else { return self.released(lead, job, came.response, Skip::Status) };
+            let store = Store { terms: Terms::default(), vary, drop: Vec::new() };
             return self.stream(lead, job, came, store, Some(failure), by).await;
         }
         let asked = Asked::from(&*job.asked);
@@ -120,8 +132,10 @@ impl Proxy {
 
     /// Not for sharing. Next time nobody waits for it.
     fn released(&self, lead: Lead, job: &Job, mut response: Response<Body>, skip: Skip) {
-        if job.asked.method == Method::GET {
+        // A failure says nothing about what the next answer will be.
+        if job.asked.method == Method::GET && Failure::from_status(response.status()).is_none() {
             self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
+            self.commons.memory.remove(&job.key, &job.asked.headers);
         }
         response.extensions_mut().insert(skip);
         lead.release(response);
@@ -148,8 +162,10 @@ impl Proxy {
             failure: None,
             stored,
             variant: entry.variant.clone(),
+            for_others: store.terms.for_others(),
+            first_hand: HeaderMap::new(),
             born: came.born,
-            initial_age: initial_age(&answered),
+            initial_age: Some(initial_age(&answered)),
             content: Content::Stored(entry),
         };
         lead.land(Landing::Shared(Arc::new(arrival)));
@@ -159,11 +175,14 @@ impl Proxy {
     /// empty, and streams on.
     async fn inspect(&self, lead: Lead, job: &Job, mut came: Came, store: Store, by: Instant) {
         let max = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
+        let mut held = Held::of(&self.commons.purse);
         let mut whole = Vec::new();
         loop {
             match timeout_at(by, came.response.body_mut().next()).await {
                 Ok(None) => break,
-                Ok(Some(Ok(chunk))) if whole.len() + chunk.len() <= max => whole.extend_from_slice(&chunk),
+                Ok(Some(Ok(chunk))) if whole.len() + chunk.len() <= max && held.take(chunk.len() as u64) => {
+                    whole.extend_from_slice(&chunk);
+                }
                 Ok(Some(Ok(chunk))) => {
                     whole.extend_from_slice(&chunk);
                     let rest = std::mem::replace(came.response.body_mut(), Body::Empty);
@@ -178,6 +197,7 @@ impl Proxy {
         let pointer = job.plan.reject_empty.as_deref().unwrap_or_default();
         let empty = is_empty_at(pointer, came.response.headers(), &whole, max);
         *came.response.body_mut() = Body::Full(Bytes::from(whole));
+        drop(held);
         self.stream(lead, job, came, store, empty.then_some(Failure::Empty), by).await;
     }
 
@@ -195,7 +215,7 @@ impl Proxy {
         let status = came.response.status();
         let head = Arc::new(head(status, came.response.headers(), casing, job, &store, &came));
         let length = declared_length(&came.response);
-        let (purse, stall) = (self.commons.purse.clone(), self.commons.shared_write_stall);
+        let (purse, stall) = (&self.commons.purse, self.commons.shared_write_stall);
         let fanout = Fanout::new(purse, self.commons.max_entry_bytes, stall, length);
         let arrival = Arrival {
             head: head.clone(),
@@ -203,14 +223,21 @@ impl Proxy {
             failure,
             stored: if failure.is_some() { Err(Skip::Status) } else { Ok(()) },
             variant: Variant::of(store.vary.clone(), &job.asked.headers),
+            for_others: failure.is_some() || store.terms.for_others(),
+            first_hand: only(&store.drop, came.response.headers()),
             born: came.born,
-            initial_age: store.terms.initial_age,
+            initial_age: came.response.headers().contains_key(AGE).then_some(store.terms.initial_age),
             content: Content::Coming(fanout.clone()),
         };
-        lead.announce(Arc::new(arrival));
+        if !arrival.for_others {
+            self.commons.flights.mark_hit_for_miss(&job.key, came.born);
+        }
+        lead.announce(Arc::new(arrival), &fanout);
+        let _ending = Ending(&fanout);
         let born = came.born;
         let keep = |whole: Option<Bytes>| {
             if let (Some(body), None) = (whole, failure) {
+                fanout.settle(&body);
                 self.keep(job, &Arc::new(entry(job, head.clone(), body, &store, born)));
             }
         };
@@ -267,7 +294,9 @@ impl Proxy {
     fn keep(&self, job: &Job, entry: &Arc<Entry>) {
         if self.commons.invalidations.standing(entry) == Standing::Valid {
             self.commons.memory.put(&job.key, entry.clone());
-            self.commons.flights.unmark_hit_for_miss(&job.key);
+            if entry.terms.for_others() {
+                self.commons.flights.unmark_hit_for_miss(&job.key);
+            }
             self.commons.telemetry.stored();
         } else {
             debug!(upstream = &*self.site.name, "not stored: {}", Skip::Invalidated.token());
@@ -300,6 +329,7 @@ fn head(
         headers.remove(name);
     }
     add_date(&mut headers, came.at);
+    make_room(&mut headers);
     let links = links::find(&headers, &job.place.host);
     Head { status, headers, casing, links }
 }

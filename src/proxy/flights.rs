@@ -9,7 +9,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::{Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 use quick_cache::sync::Cache;
 use tokio::sync::{oneshot, watch};
 
@@ -51,10 +51,14 @@ pub struct Arrival {
     pub stored: Result<(), Skip>,
     /// Which requests it is for.
     pub variant: Variant,
+    /// It may answer others than the one who asked for it.
+    pub for_others: bool,
+    /// Fields that are not stored: for the one who asked.
+    pub first_hand: HeaderMap,
     /// When the head came.
     pub born: Tick,
-    /// Its age then, in milliseconds.
-    pub initial_age: u64,
+    /// Its age then, in milliseconds; none if the upstream made it for this request.
+    pub initial_age: Option<u64>,
     /// Its body.
     pub content: Content,
 }
@@ -69,11 +73,15 @@ pub enum Content {
 }
 
 impl Arrival {
-    /// The body from its first byte, unless it has become too large to join.
-    pub fn body(&self) -> Option<Body> {
+    /// The body from its first byte; unless it has become too large to join, or is not for a follower: an
+    /// answer that needs validation is for the request that fetched it (RFC 9111 §4).
+    pub fn body_for(&self, follower: bool) -> Option<Body> {
+        if follower && !self.for_others {
+            return None;
+        }
         match &self.content {
             Content::Stored(entry) => Some(Body::Full(entry.body.clone())),
-            Content::Coming(fanout) => fanout.join().map(|reader: Reader| Body::Shared(reader)),
+            Content::Coming(fanout) => fanout.join().map(Body::Shared),
         }
     }
 }
@@ -106,15 +114,24 @@ pub enum Seat {
 #[derive(Debug)]
 pub struct Waiter {
     landing: watch::Receiver<Option<Landing>>,
-    /// The leader's own, for an answer that is not shared.
-    private: Option<oneshot::Receiver<Response<Body>>>,
+    /// The leader's own.
+    private: Option<oneshot::Receiver<Private>>,
+}
+
+/// What only the leader gets.
+#[derive(Debug)]
+enum Private {
+    /// An answer that is not shared.
+    Response(Response<Body>),
+    /// A seat at a shared body, taken before its first byte could be dropped.
+    Reader(Reader),
 }
 
 /// What comes of waiting.
 #[derive(Debug)]
 pub enum Waited {
-    /// The flight landed.
-    Landed(Landing),
+    /// The flight landed; with the leader's seat at the body.
+    Landed(Landing, Option<Body>),
     /// It landed, and the answer is this request's alone.
     Private(Response<Body>),
     /// The task is gone without a word: try again.
@@ -128,7 +145,7 @@ pub struct Lead {
     /// Under which key others find this flight; none for one that flies alone.
     key: Option<Box<[u8]>>,
     landing: watch::Sender<Option<Landing>>,
-    private: Option<oneshot::Sender<Response<Body>>>,
+    private: Option<oneshot::Sender<Private>>,
 }
 
 impl Default for Flights {
@@ -210,9 +227,11 @@ impl Waiter {
             Ok(landing) => landing.clone(),
             Err(_gone) => None,
         };
-        match (landing, self.private) {
-            (Some(Landing::Released), Some(private)) => private.await.map_or(Waited::Lost, Waited::Private),
-            (Some(landing), _) => Waited::Landed(landing),
+        let private = self.private.and_then(|mut private| private.try_recv().ok());
+        match (landing, private) {
+            (Some(Landing::Released), Some(Private::Response(response))) => Waited::Private(response),
+            (Some(landing), Some(Private::Reader(reader))) => Waited::Landed(landing, Some(Body::Shared(reader))),
+            (Some(landing), _) => Waited::Landed(landing, None),
             (None, _) => Waited::Lost,
         }
     }
@@ -220,7 +239,11 @@ impl Waiter {
 
 impl Lead {
     /// Tells everybody that the answer has begun. It can still be joined, until the lead leaves.
-    pub fn announce(&self, arrival: Arc<Arrival>) {
+    pub fn announce(&mut self, arrival: Arc<Arrival>, fanout: &Arc<Fanout>) {
+        if let (Some(private), Some(reader)) = (self.private.take(), fanout.join()) {
+            // If the leader has left, its seat is given up at once.
+            let _ = private.send(Private::Reader(reader));
+        }
         self.landing.send_replace(Some(Landing::Shared(arrival)));
     }
 
@@ -234,9 +257,17 @@ impl Lead {
     pub fn release(mut self, response: Response<Body>) {
         if let Some(private) = self.private.take() {
             // If the leader has left, nobody wants it.
-            let _ = private.send(response);
+            let _ = private.send(Private::Response(response));
         }
         self.land(Landing::Released);
+    }
+
+    /// Until the leader has left.
+    pub async fn left_alone(&mut self) {
+        match &mut self.private {
+            Some(private) => private.closed().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// From now on nobody finds this flight.

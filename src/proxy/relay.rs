@@ -97,8 +97,8 @@ impl Proxy {
             same.then(|| target.path().to_owned())
         });
         let paths = named.chain([asked.uri.path().to_owned()]);
-        let rule = self.site.router.rule_for_write(asked.uri.path(), asked.uri.query(), &asked.headers);
-        let tags = rule.map(|plan| tags(plan, asked.uri.path())).unwrap_or_default();
+        let rules = self.site.router.rules_for_write(asked.uri.path());
+        let tags: Vec<String> = rules.flat_map(|plan| tags(plan, asked.uri.path())).collect();
         let selectors: Vec<_> = paths
             .map(|path| Subject::path(scope, &path))
             .chain(tags.iter().map(|tag| Subject::tag(scope, tag)))

@@ -1,15 +1,16 @@
 //! Which status does the client get, and which headers? Every answer leaves through here.
 
-use std::fmt::Write;
+use std::io::Write;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{
     AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LINK, LOCATION,
     RETRY_AFTER,
 };
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
+use smallvec::SmallVec;
 
 use super::Proxy;
 use super::flights::Arrival;
@@ -25,6 +26,9 @@ use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
 use crate::policy::plan::{Payload, Plan};
 use crate::policy::revalidate::{not_modified, without_content};
 use crate::policy::target::client_authority;
+
+/// A field value in the making, on the stack.
+type Text = SmallVec<[u8; 128]>;
 
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
@@ -71,7 +75,7 @@ impl Proxy {
         let mut response = from_head(asked, &entry.head, body);
         let headers = response.headers_mut();
         headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
-        let mut status = BytesMut::with_capacity(96);
+        let mut status = Text::new();
         let _ = write!(status, "{outcome}; key=\"{}\"", entry.key_name);
         self.finish(response, status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
@@ -106,9 +110,20 @@ impl Proxy {
     ) -> Response<Body> {
         let asked = asked.into();
         let mut response = from_head(asked, &arrival.head, body);
-        let age = (arrival.initial_age + visit.later().since(arrival.born)) / 1000;
-        if age > 0 {
-            response.headers_mut().insert(AGE, HeaderValue::from(age));
+        let headers = response.headers_mut();
+        // First hand it has no age, and everything that is not stored.
+        let collapsed = matches!(outcome, Outcome::Relayed { fetched, .. } if fetched.collapsed);
+        match arrival.initial_age.or(collapsed.then_some(0)) {
+            Some(age) => {
+                let age = (age + visit.later().since(arrival.born)) / 1000;
+                headers.insert(AGE, HeaderValue::from(age));
+            }
+            None => drop(headers.remove(AGE)),
+        }
+        if !collapsed {
+            for (name, value) in &arrival.first_hand {
+                headers.append(name, value.clone());
+            }
         }
         self.finish(response, text(outcome), outcome, Timing::Upstream, asked, Some(plan), visit)
     }
@@ -232,7 +247,7 @@ impl Proxy {
     fn finish(
         &self,
         mut response: Response<Body>,
-        cache_status: BytesMut,
+        cache_status: Text,
         outcome: &Outcome,
         timing: Timing,
         asked: Asked<'_>,
@@ -241,8 +256,8 @@ impl Proxy {
     ) -> Response<Body> {
         let elapsed = visit.elapsed();
         let headers = response.headers_mut();
-        append(headers, CACHE_STATUS, cache_status.freeze());
-        append(headers, SERVER_TIMING, timing.text(elapsed).freeze());
+        append(headers, CACHE_STATUS, &cache_status);
+        append(headers, SERVER_TIMING, &timing.text(elapsed));
         self.commons.telemetry.record(&self.site.name, outcome, plan, &asked, response.status(), elapsed);
         response
     }
@@ -288,10 +303,10 @@ enum Timing {
 }
 
 impl Timing {
-    fn text(self, elapsed: Duration) -> BytesMut {
+    fn text(self, elapsed: Duration) -> Text {
         let micros = elapsed.as_micros();
         let (ms, part) = (micros / 1000, micros % 1000);
-        let mut text = BytesMut::with_capacity(40);
+        let mut text = Text::new();
         let _ = match self {
             Timing::Cache => write!(text, "cache;dur={ms}.{part:03}"),
             Timing::Upstream => write!(text, "cache;dur=0, upstream;dur={ms}.{part:03}"),
@@ -337,14 +352,25 @@ fn rewrite_links(patches: &[links::LinkPatch], headers: &mut HeaderMap, asked: A
     }
 }
 
-fn text(outcome: &Outcome) -> BytesMut {
-    let mut text = BytesMut::with_capacity(64);
+fn text(outcome: &Outcome) -> Text {
+    let mut text = Text::new();
     let _ = write!(text, "{outcome}");
     text
 }
 
-fn append(headers: &mut HeaderMap, name: HeaderName, value: Bytes) {
-    if let Ok(value) = HeaderValue::from_maybe_shared(value) {
-        headers.append(name, value);
+/// Fields that every answer from the cache gets: their places in a stored head are made when storing, so that
+/// a hit need not enlarge its copy.
+pub(super) fn make_room(headers: &mut HeaderMap) {
+    for name in [AGE, CACHE_STATUS, SERVER_TIMING] {
+        headers.entry(name).or_insert(HeaderValue::from_static(""));
+    }
+}
+
+/// Appends a line, or fills the place that was made for it.
+fn append(headers: &mut HeaderMap, name: HeaderName, value: &Text) {
+    let Ok(value) = HeaderValue::from_bytes(value) else { return };
+    match headers.get_mut(&name) {
+        Some(place) if place.is_empty() => *place = value,
+        Some(_) | None => drop(headers.append(name, value)),
     }
 }

@@ -100,7 +100,9 @@ impl Site {
         let place = match &self.target {
             Target::Origin { scheme, authority, .. } => {
                 let named = client_authority(uri, headers).unwrap_or(authority.as_str());
-                let host = named.to_ascii_lowercase().into_boxed_str();
+                let default = if *scheme == Scheme::HTTPS { ":443" } else { ":80" };
+                let named = named.to_ascii_lowercase();
+                let host: Box<str> = named.strip_suffix(default).unwrap_or(&named).into();
                 let keyed = Some(host.clone());
                 Place { scheme: scheme.clone(), connect: authority.clone(), keyed, host }
             }

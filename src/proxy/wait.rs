@@ -64,8 +64,9 @@ impl Proxy {
         let mut flight_key = quest.miss.flight_key(&quest.key, &quest.asked.headers);
         let mut alone =
             quest.asked.method == Method::HEAD || self.commons.flights.is_hit_for_miss(&quest.key, visit.now);
+        let mut learnt = false;
         for _ in 0..ATTEMPTS {
-            let (waiter, collapsed) = match self.board(&quest, &flight_key, alone) {
+            let (waiter, collapsed) = match self.board(&quest, &flight_key, alone, learnt) {
                 Boarding::Seated { waiter, collapsed } => (waiter, collapsed),
                 Boarding::Hit(entry) => return self.hit(&*quest.asked, &entry, plan, visit),
                 Boarding::Rebook(key) => {
@@ -75,20 +76,21 @@ impl Proxy {
             };
             match timeout_at(deadline, waiter.landing()).await {
                 Err(_elapsed) => return self.ladder(&quest, Failure::Timeout, None, collapsed),
-                Ok(Waited::Landed(Landing::Failed(failure))) => {
+                Ok(Waited::Landed(Landing::Failed(failure), _)) => {
                     return self.ladder(&quest, failure, None, collapsed);
                 }
-                Ok(Waited::Landed(Landing::Shared(arrival))) => {
+                Ok(Waited::Landed(Landing::Shared(arrival), own)) => {
                     if !arrival.variant.selected_by(&quest.asked.headers) {
                         flight_key = variant_key(&quest.key, &arrival.variant, &quest.asked.headers);
-                    } else if let Some(body) = arrival.body() {
+                        learnt = true;
+                    } else if let Some(body) = own.or_else(|| arrival.body_for(collapsed)) {
                         return self.take(&quest, arrival, body, collapsed);
                     } else {
                         alone = true;
                     }
                 }
                 Ok(Waited::Private(response)) => return self.take_private(&quest, response),
-                Ok(Waited::Landed(Landing::Released)) => alone = true,
+                Ok(Waited::Landed(Landing::Released, _)) => alone = true,
                 Ok(Waited::Lost) => {}
             }
         }
@@ -104,27 +106,31 @@ impl Proxy {
         key: &[u8],
         entry: &Arc<Entry>,
     ) {
-        let (parts, ()) = copy_of(request).into_parts();
         let Commons { flights, invalidations, .. } = &*self.commons;
-        let position = invalidations.position();
-        let address = self.site.address(place, request.uri(), plan);
-        let flight_key = variant_key(key, &entry.variant, request.headers());
-        let boarded = flights.board(&flight_key, &address, position, invalidations, || None::<()>);
+        let (position, headers) = (invalidations.position(), request.headers());
+        let flight_key = variant_key(key, &entry.variant, headers);
+        let refreshed = || match self.look_up(key, headers, &Demands::default(), self.commons.clock.now()) {
+            Lookup::Fresh(_) => Some(()),
+            Lookup::WhileRevalidate(_) | Lookup::Fetch(_) => None,
+        };
+        let boarded = flights.board(&flight_key, &entry.address, position, invalidations, refreshed);
         if let Ok(Seat::Lead(lead, _nobody_waits)) = boarded {
-            let (asked, place, plan, stale) = (Arc::new(parts), place.clone(), plan.clone(), Some(entry.clone()));
+            let (asked, ()) = copy_of(request).into_parts();
+            let (place, plan, address) = (place.clone(), plan.clone(), entry.address.clone());
+            let (asked, stale) = (Arc::new(asked), Some(entry.clone()));
             self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale });
         }
     }
 
     /// A seat on the flight for a key; as its leader, if there is none.
-    fn board(self: &Arc<Self>, quest: &Quest<'_>, flight_key: &KeyBuf, alone: bool) -> Boarding {
+    fn board(self: &Arc<Self>, quest: &Quest<'_>, flight_key: &KeyBuf, alone: bool, learnt: bool) -> Boarding {
         let Commons { flights, invalidations, .. } = &*self.commons;
         let position = invalidations.position();
         let address = self.site.address(quest.place, &quest.asked.uri, quest.plan);
         let (lead, waiter) = if alone {
             flights.alone()
         } else {
-            let look_again = || self.look_again(quest, flight_key);
+            let look_again = || self.look_again(quest, flight_key, learnt);
             match flights.board(flight_key, &address, position, invalidations, look_again) {
                 Ok(Seat::Lead(lead, waiter)) => (lead, waiter),
                 Ok(Seat::Follow(waiter)) => return Boarding::Seated { waiter, collapsed: true },
@@ -139,7 +145,7 @@ impl Proxy {
 
     /// Between the look-up and the boarding a flight may have landed: is there a hit now, or is it known now
     /// which request headers matter?
-    fn look_again(&self, quest: &Quest<'_>, flight_key: &KeyBuf) -> Option<Boarding> {
+    fn look_again(&self, quest: &Quest<'_>, flight_key: &KeyBuf, learnt: bool) -> Option<Boarding> {
         if quest.miss.forward == Forward::Request {
             return None;
         }
@@ -148,6 +154,8 @@ impl Proxy {
             Lookup::Fresh(entry) => Some(Boarding::Hit(entry)),
             Lookup::WhileRevalidate(_) => None,
             Lookup::Fetch(Miss { sibling: None, .. }) => None,
+            // An answer that is just coming has said more than what is stored.
+            Lookup::Fetch(_) if learnt => None,
             Lookup::Fetch(miss) => {
                 let key = miss.flight_key(&quest.key, headers);
                 (key != *flight_key).then(|| Boarding::Rebook(Box::new(key)))

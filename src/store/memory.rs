@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use http::HeaderMap;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
@@ -82,6 +83,17 @@ impl Memory {
         self.stored.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Removes what a request selects: the upstream has answered it with something that is not stored.
+    pub fn remove(&self, key: &[u8], request: &HeaderMap) {
+        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(resource) = self.cache.peek(key) else { return };
+        match resource.without(request) {
+            Some(rest) if rest.variants().len() == resource.variants().len() => {}
+            Some(rest) => self.cache.insert(key.into(), Arc::new(rest)),
+            None => drop(self.cache.remove(key)),
+        }
+    }
+
     /// Removes what `keep` does not keep.
     pub fn sweep(&self, keep: impl Fn(&Entry) -> bool) {
         let changed = std::cell::RefCell::new(Vec::new());
@@ -130,7 +142,7 @@ mod tests {
     use crate::policy::Tick;
     use crate::policy::entry::{About, Head, Terms, Variant};
     use crate::policy::invalidation::{Address, Position};
-    use http::{HeaderMap, StatusCode};
+    use http::StatusCode;
 
     const MIB: u64 = 1 << 20;
 

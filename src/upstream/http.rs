@@ -185,16 +185,17 @@ fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Optio
 fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
-    let (mut malformed, mut client) = (false, None);
+    let (mut malformed, mut client, mut timed_out) = (false, None, false);
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
         }
+        timed_out |= cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut);
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
     }
-    let timed_out = message.contains(CONNECT_TIMED_OUT);
+    timed_out |= message.contains(CONNECT_TIMED_OUT);
     let failure = match (malformed, timed_out) {
         (true, _) => Failure::Malformed,
         (false, true) => Failure::Timeout,

@@ -17,11 +17,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Waits until something is observed; fails loudly if it never is.
 pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let looking = async {
+        let mut every = tokio::time::interval(Duration::from_millis(1));
         loop {
             if let Some(seen) = look() {
                 return seen;
             }
-            tokio::task::yield_now().await;
+            every.tick().await;
         }
     };
     tokio::time::timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never observed: {what}"))
