@@ -77,7 +77,7 @@ impl Proxy {
         headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
         let mut status = Text::new();
         let _ = write!(status, "{outcome}; key=\"{}\"", entry.key_name);
-        self.finish(response, status, outcome, Timing::Cache, asked, Some(plan), visit)
+        self.finish(response, &status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
 
     /// The answer of a fetch that was (or is being) stored.
@@ -125,7 +125,7 @@ impl Proxy {
                 headers.append(name, value.clone());
             }
         }
-        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, Some(plan), visit)
+        self.finish(response, &text(outcome), outcome, Timing::Upstream, asked, Some(plan), visit)
     }
 
     /// An answer handed through: byte for byte, but for `Link` and `Location` that name the upstream.
@@ -146,7 +146,7 @@ impl Proxy {
             rewrite_links(&patches, headers, asked);
         }
         add_date(headers, self.commons.clock.wall());
-        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, plan, visit)
+        self.finish(response, &text(outcome), outcome, Timing::Upstream, asked, plan, visit)
     }
 
     /// The configured payload.
@@ -231,7 +231,7 @@ impl Proxy {
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         add_date(headers, self.commons.clock.wall());
         without_body_for_head(asked.method, &mut response);
-        self.finish(response, text(outcome), outcome, Timing::Upstream, asked, plan, visit)
+        self.finish(response, &text(outcome), outcome, Timing::Upstream, asked, plan, visit)
     }
 
     fn error(&self, status: StatusCode, code: &str, message: &str) -> Response<Body> {
@@ -247,7 +247,7 @@ impl Proxy {
     fn finish(
         &self,
         mut response: Response<Body>,
-        cache_status: Text,
+        cache_status: &Text,
         outcome: &Outcome,
         timing: Timing,
         asked: Asked<'_>,
@@ -256,7 +256,7 @@ impl Proxy {
     ) -> Response<Body> {
         let elapsed = visit.elapsed();
         let headers = response.headers_mut();
-        append(headers, CACHE_STATUS, &cache_status);
+        append(headers, CACHE_STATUS, cache_status);
         append(headers, SERVER_TIMING, &timing.text(elapsed));
         self.commons.telemetry.record(&self.site.name, outcome, plan, &asked, response.status(), elapsed);
         response
