@@ -62,7 +62,7 @@ pub struct DemoArgs {
     #[arg(long)]
     once: bool,
     /// How long to drive each of the two loads
-    #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "15s")]
+    #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "20s")]
     each: Duration,
 }
 
