@@ -15,6 +15,10 @@ demo:
 faults:
     cargo bench --bench faults
 
+# What finding a rule costs, with 5 rules and with 200.
+route:
+    cargo bench --bench route
+
 # The official Shopify client for Python, through the sidecar.
 python-client:
     ./tests/clients/python/run

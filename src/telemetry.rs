@@ -10,7 +10,7 @@ use http::{Method, StatusCode};
 use tracing::{Level, debug, enabled, info, warn};
 
 pub use counters::{Counters, Snapshot};
-pub use signals::{Signals, State};
+pub use signals::{News, Signals, State};
 
 use crate::policy::asked::Asked;
 use crate::policy::outcome::{Failure, Outcome};

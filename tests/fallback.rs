@@ -116,3 +116,15 @@ async fn passed_through_requests_have_no_ladder() {
     let posted = sidecar.send("POST", "/5xx", "x").await;
     assert_eq!((posted.status, posted.text().as_str()), (503, "the upstream's own words"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_payload_may_lie_in_a_file_beside_the_configuration() {
+    let file = std::env::temp_dir().join(format!("sidecache-payload-{}.json", std::process::id()));
+    std::fs::write(&file, r#"{"products":["from a file"]}"#).expect("writable");
+    let rules =
+        format!("[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nfallback = {{ file = \"{}\" }}\n", file.display());
+    let origin = failing().await;
+    let sidecar = Sidecar::before(&origin, &rules).await;
+    std::fs::remove_file(&file).expect("it is there");
+    assert_eq!(sidecar.get("/5xx").await.text(), r#"{"products":["from a file"]}"#, "it was read at start");
+}

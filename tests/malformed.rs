@@ -103,3 +103,16 @@ async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
     assert_eq!(posted.status, 502, "a write is not");
     assert_eq!(origin.count(), 4);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_connection_is_not_used_again_so_that_dns_is_asked_again() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/").await;
+    sidecar.get("/").await;
+    assert_eq!(origin.connections(), 1);
+    sidecar.turn(301);
+    sidecar.get("/").await;
+    sidecar.get("/").await;
+    assert_eq!(origin.connections(), 2);
+}

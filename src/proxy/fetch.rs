@@ -88,7 +88,7 @@ impl Proxy {
             Ok(Ok(mut response)) => {
                 strip_hop_by_hop(response.headers_mut());
                 let failure = Failure::from_status(response.status());
-                self.upstream_ended(failure, delay);
+                self.upstream_ended(failure, delay, response.status().as_str());
                 let (born, at) = (self.commons.clock.now(), self.commons.clock.wall());
                 self.came(lead, &job, Came { response, born, at, delay }, by).await;
             }
@@ -96,8 +96,7 @@ impl Proxy {
     }
 
     fn failed(&self, lead: Lead, failure: Failure, after: Duration, message: &str) {
-        self.upstream_ended(Some(failure), after);
-        debug!(upstream = &*self.site.name, cause = failure.cause(), message, "no answer from upstream");
+        self.upstream_ended(Some(failure), after, message);
         lead.land(Landing::Failed(failure));
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
 use http::request::Parts;
 use http::{Request, Response, Uri};
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use super::Proxy;
 use super::forward::outgoing;
@@ -19,6 +19,7 @@ use crate::policy::invalidation::{Selector, Strength};
 use crate::policy::outcome::{Bypass, Failure, Fetched, Outcome};
 use crate::policy::retry::Ended;
 use crate::policy::tags::{Scope, Subject};
+use crate::telemetry::News;
 use crate::upstream::SendError;
 
 impl Proxy {
@@ -42,15 +43,14 @@ impl Proxy {
         match answer {
             Ok(mut response) => {
                 let failure = Failure::from_status(response.status());
-                self.upstream_ended(failure, took);
+                self.upstream_ended(failure, took, response.status().as_str());
                 strip_hop_by_hop(response.headers_mut());
                 let fetched = Fetched::bypass(reason, Some(response.status()));
                 self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, visit)
             }
             Err(SendError { client: Some(fault), .. }) => self.rejected(&*asked, &body_rejection(fault)),
             Err(error) => {
-                self.upstream_ended(Some(error.failure), took);
-                debug!(upstream = &*self.site.name, message = error.message, "no answer from upstream");
+                self.upstream_ended(Some(error.failure), took, &error.message);
                 let fetched = Fetched::bypass(reason, None);
                 let outcome = Outcome::Failed { fetched, failure: error.failure };
                 self.failure(&*asked, &outcome, error.failure, None, visit)
@@ -58,10 +58,15 @@ impl Proxy {
         }
     }
 
-    /// Counts what became of a request to the upstream.
-    pub(super) fn upstream_ended(&self, failure: Option<Failure>, took: Duration) {
+    /// Counts what became of a request to the upstream; one line when it begins to fail, one when it is back.
+    pub(super) fn upstream_ended(&self, failure: Option<Failure>, took: Duration, why: &str) {
         self.commons.telemetry.upstream(failure, took);
-        self.site.signals.ended(failure, self.commons.clock.now());
+        let (upstream, cause) = (&*self.site.name, failure.map_or("", Failure::cause));
+        match self.site.signals.ended(failure, self.commons.clock.now()) {
+            News::Fails => warn!(upstream, cause, why, "the upstream fails"),
+            News::IsBack => info!(upstream, "the upstream answers again"),
+            News::None => debug!(upstream, cause, why, "a request to the upstream has ended"),
+        }
     }
 
     /// A write goes to its answer even if its client leaves: what it changes must not be served from before.

@@ -22,6 +22,17 @@ struct Last {
     in_a_row: u32,
 }
 
+/// What has changed with a request's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum News {
+    /// Nothing.
+    None,
+    /// The first failure after a success.
+    Fails,
+    /// The first success after a failure.
+    IsBack,
+}
+
 /// What `/health` says of an upstream.
 #[derive(Debug, Clone, Serialize)]
 pub struct State {
@@ -38,9 +49,10 @@ pub struct State {
 }
 
 impl Signals {
-    /// A request to it ended so.
-    pub fn ended(&self, failure: Option<Failure>, now: Tick) {
+    /// A request to it ended so. Says if that is news.
+    pub fn ended(&self, failure: Option<Failure>, now: Tick) -> News {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = last.in_a_row;
         match failure {
             None => {
                 last.ok = Some(now);
@@ -52,6 +64,11 @@ impl Signals {
                 let is_up = matches!(failure, Failure::Throttled | Failure::Empty);
                 last.in_a_row = if is_up { 0 } else { last.in_a_row + 1 };
             }
+        }
+        match (before, last.in_a_row) {
+            (0, 1..) => News::Fails,
+            (1.., 0) => News::IsBack,
+            (_, _) => News::None,
         }
     }
 

@@ -120,7 +120,7 @@ impl HttpUpstream {
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
-            if self.clock.instant().saturating_duration_since(tap.opened) > MAX_AGE {
+            if self.clock.now() > tap.opened.plus(MAX_AGE) {
                 poison(&connection);
             }
             if let Some(casing) = self.casings.of(&tap.head()).await {
@@ -288,7 +288,7 @@ impl Service<Uri> for Connector {
         let (limit, clock) = (self.limit, self.clock.clone());
         Box::pin(async move {
             let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
-            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.instant()) };
+            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now()) };
             Ok(Wire { io: TokioIo::new(tapped) })
         })
     }

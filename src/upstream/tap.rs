@@ -4,9 +4,10 @@
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::policy::Tick;
 
 /// A head longer than this is not looked at; the client refuses it anyway.
 const MAX_HEAD: usize = 64 << 10;
@@ -15,7 +16,7 @@ const MAX_HEAD: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Tap {
     /// When it was opened.
-    pub(super) opened: Instant,
+    pub(super) opened: Tick,
     heard: Mutex<Heard>,
 }
 
@@ -39,7 +40,7 @@ enum Phase {
 }
 
 impl Tap {
-    pub(super) fn new(opened: Instant) -> Arc<Tap> {
+    pub(super) fn new(opened: Tick) -> Arc<Tap> {
         Arc::new(Tap { opened, heard: Mutex::default() })
     }
 
@@ -182,7 +183,7 @@ mod tests {
     use super::*;
 
     fn tap() -> Arc<Tap> {
-        Tap::new(crate::clock::Clock::start().instant())
+        Tap::new(Tick(0))
     }
 
     #[test]

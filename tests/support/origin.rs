@@ -1,6 +1,7 @@
 //! A scripted origin on a real socket: a function from request to reply, and a record of all requests.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -166,6 +167,7 @@ type Script = dyn Fn(&Ask) -> Reply + Send + Sync;
 pub(crate) struct Origin {
     pub(crate) address: SocketAddr,
     asks: Arc<Mutex<Vec<Ask>>>,
+    connections: Arc<AtomicUsize>,
     serving: JoinHandle<()>,
 }
 
@@ -175,17 +177,25 @@ impl Origin {
         let address = listener.local_addr().expect("an address");
         let asks = Arc::new(Mutex::new(Vec::new()));
         let (script, record): (Arc<Script>, _) = (Arc::new(script), asks.clone());
+        let connections = Arc::new(AtomicUsize::new(0));
+        let opened = connections.clone();
         let serving = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.expect("a connection");
+                opened.fetch_add(1, Ordering::SeqCst);
                 tokio::spawn(connection(stream, script.clone(), record.clone()));
             }
         });
-        Origin { address, asks, serving }
+        Origin { address, asks, connections, serving }
     }
 
     pub(crate) fn asks(&self) -> Vec<Ask> {
         self.asks.lock().expect("unpoisoned").clone()
+    }
+
+    /// How many connections were opened to it.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
     }
 
     pub(crate) fn count(&self) -> usize {
