@@ -17,9 +17,9 @@ use clap::Args;
 use tokio::sync::watch;
 
 use crate::app::App;
-use crate::cli::{say, stop_signal};
 use crate::clock::Clock;
 use crate::config::{self, parse_duration};
+use crate::process::{say, stop_signal};
 use load::{Load, Target};
 use shop::{Faults, Options, Shop};
 

@@ -24,6 +24,7 @@ pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod policy;
+pub mod process;
 pub mod proxy;
 pub mod server;
 pub mod store;

@@ -79,7 +79,7 @@ fn adapters_stay_behind_their_walls() {
         &["src/clock.rs", "src/server/intake.rs", "src/proxy/fetch.rs", "src/body/fanout.rs"],
     );
     only_in(&["crate::demo"], &["src/demo", "src/cli.rs"]);
-    only_in(&["crate::cli"], &["src/cli", "src/main.rs", "src/demo"]);
+    only_in(&["crate::cli"], &["src/cli", "src/main.rs"]);
     only_in(&["crate::app"], &["src/app.rs", "src/cli", "src/main.rs", "src/demo"]);
 }
 

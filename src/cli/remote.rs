@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use http::StatusCode;
 use serde_json::Value;
 
-use super::{HealthArgs, PurgeArgs, RemoteArgs, say};
+use super::{HealthArgs, PurgeArgs, RemoteArgs};
 use crate::admin::{AdminClient, PurgeRequest};
 use crate::config::Secret;
+use crate::process::say;
 
 fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
     let token = match &args.token_file {

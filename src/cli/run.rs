@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{say, stop_signal};
 use crate::app::App;
 use crate::clock::Clock;
 use crate::config::{self, Config, ConfigError, Flags};
+use crate::process::{say, stop_signal};
 use crate::telemetry::logs;
 use crate::upstream::http::HttpUpstream;
 

@@ -33,6 +33,9 @@ impl std::error::Error for ConfigError {}
 /// Begins a message about something that must not be quoted.
 pub(super) const UNQUOTED: &str = "\u{0}";
 
+/// One thing wrong, at a span.
+pub(super) type Fault = (Range<usize>, String);
+
 /// A text with a name, to which spans refer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Source<'a> {

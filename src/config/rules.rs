@@ -10,9 +10,8 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use toml::Spanned;
 
-use super::error::{ConfigError, Source};
+use super::error::{ConfigError, Fault, Source};
 use super::file;
-use super::validate::Fault;
 use super::values::{OneOrMany, Window};
 use crate::policy::glob::{Glob, PathPattern};
 use crate::policy::key::{KeyPlan, Partition, QueryFilter};

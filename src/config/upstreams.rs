@@ -10,10 +10,10 @@ use http::{HeaderName, Uri};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::error::{ConfigError, Source};
+use super::error::{ConfigError, Fault, Source};
 use super::file;
 use super::rules::{Surroundings, inherit, partition};
-use super::validate::{Fault, Validator, address, from_flags};
+use super::validate::{Validator, address, from_flags};
 use super::values::OneOrMany;
 use super::{HostPattern, Target, Timeouts, Tls, Upstream};
 use crate::policy::glob::Glob;

@@ -15,15 +15,12 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use super::error::{ConfigError, Source};
+use super::error::{ConfigError, Fault, Source};
 use super::rules::header_name;
 use super::values::{OneOrMany, SecretRef};
 use super::{Admin, Config, Flags, Limits, Log, Memory, Secret};
 use super::{default_credential_headers, file, interpolate};
 use crate::policy::key::KeySecret;
-
-/// One thing wrong, at a span.
-pub(super) type Fault = (Range<usize>, String);
 
 /// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {

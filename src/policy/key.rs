@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::glob::Glob;
 use super::outcome::Bypass;
-use super::plan::parameters;
+use super::target::parameters;
 
 /// The bytes of a key. Compared in full in memory; digested for Redis.
 pub type KeyBuf = SmallVec<[u8; 256]>;

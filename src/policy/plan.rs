@@ -11,6 +11,7 @@ use super::glob::{Glob, PathPattern};
 use super::key::KeyPlan;
 use super::outcome::Failure;
 use super::tags::TagTemplate;
+use super::target::parameters;
 
 /// One rule.
 #[derive(Debug)]
@@ -94,14 +95,6 @@ impl When {
                 .iter()
                 .all(|(name, glob)| headers.get_all(name).iter().any(|value| glob.matches(value.as_bytes())))
     }
-}
-
-/// The raw parameters of a query, in order: `a=1&b` → `(a, 1)`, `(b, none)`. Only `&` separates.
-pub fn parameters(query: Option<&str>) -> impl Iterator<Item = (&str, Option<&str>)> {
-    query
-        .into_iter()
-        .flat_map(|q| q.split('&'))
-        .map(|pair| pair.split_once('=').map_or((pair, None), |(name, value)| (name, Some(value))))
 }
 
 /// A configured answer for when there is no other.

@@ -11,6 +11,14 @@ pub fn target(uri: &Uri) -> &str {
     uri.path_and_query().map_or("/", |target| target.as_str())
 }
 
+/// The raw parameters of a query, in order: `a=1&b` → `(a, 1)`, `(b, none)`. Only `&` separates.
+pub fn parameters(query: Option<&str>) -> impl Iterator<Item = (&str, Option<&str>)> {
+    query
+        .into_iter()
+        .flat_map(|q| q.split('&'))
+        .map(|pair| pair.split_once('=').map_or((pair, None), |(name, value)| (name, Some(value))))
+}
+
 /// The authority that the client addressed: of an absolute-form target, else Host.
 pub fn client_authority<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> Option<&'r str> {
     match uri.authority() {

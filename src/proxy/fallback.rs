@@ -7,7 +7,7 @@ use http::{Response, StatusCode};
 
 use super::Proxy;
 use super::flights::Arrival;
-use super::wait::Quest;
+use super::visit::Quest;
 use crate::body::Body;
 use crate::policy::freshness::stands_in;
 use crate::policy::outcome::{Failure, Fetched, Outcome};

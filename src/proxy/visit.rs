@@ -1,9 +1,16 @@
-//! One request's stay: when it began, and the time that every decision about it uses.
+//! One request's stay: when it began, the time that every decision about it uses, and what it is after.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use http::request::Parts;
+
+use super::lookup::Miss;
+use super::site::Place;
 use crate::clock::Clock;
 use crate::policy::Tick;
+use crate::policy::key::KeyBuf;
+use crate::policy::plan::Plan;
 
 /// Sampled once, when the request came.
 #[derive(Debug, Clone)]
@@ -31,4 +38,15 @@ impl Visit {
     pub fn later(&self) -> Tick {
         self.clock.now()
     }
+}
+
+/// One request on its way to an answer from upstream.
+#[derive(Debug)]
+pub(super) struct Quest<'a> {
+    pub(super) asked: Arc<Parts>,
+    pub(super) place: &'a Place,
+    pub(super) plan: &'a Arc<Plan>,
+    pub(super) key: KeyBuf,
+    pub(super) miss: Miss,
+    pub(super) visit: &'a Visit,
 }

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use http::request::Parts;
 use http::{Method, Request, Response};
 use tokio::time::{Instant, timeout_at};
 
@@ -12,7 +11,7 @@ use super::fetch::Job;
 use super::flights::{Arrival, Landing, Lead, Seat, Waited, Waiter};
 use super::lookup::{Lookup, Miss, variant_key};
 use super::site::Place;
-use super::visit::Visit;
+use super::visit::{Quest, Visit};
 use super::{Commons, Proxy};
 use crate::body::Body;
 use crate::policy::entry::Entry;
@@ -23,17 +22,6 @@ use crate::policy::plan::Plan;
 
 /// A flight can be lost, or be for another variant, so often before we give up.
 const ATTEMPTS: usize = 4;
-
-/// One request on its way to an answer from upstream.
-#[derive(Debug)]
-pub(super) struct Quest<'a> {
-    pub(super) asked: Arc<Parts>,
-    pub(super) place: &'a Place,
-    pub(super) plan: &'a Arc<Plan>,
-    pub(super) key: KeyBuf,
-    pub(super) miss: Miss,
-    pub(super) visit: &'a Visit,
-}
 
 /// What comes of asking for a seat on a flight.
 enum Boarding {
