@@ -19,6 +19,23 @@ use crate::policy::plan::Plan;
 /// After so many GETs without anything stored, one hint says why.
 const HINT_AFTER: u64 = 20;
 
+/// A request and its answer, as far as a log line tells.
+#[derive(Debug, Clone, Copy)]
+pub struct Answered<'a> {
+    /// The upstream's name.
+    pub upstream: &'a str,
+    /// The rule it came under.
+    pub plan: Option<&'a Plan>,
+    /// What was asked.
+    pub asked: Asked<'a>,
+    /// What was answered.
+    pub status: StatusCode,
+    /// How long it took to the response head.
+    pub took: Duration,
+    /// The name that an error of ours gave to it.
+    pub request_id: Option<&'a str>,
+}
+
 /// Counts and logs.
 #[derive(Debug, Default)]
 pub struct Telemetry {
@@ -28,22 +45,14 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// A request was answered. At most one log line; none for a hit unless asked for.
-    pub fn record(
-        &self,
-        upstream: &str,
-        outcome: &Outcome,
-        plan: Option<&Plan>,
-        asked: &Asked<'_>,
-        status: StatusCode,
-        took: Duration,
-    ) {
-        self.counters.answered(outcome, took);
+    pub fn record(&self, outcome: &Outcome, answered: &Answered<'_>) {
+        self.counters.answered(outcome, answered.took);
         let level = level(outcome);
         if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
-            log(level, upstream, outcome, plan, asked, status, took);
+            log(level, outcome, answered);
         }
-        if *asked.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
-            self.hint(upstream);
+        if *answered.asked.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
+            self.hint(answered.upstream);
         }
     }
 
@@ -94,15 +103,8 @@ impl Telemetry {
     }
 }
 
-fn log(
-    level: Level,
-    upstream: &str,
-    outcome: &Outcome,
-    plan: Option<&Plan>,
-    asked: &Asked<'_>,
-    status: StatusCode,
-    took: Duration,
-) {
+fn log(level: Level, outcome: &Outcome, answered: &Answered<'_>) {
+    let Answered { upstream, plan, asked, status, took, request_id } = *answered;
     let (method, path) = (asked.method.as_str(), asked.uri.path());
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
     let cause = outcome.failure().map_or("", Failure::cause);
@@ -112,7 +114,7 @@ fn log(
     match level {
         Level::WARN => warn!(
             target: "sidecache::access",
-            upstream, rule, method, path, status, outcome = outcome_label, detail, cause, ms
+            upstream, rule, method, path, status, outcome = outcome_label, detail, cause, ms, request_id
         ),
         Level::INFO => info!(
             target: "sidecache::access",

@@ -211,28 +211,51 @@ async fn the_environment_beats_the_file_and_flags_beat_both() {
     std::fs::remove_file(text).expect("it is there");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn after_twenty_gets_without_anything_stored_one_hint_says_why() {
-    let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let file = std::env::temp_dir().join(format!("sidecache-hint-{}.toml", origin.address.port()));
+/// So many GETs to the real program before an origin: the last answer, and all that was logged.
+async fn logged(origin: &Origin, gets: usize) -> (crate::support::Answer, String) {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    let file = std::env::temp_dir().join(format!("sidecache-log-{}.toml", origin.address.port()));
     std::fs::write(&file, crate::support::sidecar::text(origin.address, "", "")).expect("writable");
     let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
-    let mut lines = {
-        use tokio::io::{AsyncBufReadExt, BufReader};
-        BufReader::new(child.stdout.take().expect("piped")).lines()
-    };
-    let mut address = None;
-    while address.is_none() {
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let address = loop {
         let line = soon("a line", lines.next_line()).await.expect("readable").expect("a line");
-        address = line.split_once("upstream=api addr=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
-    }
-    for _ in 0..40 {
-        get(address.expect("found"), "/", &[]).await;
+        let named = line.split_once("upstream=api addr=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        if let Some(address) = named {
+            break address;
+        }
+    };
+    let mut answer = get(address, "/", &[]).await;
+    for _ in 1..gets {
+        answer = get(address, "/", &[]).await;
     }
     child.start_kill().expect("our own process");
     let output = soon("it ends", child.wait_with_output()).await.expect("it ran");
-    let log = String::from_utf8_lossy(&output.stderr);
+    std::fs::remove_file(file).expect("it is there");
+    (answer, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_twenty_gets_without_anything_stored_one_hint_says_why() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let (_, log) = logged(&origin, 40).await;
     assert_eq!(log.matches("nothing was stored").count(), 1, "{log}");
     assert!(log.contains("--ttl 30s"), "{log}");
-    std::fs::remove_file(file).expect("it is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_name_in_an_error_leads_to_its_line_in_the_log() {
+    let origin = Origin::start(|_| Reply::close()).await;
+    let (answer, log) = logged(&origin, 3).await;
+    let id = answer.json()["error"]["request_id"].as_str().expect("a name").to_owned();
+    assert_eq!(log.lines().filter(|line| line.contains(&id)).count(), 1, "{log}");
+    assert_eq!(log.matches("the upstream fails").count(), 1, "one line when it begins: {log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hits_are_not_logged() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let (answer, log) = logged(&origin, 10).await;
+    assert!(answer.is_hit());
+    assert_eq!(log.lines().count(), 1, "{log}");
 }

@@ -25,6 +25,7 @@ use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
 use crate::policy::plan::{Payload, Plan};
 use crate::policy::revalidate::{not_modified, without_content};
 use crate::policy::target::client_authority;
+use crate::telemetry::Answered;
 
 /// A field value in the making, on the stack.
 type Text = SmallVec<[u8; 128]>;
@@ -239,6 +240,7 @@ impl Proxy {
         let mut response = Response::new(Body::Full(Bytes::from(error.to_string())));
         *response.status_mut() = status;
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response.extensions_mut().insert(RequestId(request_id));
         response
     }
 
@@ -257,10 +259,22 @@ impl Proxy {
         let headers = response.headers_mut();
         append(headers, CACHE_STATUS, cache_status);
         append(headers, SERVER_TIMING, &timing.text(elapsed));
-        self.commons.telemetry.record(&self.site.name, outcome, plan, &asked, response.status(), elapsed);
+        let answered = Answered {
+            upstream: &self.site.name,
+            plan,
+            asked,
+            status: response.status(),
+            took: elapsed,
+            request_id: response.extensions().get::<RequestId>().map(|id| id.0.as_str()),
+        };
+        self.commons.telemetry.record(outcome, &answered);
         response
     }
 }
+
+/// The name of a request that an error of ours shows: on its way to the log.
+#[derive(Debug, Clone)]
+struct RequestId(String);
 
 /// Why the guard refused a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
