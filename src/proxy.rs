@@ -12,6 +12,7 @@ pub mod site;
 pub mod visit;
 pub mod wait;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,28 +66,52 @@ pub struct Proxy {
     pub site: Site,
 }
 
+/// An answer: at once, or in a while.
+pub enum Handled {
+    /// A hit, or a refusal: nothing was awaited, nothing spawned, no future built.
+    Now(Response<Body>),
+    /// Something has to be fetched, or handed through.
+    Later(Pin<Box<dyn Future<Output = Response<Body>> + Send>>),
+}
+
+impl Handled {
+    /// An answer that takes a while.
+    pub fn later(answer: impl Future<Output = Response<Body>> + Send + 'static) -> Handled {
+        Handled::Later(Box::pin(answer))
+    }
+
+    /// The answer.
+    pub async fn response(self) -> Response<Body> {
+        match self {
+            Handled::Now(response) => response,
+            Handled::Later(answer) => answer.await,
+        }
+    }
+}
+
 impl Proxy {
     /// Answers a request that has passed the guard.
-    ///
-    /// A hit returns without awaiting anything; everything else is boxed, so that this future stays small.
-    pub async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
+    pub fn handle(self: &Arc<Self>, request: Request<Body>) -> Handled {
         let visit = Visit::begin(&self.commons.clock);
         let place = match self.site.locate(request.uri(), request.headers()) {
             Ok(place) => place,
-            Err(misdirected) => return self.misdirected(&request, &visit, misdirected),
+            Err(misdirected) => return Handled::Now(self.misdirected(&request, &visit, misdirected)),
         };
         let (plan, demands, key) = match self.admit(&request, &place) {
             Ok(admitted) => admitted,
-            Err(reason) => return Box::pin(self.clone().relay(request, &place, reason, &visit)).await,
+            Err(reason) => return Handled::later(self.clone().relay(request, place.into_owned(), reason, visit)),
         };
         match self.look_up(&key, request.headers(), &demands, visit.now) {
-            Lookup::Fresh(entry) => self.hit(&request, &entry, plan, &visit),
+            Lookup::Fresh(entry) => Handled::Now(self.hit(&request, &entry, plan, &visit)),
             Lookup::WhileRevalidate(entry) => {
                 self.refresh(&request, &place, plan, &key, &entry);
-                self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit)
+                Handled::Now(self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit))
             }
-            Lookup::Fetch(_) if demands.only_if_cached() => self.not_cached(&request, plan, &visit),
-            Lookup::Fetch(miss) => Box::pin(self.clone().fetch(request, &place, plan, key, miss, &visit)).await,
+            Lookup::Fetch(_) if demands.only_if_cached() => Handled::Now(self.not_cached(&request, plan, &visit)),
+            Lookup::Fetch(miss) => {
+                let (place, plan) = (place.into_owned(), plan.clone());
+                Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))
+            }
         }
     }
 

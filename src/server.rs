@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -23,8 +24,8 @@ use tracing::{debug, warn};
 use crate::body::Body;
 use crate::config::Limits;
 use crate::policy::headers::{add_date, strip_nominated};
-use crate::proxy::Proxy;
 use crate::proxy::respond::body_rejection;
+use crate::proxy::{Handled, Proxy};
 use wire::{Answering, Phase, Wire};
 
 /// After a failed `accept` (no file descriptors left, say).
@@ -110,11 +111,8 @@ async fn connection(stream: TcpStream, proxy: Arc<Proxy>, limits: Limits, mut dr
     let (wire, phase) = Wire::new(stream, limits.header_time, limits.write_stall);
     let service = service_fn(move |request: Request<Incoming>| {
         phase.set(Phase::Busy);
-        let (proxy, phase) = (proxy.clone(), phase.clone());
-        async move {
-            let response = answer(proxy, limits, request).await;
-            Ok::<_, Infallible>(response.map(|body| Answering { body, phase }))
-        }
+        let (handled, phase) = (receive(&proxy, &limits, request), phase.clone());
+        async move { Ok::<_, Infallible>(handled.response().await.map(|body| Answering { body, phase })) }
     });
     let head = usize::try_from(limits.headers + limits.url).unwrap_or(usize::MAX) + 1024;
     let connection = http1::Builder::new()
@@ -147,28 +145,30 @@ async fn turned(switch: &mut watch::Receiver<bool>) {
 }
 
 /// One request: guard, body, proxy.
-async fn answer(proxy: Arc<Proxy>, limits: Limits, request: Request<Incoming>) -> Response<Body> {
-    let guarded = guard::check(&request, &limits, |name| proxy.site.is_keyed(name));
+fn receive(proxy: &Arc<Proxy>, limits: &Limits, request: Request<Incoming>) -> Handled {
+    let guarded = guard::check(&request, limits, |name| proxy.site.is_keyed(name));
     let (mut parts, incoming) = request.into_parts();
+    if let Err(rejection) = guarded {
+        return Handled::Now(closing(proxy.rejected(&parts, &rejection)));
+    }
     // Key, variant and upstream must see the same headers.
     strip_nominated(&mut parts.headers);
-    if let Err(rejection) = guarded {
-        let refused = Request::from_parts(parts, Body::Empty);
-        return closing(proxy.rejected(&refused, &rejection));
-    }
     if parts.method == Method::OPTIONS && parts.uri.path() == "*" {
         let mut response = Response::new(Body::Empty);
         *response.status_mut() = StatusCode::NO_CONTENT;
         add_date(response.headers_mut(), proxy.commons.clock.wall());
-        return response;
+        return Handled::Now(response);
     }
-    match intake::body(incoming, &limits).await {
-        Ok(body) => proxy.handle(Request::from_parts(parts, body)).await,
-        Err(fault) => {
-            let refused = Request::from_parts(parts, Body::Empty);
-            closing(proxy.rejected(&refused, &body_rejection(fault)))
+    if incoming.is_end_stream() {
+        return proxy.handle(Request::from_parts(parts, Body::Empty));
+    }
+    let (proxy, limits) = (proxy.clone(), *limits);
+    Handled::later(async move {
+        match intake::body(incoming, &limits).await {
+            Ok(body) => proxy.handle(Request::from_parts(parts, body)).response().await,
+            Err(fault) => closing(proxy.rejected(&parts, &body_rejection(fault))),
         }
-    }
+    })
 }
 
 /// After a refusal nothing more is read from the connection: what follows may be part of what was refused.

@@ -27,17 +27,17 @@ impl Proxy {
     pub(super) async fn relay(
         self: Arc<Self>,
         request: Request<Body>,
-        place: &Place,
+        place: Place,
         reason: Bypass,
-        visit: &Visit,
+        visit: Visit,
     ) -> Response<Body> {
         let (parts, body) = request.into_parts();
-        let outgoing = outgoing(&parts, place, body);
+        let outgoing = outgoing(&parts, &place, body);
         let asked = Arc::new(parts);
         let answer = if asked.method.is_safe() {
             self.site.upstream.send(outgoing).await
         } else {
-            self.clone().write(asked.clone(), place.clone(), outgoing).await
+            self.clone().write(asked.clone(), place, outgoing).await
         };
         let took = visit.elapsed();
         match answer {
@@ -46,14 +46,14 @@ impl Proxy {
                 self.upstream_ended(failure, took, response.status().as_str());
                 strip_hop_by_hop(response.headers_mut());
                 let fetched = Fetched::bypass(reason, Some(response.status()));
-                self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, visit)
+                self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, &visit)
             }
             Err(SendError { client: Some(fault), .. }) => self.rejected(&*asked, &body_rejection(fault)),
             Err(error) => {
                 self.upstream_ended(Some(error.failure), took, &error.message);
                 let fetched = Fetched::bypass(reason, None);
                 let outcome = Outcome::Failed { fetched, failure: error.failure };
-                self.failure(&*asked, &outcome, error.failure, None, visit)
+                self.failure(&*asked, &outcome, error.failure, None, &visit)
             }
         }
     }

@@ -40,14 +40,15 @@ impl Proxy {
     pub(super) async fn fetch(
         self: Arc<Self>,
         request: Request<Body>,
-        place: &Place,
-        plan: &Arc<Plan>,
+        place: Place,
+        plan: Arc<Plan>,
         key: KeyBuf,
         miss: Miss,
-        visit: &Visit,
+        visit: Visit,
     ) -> Response<Body> {
         let (parts, _empty) = request.into_parts();
-        let quest = Quest { asked: Arc::new(parts), place, plan, key, miss, visit };
+        let (asked, place, plan, visit) = (Arc::new(parts), &place, &plan, &visit);
+        let quest = Quest { asked, place, plan, key, miss, visit };
         let deadline = Instant::from_std(visit.begun) + plan.deadline;
         let mut flight_key = quest.miss.flight_key(&quest.key, &quest.asked.headers);
         let mut alone =

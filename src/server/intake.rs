@@ -23,9 +23,6 @@ const ALLOWANCE: Duration = Duration::from_secs(5);
 
 /// The body of a request: nothing, all of it, or its beginning and the rest to come.
 pub(super) async fn body(incoming: Incoming, limits: &Limits) -> Result<Body, BodyError> {
-    if incoming.is_end_stream() {
-        return Ok(Body::Empty);
-    }
     let (left, now) = (limits.request_body, Instant::now());
     let paced = Paced { incoming, left, taken: 0, since: now, last: now, stall: limits.write_stall, pause: None };
     let mut body = Body::stream(paced);
