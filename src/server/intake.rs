@@ -21,7 +21,7 @@ const BUFFERED: usize = 1 << 20;
 const LEAST_RATE: u64 = 1024;
 const ALLOWANCE: Duration = Duration::from_secs(5);
 
-/// The body of a request: nothing, all of it, or its beginning and the rest to come.
+/// The body of a request: nothing after all, all of it, or its beginning and the rest to come.
 pub(super) async fn body(incoming: Incoming, limits: &Limits) -> Result<Body, BodyError> {
     let (left, now) = (limits.request_body, Instant::now());
     let paced = Paced { incoming, left, taken: 0, since: now, last: now, stall: limits.write_stall, pause: None };
