@@ -127,3 +127,23 @@ async fn a_definitive_answer_displaces_what_was_stored() {
     until("the refresh has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
     assert_eq!(sidecar.get("/").await.status, 502, "the old answer does not come back, not even in an outage");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_that_takes_back_its_leave_to_store_displaces_what_was_stored() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::fresh(10, "old").header("ETag", "\"1\""),
+        1 => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "no-store"),
+        _ => Reply::close(),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/").await;
+    sidecar.turn(11);
+    let validated = sidecar.get("/").await;
+    assert_eq!(
+        (validated.text().as_str(), validated.cache_status().as_str()),
+        ("old", "sidecache; fwd=stale; fwd-status=304; detail=no-store")
+    );
+    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.get("/").await.status, 502);
+}

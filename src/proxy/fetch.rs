@@ -148,7 +148,10 @@ impl Proxy {
         let (store, stored) = match decide(&asked, &answered, &job.plan) {
             Ok(store) => (store, Ok(())),
             // The upstream has taken its leave to store back: good for those who wait, and for nobody else.
-            Err(skip) => (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip)),
+            Err(skip) => {
+                self.commons.memory.remove(&job.key, &job.asked.headers);
+                (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip))
+            }
         };
         let head = Arc::new(head(stale.head.status, &headers, stale.head.casing.clone(), job, &store, came));
         let entry = Arc::new(entry(job, head.clone(), stale.body.clone(), &store, came.born));
