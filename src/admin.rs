@@ -71,7 +71,20 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, mut close: watch::R
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Json<serde_json::Value> {
     let usage = admin.commons.memory.usage();
+    let invalidations = &admin.commons.invalidations;
+    let redis = admin.commons.fleet.as_ref().map(|fleet| {
+        let state = fleet.redis.state();
+        json!({
+            "place": state.place,
+            "trouble": state.trouble,
+            "connections": state.connections,
+            "records": fleet.shared.state(),
+            "unlogged_purges": invalidations.unlogged(),
+            "invalidation_lag_ms": invalidations.lag(admin.commons.clock.now()),
+        })
+    });
     Json(json!({
+        "redis": redis,
         "requests": admin.commons.telemetry.snapshot(),
         "memory": usage,
         "inflight": { "fetches": admin.commons.flights.running(), "bytes": admin.commons.purse.held() },

@@ -3,10 +3,13 @@
 //! Start: bind all listeners (so that a taken port is an error before anything runs), then serve, then sweep.
 //! Stop: not ready, stop accepting, let requests finish within the grace, cut the rest.
 
+mod fleet;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -15,10 +18,9 @@ use crate::admin::{self, Admin};
 use crate::body::fanout::Purse;
 use crate::clock::Clock;
 use crate::config::{self, Config};
+use crate::policy::entry::Entry;
 use crate::policy::invalidation::Standing;
-use crate::policy::key::KeySecret;
 use crate::proxy::flights::Flights;
-use crate::proxy::invalidations::Invalidations;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
 use crate::server;
@@ -39,6 +41,7 @@ pub struct App {
     sites: Vec<(TcpListener, Arc<Proxy>)>,
     admin: Option<(TcpListener, Arc<Admin>)>,
     commons: Arc<Commons>,
+    fleet: Option<fleet::Parts>,
     limits: config::Limits,
     grace: Duration,
     lines: Vec<String>,
@@ -58,19 +61,21 @@ impl App {
 
     /// Binds everything, with a clock and upstreams of the caller's choice.
     pub async fn bind_with(config: Config, clock: Clock, make: MakeUpstream<'_>) -> Result<App, String> {
+        let redis = config.redis.as_ref().map(|redis| redis.topology.to_string());
         let mut lines = vec![format!(
-            "sidecache {} mode=normal config={} redis=none (this process only)",
+            "sidecache {} mode=normal config={} redis={}",
             env!("CARGO_PKG_VERSION"),
-            config.source
+            config.source,
+            redis.as_deref().unwrap_or("none (this process only)")
         )];
-        let commons = Arc::new(commons(&config, clock)?);
+        let (commons, fleet) = commons(&config, clock)?;
+        let commons = Arc::new(commons);
         let mut sites = Vec::new();
-        for (index, upstream) in config.upstreams.into_iter().enumerate() {
+        for upstream in config.upstreams {
             let listener = server::bind(upstream.listen, &format!("upstream {}", upstream.name)).await?;
             lines.push(listening(&upstream, local(&listener)?));
             let real = make(&upstream, &commons.clock)?;
-            let index = u16::try_from(index).map_err(|_| "more upstreams than fit".to_owned())?;
-            let site = Site::new(index, upstream, real, local(&listener)?.port());
+            let site = Site::new(upstream, real, local(&listener)?.port());
             sites.push((listener, Arc::new(Proxy { commons: commons.clone(), site })));
         }
         let admin = match config.admin {
@@ -85,7 +90,7 @@ impl App {
             }
         };
         lines.extend(config.notes);
-        Ok(App { sites, admin, commons, limits: config.limits, grace: config.grace, lines })
+        Ok(App { sites, admin, commons, fleet, limits: config.limits, grace: config.grace, lines })
     }
 
     /// What to print at start, one line each.
@@ -111,7 +116,11 @@ impl App {
     /// Runs until `stop` turns true (or its sender is gone), then drains. Returns how many connections had to
     /// be cut.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> usize {
-        let App { sites, admin, commons, limits, grace, .. } = self;
+        let App { sites, admin, commons, fleet, limits, grace, .. } = self;
+        let mut background = JoinSet::new();
+        if let Some(fleet) = fleet {
+            fleet.start(&commons, &mut background);
+        }
         let (drain, draining) = watch::channel(false);
         let (close_admin, admin_closes) = watch::channel(false);
         let mut serving = JoinSet::new();
@@ -120,14 +129,14 @@ impl App {
         }
         let admin_state = admin.as_ref().map(|(_, state)| state.clone());
         let admin = admin.map(|(listener, state)| tokio::spawn(admin::serve(listener, state, admin_closes)));
-        let sweeper = tokio::spawn(sweep(commons));
+        background.spawn(sweep(commons));
         let _ = stop.wait_for(|stop| *stop).await;
         if let Some(state) = admin_state {
             state.drain();
         }
         drain.send_replace(true);
         let cut = serving.join_all().await.into_iter().sum();
-        sweeper.abort();
+        background.shutdown().await;
         close_admin.send_replace(true);
         if let Some(admin) = admin {
             let _ = tokio::time::timeout(ADMIN_GRACE, admin).await;
@@ -136,26 +145,22 @@ impl App {
     }
 }
 
-fn commons(config: &Config, clock: Clock) -> Result<Commons, String> {
-    let secret = match &config.key_secret {
-        Some(secret) => secret.clone(),
-        None => {
-            let mut random = [0; 32];
-            getrandom::fill(&mut random).map_err(|e| format!("no randomness to be had: {e}"))?;
-            KeySecret(random)
-        }
-    };
-    Ok(Commons {
+fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Parts>), String> {
+    let secrets = fleet::Secrets::of(config)?;
+    let fleet = config.redis.as_ref().map(|redis| fleet::build(redis, config, &secrets, &clock)).transpose()?;
+    let commons = Commons {
         clock,
         memory: Memory::new(&config.memory),
-        invalidations: Invalidations::default(),
+        invalidations: fleet.as_ref().map_or_else(Arc::default, |fleet| fleet.invalidations.clone()),
         flights: Arc::new(Flights::default()),
         purse: Purse::new(config.memory.max_inflight_bytes),
-        secret,
+        fleet: fleet.as_ref().map(|parts| parts.fleet.clone()),
+        secret: ArcSwap::from_pointee(secrets.key()),
         max_entry_bytes: config.memory.max_entry_bytes,
         shared_write_stall: config.limits.shared_write_stall,
         telemetry: Telemetry::default(),
-    })
+    };
+    Ok((commons, fleet))
 }
 
 fn local(listener: &TcpListener) -> Result<SocketAddr, String> {
@@ -164,7 +169,7 @@ fn local(listener: &TcpListener) -> Result<SocketAddr, String> {
 
 fn listening(upstream: &config::Upstream, address: SocketAddr) -> String {
     let to = match &upstream.target {
-        config::Target::Origin { scheme, authority, .. } => format!("{scheme}://{authority}"),
+        origin @ config::Target::Origin { .. } => origin.origin(),
         config::Target::Hosts(patterns) => format!("{} host patterns", patterns.len()),
     };
     let config::Upstream { name, profile, rules, .. } = upstream;
@@ -177,6 +182,7 @@ async fn sweep(commons: Arc<Commons>) {
     loop {
         every.tick().await;
         let now = commons.clock.now();
-        commons.memory.sweep(|entry| !entry.expired(now) && commons.invalidations.standing(entry) != Standing::Gone);
+        let gone = |entry: &Entry| commons.invalidations.standing(entry, now) == Standing::Gone;
+        commons.memory.sweep(|entry| !entry.expired(now) && !gone(entry));
     }
 }

@@ -6,6 +6,7 @@
 mod error;
 mod file;
 mod interpolate;
+mod redis;
 mod rules;
 mod secret;
 mod upstreams;
@@ -21,12 +22,11 @@ use http::HeaderName;
 use http::uri::{Authority, Scheme};
 
 use crate::policy::glob::Glob;
-use crate::policy::key::KeySecret;
 use crate::policy::retry::Retry;
 use crate::policy::route::Router;
 
 pub use error::ConfigError;
-pub use secret::Secret;
+pub use secret::{Secret, SecretSource};
 pub use validate::{from_text, load};
 pub use values::{parse_duration, parse_size};
 
@@ -41,8 +41,13 @@ pub struct Config {
     pub memory: Memory,
     /// Limits on what clients may do.
     pub limits: Limits,
-    /// Secret for digests of credentials; `None`: made up at start.
-    pub key_secret: Option<KeySecret>,
+    /// The store that a fleet shares; `None`: memory only.
+    pub redis: Option<Redis>,
+    /// Secrets that sign records and digest credentials: the first one signs, all verify. None: made up at start,
+    /// or kept in Redis.
+    pub secrets: Vec<Secret>,
+    /// Encrypt what lies in Redis.
+    pub encrypt: bool,
     /// The admin listener; `None`: off.
     pub admin: Option<Admin>,
     /// How long to let requests finish on SIGTERM.
@@ -109,6 +114,16 @@ pub enum Target {
     Hosts(Vec<HostPattern>),
 }
 
+impl Target {
+    /// `scheme://authority`; for host patterns, which say it with each request, only that.
+    pub fn origin(&self) -> String {
+        match self {
+            Target::Origin { scheme, authority, .. } => format!("{scheme}://{authority}"),
+            Target::Hosts(_) => "hosts".to_owned(),
+        }
+    }
+}
+
 /// `[scheme://]pattern[:port]`.
 #[derive(Debug, Clone)]
 pub struct HostPattern {
@@ -162,6 +177,88 @@ pub struct Memory {
     pub max_entry_bytes: u64,
     /// All running fetches together.
     pub max_inflight_bytes: u64,
+    /// How long entries may be trusted while the invalidation log can't be read.
+    pub max_unverified: Duration,
+}
+
+/// The store that a fleet shares.
+#[derive(Debug, Clone)]
+pub struct Redis {
+    /// Where it is.
+    pub topology: Topology,
+    /// TLS towards it.
+    pub tls: Option<Tls>,
+    /// ACL user.
+    pub username: Option<String>,
+    /// Where its password is, read again for each connection.
+    pub password: Option<SecretSource>,
+    /// Which databases.
+    pub databases: Databases,
+    /// Begins every key.
+    pub key_prefix: Box<str>,
+    /// How long a command may take.
+    pub command_timeout: Duration,
+    /// How bodies are compressed …
+    pub compress: Compression,
+    /// … that are larger than this many bytes.
+    pub compress_above: u64,
+    /// Bytes that may wait to be written.
+    pub write_behind: u64,
+}
+
+/// Where a Redis is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Topology {
+    /// One server.
+    Single((String, u16)),
+    /// One server, by its socket.
+    Unix(PathBuf),
+    /// A cluster, by some of its nodes.
+    Cluster(Vec<(String, u16)>),
+    /// A master that sentinels watch.
+    Sentinel {
+        /// The sentinels.
+        nodes: Vec<(String, u16)>,
+        /// The master's name.
+        service: String,
+    },
+}
+
+impl std::fmt::Display for Topology {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list = |nodes: &[(String, u16)]| {
+            nodes.iter().map(|(host, port)| format!("{host}:{port}")).collect::<Vec<_>>().join(",")
+        };
+        match self {
+            Topology::Single((host, port)) => write!(f, "{host}:{port}"),
+            Topology::Unix(path) => write!(f, "unix:{}", path.display()),
+            Topology::Cluster(nodes) => write!(f, "cluster:{}", list(nodes)),
+            Topology::Sentinel { nodes, service } => write!(f, "sentinel:{service}@{}", list(nodes)),
+        }
+    }
+}
+
+/// Logical databases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Databases {
+    /// What all may share.
+    pub cache: u8,
+    /// What belongs to one credential.
+    pub private: u8,
+    /// The invalidation log, leases, work.
+    pub coordination: u8,
+}
+
+/// How bodies are compressed at rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// Not at all.
+    Off,
+    /// Quick.
+    #[default]
+    Lz4,
+    /// Small.
+    Zstd,
 }
 
 /// Limits on what clients may do.

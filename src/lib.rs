@@ -23,10 +23,13 @@ pub mod clock;
 pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
+pub mod fleet;
 pub mod policy;
 pub mod process;
 pub mod proxy;
+pub mod redis;
 pub mod server;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod upstream;

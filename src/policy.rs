@@ -5,6 +5,8 @@
 //! what that action needs.
 
 pub mod asked;
+pub mod breaker;
+pub mod chain;
 pub mod directives;
 pub mod entry;
 pub mod freshness;

@@ -2,9 +2,9 @@
 
 pub mod fallback;
 pub mod fetch;
+pub mod fleet;
 pub mod flights;
 pub mod forward;
-pub mod invalidations;
 pub mod lookup;
 pub mod relay;
 pub mod respond;
@@ -16,11 +16,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use http::{Request, Response};
 
 use crate::body::Body;
 use crate::body::fanout::Purse;
 use crate::clock::Clock;
+use crate::fleet::Fleet;
+use crate::fleet::invalidations::Invalidations;
 use crate::policy::freshness::Demands;
 use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
 use crate::policy::outcome::{Bypass, StaleReason};
@@ -29,7 +32,6 @@ use crate::policy::route::Route;
 use crate::store::Memory;
 use crate::telemetry::Telemetry;
 use flights::Flights;
-use invalidations::Invalidations;
 use lookup::Lookup;
 use site::{Place, Site};
 use visit::Visit;
@@ -42,13 +44,15 @@ pub struct Commons {
     /// What is stored.
     pub memory: Memory,
     /// What was purged.
-    pub invalidations: Invalidations,
+    pub invalidations: Arc<Invalidations>,
     /// What is being fetched.
     pub flights: Arc<Flights>,
     /// What running fetches may hold.
     pub purse: Arc<Purse>,
-    /// Digests credentials.
-    pub secret: KeySecret,
+    /// The sidecars that share a Redis with this one; none: it is alone.
+    pub fleet: Option<Arc<Fleet>>,
+    /// Digests credentials. The fleet may have another than the one begun with.
+    pub secret: ArcSwap<KeySecret>,
     /// The largest answer that is stored.
     pub max_entry_bytes: u64,
     /// When a reader that others wait for is cut.
@@ -107,7 +111,9 @@ impl Proxy {
                 self.refresh(&request, &place, plan, &key, &entry);
                 Handled::Now(self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit))
             }
-            Lookup::Fetch(_) if demands.only_if_cached() => Handled::Now(self.not_cached(&request, plan, &visit)),
+            Lookup::Fetch(miss) if demands.only_if_cached() => {
+                self.only_if_cached(request, place.into_owned(), plan, key, miss, visit)
+            }
             Lookup::Fetch(miss) => {
                 let (place, plan) = (place.into_owned(), plan.clone());
                 Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))
@@ -133,8 +139,8 @@ impl Proxy {
             return Err(Bypass::NoStoreRequest);
         }
         let authority = place.keyed.as_deref();
-        let parts = KeyParts { upstream: self.site.index, authority, path: uri.path(), query: uri.query(), headers };
-        let key = plan.key.key(&self.commons.secret, &parts)?;
+        let parts = KeyParts { upstream: self.site.id, authority, path: uri.path(), query: uri.query(), headers };
+        let key = plan.key.key(&self.commons.secret.load(), &parts)?;
         Ok((plan, demands, key))
     }
 }

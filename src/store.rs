@@ -1,5 +1,11 @@
-//! Where entries are kept. In this version: memory.
+//! Where entries are kept: in memory, and behind it, if the operator wishes, in a Redis that the fleet shares.
 
+mod behind;
 pub mod memory;
+pub mod pack;
+pub mod seal;
+pub mod shared;
+pub mod wire;
 
 pub use memory::Memory;
+pub use shared::Shared;

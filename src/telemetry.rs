@@ -1,6 +1,7 @@
 //! What happened, said in the words of [`Outcome`]: counters and log lines.
 
 mod counters;
+mod latencies;
 pub mod logs;
 mod signals;
 
@@ -10,6 +11,7 @@ use http::{Method, StatusCode};
 use tracing::{Level, debug, enabled, info, warn};
 
 pub use counters::{Counters, Snapshot};
+pub use latencies::Latencies;
 pub use signals::{News, Signals, State};
 
 use crate::policy::asked::Asked;

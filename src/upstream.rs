@@ -4,7 +4,6 @@ mod casing;
 pub mod http;
 mod resolve;
 mod tap;
-mod tls;
 
 use std::fmt;
 use std::future::Future;
@@ -13,6 +12,7 @@ use std::pin::Pin;
 use ::http::{Request, Response};
 
 use crate::body::{Body, BodyError};
+use crate::policy::entry::Casing;
 use crate::policy::outcome::Failure;
 use crate::policy::retry::Ended;
 
@@ -24,6 +24,11 @@ pub trait Upstream: fmt::Debug + Send + Sync + 'static {
     /// Sends a request whose URI is absolute. The answer's body fails with
     /// [`BodyError::Upstream`] if it ends early or stands still too long.
     fn send(&self, request: Request<Body>) -> Sending<'_>;
+
+    /// How to write these field names (one a line) as the upstream does; none: in Title-Case.
+    fn casing<'a>(&'a self, _names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<Casing>> + Send + 'a>> {
+        Box::pin(std::future::ready(None))
+    }
 }
 
 /// No answer.

@@ -72,11 +72,14 @@ fn adapters_stay_behind_their_walls() {
     only_in(&["fred::"], &["src/redis"]);
     only_in(&["axum"], &["src/admin"]);
     only_in(&["quick_cache"], &["src/store", "src/proxy/flights.rs"]);
-    only_in(&["serde::", "toml::"], &["src/config", "src/admin", "src/demo", "src/telemetry", "src/store"]);
-    only_in(&["Deserialize"], &["src/config", "src/admin", "src/demo"]);
+    only_in(
+        &["serde::", "toml::"],
+        &["src/config", "src/admin", "src/demo", "src/telemetry", "src/store", "src/fleet", "src/redis"],
+    );
+    only_in(&["Deserialize"], &["src/config", "src/admin", "src/demo", "src/store/wire.rs", "src/fleet/purge.rs"]);
     only_in(
         &["Instant::now", "SystemTime::now"],
-        &["src/clock.rs", "src/server/intake.rs", "src/proxy/fetch.rs", "src/body/fanout.rs"],
+        &["src/clock.rs", "src/server/intake.rs", "src/proxy/fetch.rs", "src/body/fanout.rs", "src/redis/link.rs"],
     );
     only_in(&["crate::demo"], &["src/demo", "src/cli.rs"]);
     only_in(&["crate::cli"], &["src/cli", "src/main.rs"]);

@@ -11,6 +11,7 @@ mod deadline;
 mod fallback;
 mod limits;
 mod malformed;
+mod redis;
 mod shopify;
 mod shutdown;
 mod staleness;

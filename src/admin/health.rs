@@ -10,6 +10,8 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 
 use super::Admin;
+use crate::policy::millis;
+use crate::proxy::Commons;
 
 /// 200, or 503 while draining. Depends on no upstream.
 pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
@@ -41,14 +43,35 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     Json(json!({
         "status": status,
         "version": env!("CARGO_PKG_VERSION"),
-        "uptime_ms": now.0,
+        "uptime_ms": millis(commons.clock.uptime()),
         "components": {
             "upstreams": upstreams,
-            "redis": { "status": "off" },
+            "redis": redis(commons),
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
             "process": { "status": "ok", "rss_bytes": rss_bytes() },
         },
     }))
+}
+
+/// `off`, `ok`, `connecting`, or `down`: then everything is served from memory, and each sidecar is on its own.
+fn redis(commons: &Commons) -> Value {
+    let Some(fleet) = &commons.fleet else { return json!({ "status": "off" }) };
+    let state = fleet.redis.state();
+    let well = state.connections.values().all(|link| link.connected && link.breaker == "closed");
+    let status = match (&state.trouble, well) {
+        (None, true) => "ok",
+        (None, false) => "connecting",
+        (Some(_), _) => "down",
+    };
+    json!({
+        "status": status,
+        "place": state.place,
+        "trouble": state.trouble,
+        "breakers_open": state.connections.values().filter(|link| link.breaker == "open").count(),
+        "waiting_to_be_written_bytes": fleet.shared.state().queue.bytes,
+        "unlogged_purges": commons.invalidations.unlogged(),
+        "invalidation_lag_ms": commons.invalidations.lag(commons.clock.now()),
+    })
 }
 
 /// Resident memory, where the system tells (Linux).

@@ -59,7 +59,7 @@ pub(super) async fn purge(
         Err(message) => problem(StatusCode::BAD_REQUEST, "bad_request", &message),
         Ok((purged, selectors)) => {
             let strength = if request.soft { Strength::Soft } else { Strength::Hard };
-            let position = admin.commons.invalidations.record(selectors, strength);
+            let position = admin.commons.invalidations.record(selectors, strength, false).position;
             tracing::info!(purged, id = position.0, soft = request.soft, "purged");
             Json(json!({"purged": purged, "id": position.0})).into_response()
         }
@@ -82,7 +82,7 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
     let hosts: Vec<String> = request.hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
     let mut selectors = Vec::new();
     for reach in reaches(request, &hosts, sites)? {
-        let scope = Scope { upstream: reach.site.index, authority: reach.host };
+        let scope = Scope { upstream: reach.site.id, authority: reach.host };
         let subjects = request.tags.iter().map(|tag| Subject::tag(scope, tag));
         selectors.extend(subjects.map(Selector::Subject));
         if request.all {
@@ -98,7 +98,7 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
         for (text, make) in matchers(request) {
             let (host, target) = split(text)?;
             let authority = host.or(reach.host).map(|host| host.to_ascii_lowercase().into());
-            let upstream = Some(reach.site.index);
+            let upstream = Some(reach.site.id);
             selectors.push(Selector::Matching(Matcher { upstream, authority, target: make(target) }));
         }
     }
@@ -141,7 +141,7 @@ fn reaches<'a>(request: &PurgeRequest, hosts: &'a [String], sites: &[&'a Site]) 
 
 /// The scope of a URL that may name a host; none if that is not the host in reach.
 fn narrowed<'a>(reach: Reach<'a>, host: Option<&'a str>) -> Option<Scope<'a>> {
-    let upstream = reach.site.index;
+    let upstream = reach.site.id;
     let Some(named) = host else { return Some(Scope { upstream, authority: reach.host }) };
     match &reach.site.target {
         Target::Origin { authority, preserve_host: false, .. } => {

@@ -20,8 +20,8 @@ pub(super) struct File {
     pub(super) admin: Admin,
     pub(super) shutdown: Shutdown,
     pub(super) log: Log,
+    pub(super) redis: Option<Spanned<Redis>>,
     // Known, and refused until they are built.
-    pub(super) redis: Option<Spanned<Value>>,
     pub(super) probes: Option<Spanned<Value>>,
     pub(super) webhook: Option<Spanned<Value>>,
 }
@@ -128,8 +128,30 @@ pub(super) struct Memory {
     pub(super) max_bytes: Option<Spanned<Size>>,
     pub(super) max_entry_bytes: Option<Spanned<Size>>,
     pub(super) max_inflight_bytes: Option<Size>,
-    // Has a meaning with Redis only.
-    pub(super) max_unverified: Option<Spanned<Dur>>,
+    pub(super) max_unverified: Option<Dur>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Redis {
+    pub(super) url: Option<Spanned<String>>,
+    pub(super) username: Option<String>,
+    pub(super) password: Option<Spanned<SecretRef>>,
+    pub(super) tls: Tls,
+    pub(super) databases: Option<Spanned<Databases>>,
+    pub(super) key_prefix: Option<Spanned<String>>,
+    pub(super) command_timeout: Option<Dur>,
+    pub(super) compress: Option<Spanned<String>>,
+    pub(super) compress_above: Option<Size>,
+    pub(super) write_behind: Option<Size>,
+}
+
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Databases {
+    pub(super) cache: Option<u8>,
+    pub(super) private: Option<u8>,
+    pub(super) coordination: Option<u8>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -149,6 +171,7 @@ pub(super) struct Limits {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Security {
     pub(super) secret: Option<Spanned<OneOrMany<SecretRef>>>,
+    pub(super) encrypt: bool,
     pub(super) credential_headers: Option<Vec<Spanned<String>>>,
 }
 

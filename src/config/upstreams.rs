@@ -172,7 +172,7 @@ impl Validator<'_> {
         Some(SocketAddr::from(([127, 0, 0, 1], port)))
     }
 
-    fn tls(&mut self, given: &file::Tls) -> Tls {
+    pub(super) fn tls(&mut self, given: &file::Tls) -> Tls {
         let identity = match (&given.cert, &given.key) {
             (Some(cert), Some(key)) => Some((self.folder.join(cert.get_ref()), self.folder.join(key.get_ref()))),
             (None, None) => None,

@@ -1,7 +1,6 @@
 //! From file, environment and flags to a [`Config`], or to every error at once.
 
 use std::collections::BTreeMap;
-use std::env::VarError;
 use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
@@ -18,9 +17,8 @@ use toml::de::DeTable;
 use super::error::{ConfigError, Fault, Source};
 use super::rules::header_name;
 use super::values::{OneOrMany, SecretRef};
-use super::{Admin, Config, Flags, Limits, Log, Memory, Secret};
+use super::{Admin, Config, Flags, Limits, Log, Memory, Secret, SecretSource};
 use super::{default_credential_headers, file, interpolate};
-use crate::policy::key::KeySecret;
 
 /// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
@@ -79,7 +77,8 @@ fn apply_flags(file: &mut file::File, flags: &Flags) {
         file.upstream.push(from_flags(file::Upstream::default()));
     }
     if let Some(redis) = &flags.redis {
-        file.redis = Some(from_flags(toml::Value::String(redis.clone())));
+        file.redis.get_or_insert_with(|| from_flags(file::Redis::default())).get_mut().url =
+            Some(from_flags(redis.clone()));
     }
     let Some(upstream) = file.upstream.first_mut() else { return };
     let upstream = upstream.get_mut();
@@ -124,7 +123,8 @@ impl Validator<'_> {
         let memory = self.memory(&file.memory);
         let limits = limits(&file.limits);
         let credentials = self.credentials(&file.security);
-        let key_secret = self.key_secret(&file.security);
+        let secrets = self.secrets(&file.security);
+        let redis = file.redis.as_ref().and_then(|redis| self.redis(redis));
         let classes = classes(&file.ttl);
         let mut upstreams = Vec::new();
         for upstream in &file.upstream {
@@ -139,7 +139,9 @@ impl Validator<'_> {
             upstreams,
             memory,
             limits,
-            key_secret,
+            redis,
+            secrets,
+            encrypt: file.security.encrypt,
             admin,
             grace: file.shutdown.grace.map_or(Duration::from_secs(25), |d| d.0),
             log: self.log(&file.log),
@@ -159,7 +161,6 @@ impl Validator<'_> {
             self.fault(&mode.span(), message);
         }
         let unbuilt = [
-            ("[redis]", &file.redis, "leave it out: everything is kept in memory"),
             ("[probes]", &file.probes, "leave it out: the same paths are on the admin listener"),
             ("[[webhook]]", &file.webhook, "leave it out"),
         ];
@@ -167,11 +168,6 @@ impl Validator<'_> {
             if let Some(given) = given {
                 self.fault(&given.span(), format!("{what} is not built yet: {instead}"));
             }
-        }
-        if let Some(given) = &file.memory.max_unverified {
-            let message =
-                "memory.max_unverified has a meaning with [redis] only, which is not built yet: leave it out";
-            self.fault(&given.span(), message);
         }
     }
 
@@ -182,6 +178,7 @@ impl Validator<'_> {
             max_bytes: size(&given.max_bytes, 64 << 20),
             max_entry_bytes: size(&given.max_entry_bytes, 8 << 20),
             max_inflight_bytes: given.max_inflight_bytes.map_or(32 << 20, |s| s.0),
+            max_unverified: given.max_unverified.map_or(Duration::from_secs(30), |d| d.0),
         };
         if memory.max_entry_bytes > memory.max_bytes / 2 {
             let span = given.max_entry_bytes.as_ref().or(given.max_bytes.as_ref()).map_or(0..0, Spanned::span);
@@ -196,35 +193,23 @@ impl Validator<'_> {
         names.iter().filter_map(|name| self.collect(header_name(name))).collect()
     }
 
-    fn key_secret(&mut self, given: &file::Security) -> Option<KeySecret> {
-        let spanned = given.secret.as_ref()?;
+    fn secrets(&mut self, given: &file::Security) -> Vec<Secret> {
+        let Some(spanned) = given.secret.as_ref() else { return Vec::new() };
         let OneOrMany(references) = spanned.get_ref();
-        let secrets: Vec<Option<Secret>> =
-            references.iter().map(|reference| self.secret(reference, &spanned.span())).collect();
-        let first = secrets.into_iter().next().flatten()?;
-        Some(KeySecret(blake3::derive_key("sidecache 2026 credential digests", first.reveal().as_bytes())))
+        references.iter().filter_map(|reference| self.secret(reference, &spanned.span())).collect()
     }
 
-    fn secret(&mut self, reference: &SecretRef, span: &Range<usize>) -> Option<Secret> {
-        let (read, from) = match reference {
-            SecretRef::File(path) => {
-                let path = self.folder.join(path);
-                (fs::read_to_string(&path).map_err(|e| e.to_string()), format!("file {}", path.display()))
-            }
-            SecretRef::Env(name) => {
-                let unset = |e| match e {
-                    VarError::NotPresent => "it is not set".to_owned(),
-                    VarError::NotUnicode(_) => "it is not text".to_owned(),
-                };
-                (std::env::var(name).map_err(unset), format!("environment variable {name}"))
-            }
-        };
-        let result = match read.as_deref().map(str::trim) {
-            Ok("") => Err((span.clone(), format!("the secret in {from} is empty"))),
-            Ok(text) => Ok(Secret::new(text)),
-            Err(why) => Err((span.clone(), format!("can't read the secret from {from}: {why}"))),
-        };
-        self.collect(result)
+    /// Where a secret is, with its path relative to the file.
+    pub(super) fn secret_source(&self, reference: &SecretRef) -> SecretSource {
+        match reference {
+            SecretRef::File(path) => SecretSource::File(self.folder.join(path)),
+            SecretRef::Env(name) => SecretSource::Env(name.clone()),
+        }
+    }
+
+    pub(super) fn secret(&mut self, reference: &SecretRef, span: &Range<usize>) -> Option<Secret> {
+        let read = self.secret_source(reference).read();
+        self.collect(read.map_err(|why| (span.clone(), why)))
     }
 
     /// No two listeners on one address, no two upstreams of one name.

@@ -24,9 +24,14 @@ pub struct Head {
     pub links: Vec<LinkPatch>,
 }
 
-/// The HTTP library's own record of header case, as response extensions: it can be cloned, not read.
+/// How an upstream writes its field names.
 #[derive(Debug, Clone)]
-pub struct Casing(pub Arc<Extensions>);
+pub struct Casing {
+    /// The names that are not in Title-Case, one a line.
+    pub names: Arc<[u8]>,
+    /// The HTTP library's own record of them, as response extensions: it can be cloned, not read.
+    pub record: Arc<Extensions>,
+}
 
 /// How long an entry may be used for what. Milliseconds, from the moment the answer came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -153,6 +158,7 @@ impl Entry {
         (checked >> 2 == epoch.0).then_some(match checked & 3 {
             0 => Standing::Valid,
             1 => Standing::Stale,
+            2 => Standing::Unverified,
             _ => Standing::Gone,
         })
     }
@@ -268,11 +274,14 @@ impl Resource {
 pub(crate) mod testing {
     //! An entry of no particular content.
 
+    use crate::policy::tags::UpstreamId;
+
     use super::{About, Address, Arc, Bytes, Entry, Head, HeaderMap, Position, StatusCode, Terms, Tick, Variant};
 
     pub(crate) fn entry(terms: Terms) -> Entry {
         let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
-        let address = Address { upstream: 0, authority: "".into(), target: "/".into(), subjects: Box::default() };
+        let address =
+            Address { upstream: UpstreamId(0), authority: "".into(), target: "/".into(), subjects: Box::default() };
         let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
         let body = Bytes::from_static(b"body");
         Entry::new(Arc::new(head), body, Variant::default(), Tick(0), terms, address, Position(0), about)

@@ -57,7 +57,7 @@ pub fn judge(entry: &Entry, standing: Standing, demands: &Demands, now: Tick) ->
         return Verdict::Gone;
     }
     let left = freshness_left(entry, now);
-    let by_age = if entry.terms.always_validate {
+    let by_age = if entry.terms.always_validate || standing == Standing::Unverified {
         Verdict::Stale
     } else if standing == Standing::Valid && left > 0 {
         Verdict::Fresh
@@ -148,6 +148,7 @@ mod tests {
             (110_000, Standing::Valid, Verdict::Stale),
             (110_001, Standing::Valid, Verdict::Gone),
             (0, Standing::Stale, Verdict::WhileRevalidate),
+            (0, Standing::Unverified, Verdict::Stale),
             (0, Standing::Gone, Verdict::Gone),
         ];
         for (at, standing, expected) in table {

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, DATE, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    AGE, CONNECTION, CONTENT_LENGTH, DATE, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use smallvec::SmallVec;
@@ -22,6 +22,27 @@ const HOP_BY_HOP: [HeaderName; 10] = [
     HeaderName::from_static("proxy-connection"),
     HeaderName::from_static("proxy-authentication-info"),
 ];
+
+/// RFC 9211.
+pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+/// W3C Server Timing.
+pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// Fields that every answer from the cache gets: their places in a stored head are made when storing, so that
+/// a hit need not enlarge its copy.
+const PLACES: [HeaderName; 3] = [AGE, CACHE_STATUS, SERVER_TIMING];
+
+/// Makes those places.
+pub fn make_room(headers: &mut HeaderMap) {
+    for name in PLACES {
+        headers.entry(name).or_insert(HeaderValue::from_static(""));
+    }
+}
+
+/// The fields of a stored head, without empty places.
+pub fn without_room(headers: &HeaderMap) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
+    headers.iter().filter(|(name, value)| !(value.is_empty() && PLACES.contains(name)))
+}
 
 /// What could make the upstream see another request than the one the cache keyed.
 const OVERRIDES: [HeaderName; 3] =

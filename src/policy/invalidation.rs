@@ -6,13 +6,16 @@
 //!
 //! What is remembered is bounded: when full, the older half is forgotten and the floor rises, which takes
 //! everything fetched before it for purged.
+//!
+//! These positions are this process's own. How they relate to those of the log that a fleet shares is the business
+//! of [`super::chain`].
 
 use std::collections::HashMap;
 
 use super::glob::Glob;
-use super::tags::Subject;
+use super::tags::{Subject, UpstreamId};
 
-/// A place in the sequence of purges. Larger is later.
+/// A place in the sequence of purges. Larger is later. 0 is before everything that is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Position(pub u64);
 
@@ -32,6 +35,8 @@ pub enum Standing {
     Valid,
     /// Softly purged.
     Stale,
+    /// It can't be known whether a purge names it: not to be served unless there is nothing else.
+    Unverified,
     /// Purged.
     Gone,
 }
@@ -51,7 +56,7 @@ pub enum Selector {
 #[derive(Debug, Clone)]
 pub struct Matcher {
     /// Only this upstream.
-    pub upstream: Option<u16>,
+    pub upstream: Option<UpstreamId>,
     /// Only this authority.
     pub authority: Option<Box<str>>,
     /// Path and query.
@@ -70,8 +75,8 @@ pub enum TargetMatch {
 /// What the ledger needs to know of an entry or a running fetch.
 #[derive(Debug, Clone)]
 pub struct Address {
-    /// The upstream, by its place in the configuration.
-    pub upstream: u16,
+    /// The upstream.
+    pub upstream: UpstreamId,
     /// The upstream's authority.
     pub authority: Box<str>,
     /// Path and query.
@@ -124,6 +129,8 @@ impl Mark {
 #[derive(Debug)]
 pub struct Ledger {
     position: Position,
+    /// What was born before this can't be verified.
+    doubted: Position,
     subjects: HashMap<Subject, Mark>,
     matchers: Vec<(Matcher, Mark)>,
     everything: Mark,
@@ -135,7 +142,8 @@ impl Ledger {
     /// An empty ledger that remembers at most so many subjects and URL matchers.
     pub fn new(max_subjects: usize, max_matchers: usize) -> Ledger {
         Ledger {
-            position: Position(0),
+            position: Position(1),
+            doubted: Position(1),
             subjects: HashMap::new(),
             matchers: Vec::new(),
             everything: Mark::default(),
@@ -180,6 +188,13 @@ impl Ledger {
         self.position
     }
 
+    /// Purges may have been missed: nothing of before can be verified any more.
+    pub fn doubt(&mut self) -> Position {
+        self.position.0 += 1;
+        self.doubted = self.position;
+        self.position
+    }
+
     /// Where something born at a position stands.
     pub fn standing(&self, address: &Address, born: Position) -> Standing {
         let of_subjects =
@@ -190,7 +205,9 @@ impl Ledger {
             .filter(|(matcher, mark)| mark.latest() > born && matcher.matches(address))
             .map(|(_, mark)| mark.standing(born))
             .max();
-        self.everything.standing(born).max(of_subjects.max(of_matchers).unwrap_or(Standing::Valid))
+        let doubt = if born < self.doubted { Standing::Unverified } else { Standing::Valid };
+        let named = of_subjects.max(of_matchers).unwrap_or(Standing::Valid);
+        doubt.max(named).max(self.everything.standing(born))
     }
 
     fn forget_older_subjects(&mut self) {
@@ -213,12 +230,12 @@ mod tests {
     use super::*;
     use crate::policy::tags::{Scope, subjects};
 
-    const SCOPE: Scope<'static> = Scope { upstream: 0, authority: None };
+    const SCOPE: Scope<'static> = Scope { upstream: UpstreamId(0), authority: None };
 
     fn address(target: &str, tags: &[&str]) -> Address {
         let tags: Vec<String> = tags.iter().map(ToString::to_string).collect();
         Address {
-            upstream: 0,
+            upstream: UpstreamId(0),
             authority: "shop.example".into(),
             target: target.into(),
             subjects: subjects(SCOPE, target, &tags).into(),
@@ -261,7 +278,7 @@ mod tests {
         for (selector, expected) in table {
             let mut ledger = Ledger::new(100, 100);
             ledger.record([selector.clone()], Strength::Soft);
-            let standing = ledger.standing(&address("/shoe?x=1", &["shoe"]), Position(0));
+            let standing = ledger.standing(&address("/shoe?x=1", &["shoe"]), Position(1));
             assert_eq!(standing, expected, "{selector:?}");
         }
     }
@@ -271,7 +288,21 @@ mod tests {
         let mut ledger = Ledger::new(100, 100);
         ledger.record([tag("shoe")], Strength::Hard);
         ledger.record([tag("shoe")], Strength::Soft);
-        assert_eq!(ledger.standing(&address("/shoe", &["shoe"]), Position(0)), Standing::Gone);
+        assert_eq!(ledger.standing(&address("/shoe", &["shoe"]), Position(1)), Standing::Gone);
+    }
+
+    #[test]
+    fn what_may_have_been_purged_unseen_is_in_doubt_but_not_gone() {
+        let mut ledger = Ledger::new(100, 100);
+        let (shoe, hat) = (address("/shoe", &["shoe"]), address("/hat", &["hat"]));
+        assert_eq!(ledger.standing(&hat, Position(0)), Standing::Unverified, "before everything known");
+        let before = ledger.record([tag("shoe")], Strength::Soft);
+        assert_eq!(ledger.standing(&hat, before), Standing::Valid);
+        let since = ledger.doubt();
+        assert_eq!(ledger.standing(&hat, before), Standing::Unverified);
+        assert_eq!(ledger.standing(&hat, since), Standing::Valid);
+        ledger.record([tag("shoe")], Strength::Hard);
+        assert_eq!(ledger.standing(&shoe, before), Standing::Gone, "a hard purge is more than a doubt");
     }
 
     #[test]
@@ -282,7 +313,7 @@ mod tests {
         }
         assert!(ledger.subjects.len() <= 10 && ledger.matchers.len() <= 10);
         for i in 0..25 {
-            let born = Position(i);
+            let born = Position(i + 1);
             let entry = address("/x", &[&format!("tag{i}")]);
             assert_eq!(ledger.standing(&entry, born), Standing::Gone, "tag{i}");
             assert_eq!(ledger.standing(&address(&format!("/p{i}"), &[]), born), Standing::Gone, "/p{i}");

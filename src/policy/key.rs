@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 
 use super::glob::Glob;
 use super::outcome::Bypass;
+use super::tags::UpstreamId;
 use super::target::parameters;
 
 /// The bytes of a key. Compared in full in memory; digested for Redis.
@@ -21,6 +22,13 @@ const VERSION: u8 = 1;
 /// Secret for digests of credentials: of this deployment, or of this process.
 #[derive(Clone)]
 pub struct KeySecret(pub [u8; 32]);
+
+impl KeySecret {
+    /// The secret for digests that a deployment's secret stands for.
+    pub fn of(secret: &[u8]) -> KeySecret {
+        KeySecret(blake3::derive_key("sidecache 2026 credential digests", secret))
+    }
+}
 
 impl std::fmt::Debug for KeySecret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -66,8 +74,8 @@ pub enum QueryFilter {
 /// The parts of a request that a key is made from.
 #[derive(Debug, Clone, Copy)]
 pub struct KeyParts<'a> {
-    /// Which upstream, by its place in the configuration.
-    pub upstream: u16,
+    /// Which upstream.
+    pub upstream: UpstreamId,
     /// The authority, where an upstream has several.
     pub authority: Option<&'a str>,
     /// The raw path.
@@ -85,7 +93,7 @@ impl KeyPlan {
         key.push(VERSION);
         self.tenant(secret, parts.headers, &mut key)?;
         key.extend_from_slice(&self.rule);
-        key.extend_from_slice(&parts.upstream.to_be_bytes());
+        key.extend_from_slice(&parts.upstream.0.to_be_bytes());
         field(&mut key, parts.authority.unwrap_or_default().as_bytes());
         field(&mut key, parts.path.as_bytes());
         self.query(parts.query, &mut key);
@@ -198,6 +206,11 @@ fn looks_like_credential(name: &str) -> bool {
     !PLAIN.contains(&name) && name.split(['-', '_']).any(|word| WORDS.contains(&word)) && !HARMLESS.contains(&name)
 }
 
+/// Does what lies under this key belong to a credential?
+pub fn is_private(key: &[u8]) -> bool {
+    key.get(1) == Some(&b'c')
+}
+
 /// A short public name of a key, as `Cache-Status: …; key=` shows it: 64 bits of its BLAKE3 digest, in hex.
 pub fn short_name(key: &[u8]) -> String {
     blake3::hash(key).to_hex()[..16].to_owned()
@@ -217,7 +230,7 @@ mod tests {
     }
 
     fn parts<'a>(path: &'a str, query: Option<&'a str>, headers: &'a HeaderMap) -> KeyParts<'a> {
-        KeyParts { upstream: 0, authority: None, path, query, headers }
+        KeyParts { upstream: UpstreamId(0), authority: None, path, query, headers }
     }
 
     fn with(name: &'static str, value: &'static str) -> HeaderMap {

@@ -117,7 +117,18 @@ impl Payload {
     }
 }
 
+/// Under `override` every answer depends on this.
+const USUAL_VARY: [HeaderName; 1] = [http::header::ACCEPT_ENCODING];
+
 impl Plan {
+    /// The request headers that answers under this rule depend on, as far as the rule alone tells.
+    pub fn usual_vary(&self) -> &'static [HeaderName] {
+        match self.mode {
+            CacheMode::Override { .. } => &USUAL_VARY,
+            CacheMode::Http | CacheMode::Off => &[],
+        }
+    }
+
     /// Do method, query and headers fit? (The path is the router's business.)
     pub fn accepts(&self, method: &Method, query: Option<&str>, headers: &HeaderMap) -> bool {
         self.methods.contains(method) && self.when.holds(query, headers)

@@ -44,11 +44,27 @@ impl TagTemplate {
     }
 }
 
+/// Which upstream: a digest of its name and its origin, so that sidecars with other configurations mean the same by
+/// it, and those that call another origin by the same name do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct UpstreamId(pub u64);
+
+impl UpstreamId {
+    /// `origin` as `scheme://authority`, or whatever else names where its requests go.
+    pub fn of(name: &str, origin: &str) -> UpstreamId {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(name.len() as u64).to_be_bytes()).update(name.as_bytes()).update(origin.as_bytes());
+        let mut first = [0; 8];
+        first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+        UpstreamId(u64::from_be_bytes(first))
+    }
+}
+
 /// Where tags and URLs mean something: one upstream, and there one authority or all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scope<'a> {
-    /// The upstream, by its place in the configuration.
-    pub upstream: u16,
+    /// The upstream.
+    pub upstream: UpstreamId,
     /// The authority; `None`: all of this upstream.
     pub authority: Option<&'a str>,
 }
@@ -78,10 +94,20 @@ impl Subject {
         Subject::digest(b"pth", scope, path)
     }
 
+    /// As it goes over the wire.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_be_bytes()
+    }
+
+    /// From [`Subject::to_bytes`].
+    pub fn from_bytes(bytes: [u8; 16]) -> Subject {
+        Subject(u128::from_be_bytes(bytes))
+    }
+
     fn digest(kind: &[u8], scope: Scope<'_>, name: &str) -> Subject {
         let authority = scope.authority.unwrap_or("*");
         let mut hasher = blake3::Hasher::new();
-        hasher.update(kind).update(&scope.upstream.to_be_bytes());
+        hasher.update(kind).update(&scope.upstream.0.to_be_bytes());
         hasher.update(&(authority.len() as u64).to_be_bytes()).update(authority.as_bytes()).update(name.as_bytes());
         let mut first = [0; 16];
         first.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
@@ -118,11 +144,11 @@ mod tests {
 
     #[test]
     fn a_scope_keeps_its_subjects_apart() {
-        let one = Scope { upstream: 0, authority: Some("a.example") };
-        let other = Scope { upstream: 0, authority: Some("b.example") };
+        let one = Scope { upstream: UpstreamId(0), authority: Some("a.example") };
+        let other = Scope { upstream: UpstreamId(0), authority: Some("b.example") };
         assert_ne!(Subject::tag(one, "x"), Subject::tag(other, "x"));
         assert_ne!(Subject::tag(one, "/x"), Subject::target(one, "/x"));
-        let any = Subject::tag(Scope { upstream: 0, authority: None }, "x");
+        let any = Subject::tag(Scope { upstream: UpstreamId(0), authority: None }, "x");
         assert!(subjects(one, "/x?y", &["x".into()]).contains(&any));
     }
 }

@@ -9,6 +9,7 @@ use super::Proxy;
 use super::flights::Arrival;
 use super::visit::Quest;
 use crate::body::Body;
+use crate::policy::entry::Entry;
 use crate::policy::freshness::stands_in;
 use crate::policy::outcome::{Failure, Fetched, Outcome};
 
@@ -31,6 +32,12 @@ impl Instead {
 }
 
 impl Proxy {
+    /// What the flight may have found in the fleet's store while this request waited.
+    fn found_since(&self, quest: &Quest<'_>) -> Option<Arc<Entry>> {
+        self.commons.fleet.as_ref()?;
+        self.commons.memory.get(&quest.key)?.select(&quest.asked.headers).cloned()
+    }
+
     /// Down the ladder.
     pub(super) fn ladder(
         &self,
@@ -40,10 +47,11 @@ impl Proxy {
         collapsed: bool,
     ) -> Response<Body> {
         let (asked, plan, visit) = (&*quest.asked, quest.plan, quest.visit);
-        if let Some(entry) = &quest.miss.stale {
-            let standing = self.commons.invalidations.standing(entry);
-            if let Some(reason) = stands_in(entry, standing, failure, visit.later()) {
-                return self.stale(asked, entry, reason, plan, visit);
+        if let Some(entry) = quest.miss.stale.clone().or_else(|| self.found_since(quest)) {
+            let now = visit.later();
+            let standing = self.commons.invalidations.standing(&entry, now);
+            if let Some(reason) = stands_in(&entry, standing, failure, now) {
+                return self.stale(asked, &entry, reason, plan, visit);
             }
         }
         let status = instead.as_ref().map(Instead::status);

@@ -1,6 +1,6 @@
 //! A flight: sends the request, decides whether the answer may be stored, and brings it home.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,16 +12,17 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 use super::Proxy;
+use super::fleet::{Help, Next};
 use super::flights::{Arrival, Content, Landing, Lead};
 use super::forward::{outgoing, readable_codings_only};
-use super::respond::make_room;
 use super::site::{Place, tags};
 use crate::body::fanout::{Ending, Fanout, Held};
 use crate::body::{Body, BodyError};
+use crate::fleet::lease::Lease;
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
-use crate::policy::headers::{add_date, compact, only, strip_hop_by_hop};
+use crate::policy::headers::{add_date, compact, make_room, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
 use crate::policy::invalidation::{Address, Position, Standing};
 use crate::policy::key::short_name;
@@ -43,6 +44,16 @@ pub(super) struct Job {
     pub(super) position: Position,
     /// What is stored: validated, if it can be.
     pub(super) stale: Option<Arc<Entry>>,
+    /// How much of the fleet's help it wants.
+    pub(super) help: Help,
+    /// The lease under which it is fetched.
+    pub(super) lease: Mutex<Option<Lease>>,
+}
+
+impl Job {
+    pub(super) fn lease(&self) -> MutexGuard<'_, Option<Lease>> {
+        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// An answer's head, with the time of its arrival.
@@ -61,8 +72,14 @@ impl Came {
 
 impl Proxy {
     /// The whole flight. Ends when the answer is stored, passed on, or known not to come.
-    pub(super) async fn fly(self: Arc<Self>, mut lead: Lead, job: Job) {
+    pub(super) async fn fly(self: Arc<Self>, mut lead: Lead, mut job: Job) {
         let by = Instant::now() + self.site.timeouts.fetch;
+        match self.ask_fleet(&mut lead, &mut job, by).await {
+            Next::Found(entry) => return lead.land(Landing::Found(entry)),
+            Next::Fetch(lease) => *job.lease() = lease,
+        }
+        // What is purged from here on is later than this fetch.
+        job.position = self.commons.invalidations.position();
         let mut request = outgoing(&job.asked, &job.place, Body::Empty);
         if job.asked.method == Method::GET {
             condition(request.headers_mut(), job.stale.as_deref().map(|entry| &*entry.head));
@@ -134,7 +151,7 @@ impl Proxy {
         // A failure says nothing about what the next answer will be.
         if job.asked.method == Method::GET && Failure::from_status(response.status()).is_none() {
             self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
-            self.commons.memory.remove(&job.key, &job.asked.headers);
+            self.displace(job);
         }
         response.extensions_mut().insert(skip);
         lead.release(response);
@@ -149,7 +166,7 @@ impl Proxy {
             Ok(store) => (store, Ok(())),
             // The upstream has taken its leave to store back: good for those who wait, and for nobody else.
             Err(skip) => {
-                self.commons.memory.remove(&job.key, &job.asked.headers);
+                self.displace(job);
                 (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip))
             }
         };
@@ -294,8 +311,8 @@ impl Proxy {
 
     /// Stores an entry, unless it was purged while it was fetched.
     fn keep(&self, job: &Job, entry: &Arc<Entry>) {
-        if self.commons.invalidations.standing(entry) == Standing::Valid {
-            self.commons.memory.put(&job.key, entry.clone());
+        if self.commons.invalidations.standing(entry, self.commons.clock.now()) == Standing::Valid {
+            self.store(job, entry);
             if entry.terms.for_others() {
                 self.commons.flights.unmark_hit_for_miss(&job.key);
             }

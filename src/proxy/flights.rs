@@ -13,9 +13,9 @@ use http::{HeaderMap, Response, StatusCode};
 use quick_cache::sync::Cache;
 use tokio::sync::{oneshot, watch};
 
-use super::invalidations::Invalidations;
 use crate::body::Body;
 use crate::body::fanout::{Fanout, Reader};
+use crate::fleet::invalidations::Invalidations;
 use crate::policy::Tick;
 use crate::policy::entry::{Entry, Head, Variant};
 use crate::policy::invalidation::{Address, Position};
@@ -34,6 +34,8 @@ pub enum Landing {
     Shared(Arc<Arrival>),
     /// Not for sharing: the leader has it, everyone else fetches for themselves.
     Released,
+    /// The fleet has it already.
+    Found(Arc<Entry>),
     /// No answer.
     Failed(Failure),
 }
@@ -245,6 +247,11 @@ impl Lead {
             let _ = private.send(Private::Reader(reader));
         }
         self.landing.send_replace(Some(Landing::Shared(arrival)));
+    }
+
+    /// Tells everybody something to go on with, while the flight goes on.
+    pub fn show(&mut self, landing: Landing) {
+        self.landing.send_replace(Some(landing));
     }
 
     /// Tells everybody the end of it. Who asks from now on begins anew.

@@ -65,7 +65,7 @@ impl Proxy {
             let sibling = resource.variants().first().cloned();
             return Lookup::Fetch(Miss { forward: Forward::VaryMiss, stale: None, sibling });
         };
-        let standing = self.commons.invalidations.standing(entry);
+        let standing = self.commons.invalidations.standing(entry, now);
         let miss = |forward, stale| Lookup::Fetch(Miss { forward, stale, sibling: Some(entry.clone()) });
         match judge(entry, standing, demands, now) {
             Verdict::Fresh => Lookup::Fresh(entry.clone()),

@@ -14,6 +14,7 @@ use super::respond::body_rejection;
 use super::site::{Place, tags};
 use super::visit::Visit;
 use crate::body::Body;
+use crate::fleet::invalidations::Recorded;
 use crate::policy::headers::strip_hop_by_hop;
 use crate::policy::invalidation::{Selector, Strength};
 use crate::policy::outcome::{Bypass, Failure, Fetched, Outcome};
@@ -84,7 +85,8 @@ impl Proxy {
                 Err(error) => error.ended != Ended::Unsent,
             };
             if may_have_changed {
-                self.invalidate(&asked, &place, answer.as_ref().ok().map(Response::headers));
+                let recorded = self.invalidate(&asked, &place, answer.as_ref().ok().map(Response::headers));
+                self.told_fleet(recorded).await;
             }
             answer
         };
@@ -94,8 +96,8 @@ impl Proxy {
 
     /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and
     /// with any query; and the tags of the rule that caches it.
-    fn invalidate(&self, asked: &Parts, place: &Place, answer: Option<&HeaderMap>) {
-        let scope = Scope { upstream: self.site.index, authority: place.keyed.as_deref() };
+    fn invalidate(&self, asked: &Parts, place: &Place, answer: Option<&HeaderMap>) -> Recorded {
+        let scope = Scope { upstream: self.site.id, authority: place.keyed.as_deref() };
         let named = [LOCATION, CONTENT_LOCATION].into_iter().filter_map(|name| {
             let target: Uri = answer?.get(name)?.to_str().ok()?.parse().ok()?;
             let same = target.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
@@ -109,7 +111,7 @@ impl Proxy {
             .chain(tags.iter().map(|tag| Subject::tag(scope, tag)))
             .map(Selector::Subject)
             .collect();
-        self.commons.invalidations.record(selectors, Strength::Hard);
         self.commons.telemetry.written();
+        self.commons.invalidations.record(selectors, Strength::Hard, false)
     }
 }

@@ -19,7 +19,7 @@ use super::visit::{Quest, Visit};
 use crate::body::{Body, BodyError};
 use crate::policy::asked::Asked;
 use crate::policy::entry::{Entry, Head};
-use crate::policy::headers::add_date;
+use crate::policy::headers::{CACHE_STATUS, SERVER_TIMING, add_date};
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
 use crate::policy::plan::{Payload, Plan};
@@ -29,9 +29,6 @@ use crate::telemetry::Answered;
 
 /// A field value in the making, on the stack.
 type Text = SmallVec<[u8; 128]>;
-
-const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
-const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// After a timeout the fetch goes on: soon there may be a hit.
 const RETRY_SOON: &str = "2";
@@ -193,10 +190,10 @@ impl Proxy {
     }
 
     /// 504 to `only-if-cached`: RFC 9111 §5.2.1.7.
-    pub(super) fn not_cached(&self, request: &Request<Body>, plan: &Plan, visit: &Visit) -> Response<Body> {
+    pub(super) fn not_cached<'r>(&self, asked: impl Into<Asked<'r>>, plan: &Plan, visit: &Visit) -> Response<Body> {
         let message = "The request says only-if-cached, and nothing usable is stored.";
         let response = self.error(StatusCode::GATEWAY_TIMEOUT, "not_cached", message);
-        self.of_ours(request.into(), response, &Outcome::NotCached, Some(plan), visit)
+        self.of_ours(asked.into(), response, &Outcome::NotCached, Some(plan), visit)
     }
 
     /// 421: RFC 9110 §15.5.20.
@@ -334,7 +331,7 @@ fn from_head(asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
     *response.status_mut() = head.status;
     response.headers_mut().clone_from(&head.headers);
     if let Some(casing) = &head.casing {
-        response.extensions_mut().clone_from(&casing.0);
+        response.extensions_mut().clone_from(&casing.record);
     }
     if !head.links.is_empty() {
         rewrite_links(&head.links, response.headers_mut(), asked);
@@ -369,14 +366,6 @@ fn text(outcome: &Outcome) -> Text {
     let mut text = Text::new();
     let _ = write!(text, "{outcome}");
     text
-}
-
-/// Fields that every answer from the cache gets: their places in a stored head are made when storing, so that
-/// a hit need not enlarge its copy.
-pub(super) fn make_room(headers: &mut HeaderMap) {
-    for name in [AGE, CACHE_STATUS, SERVER_TIMING] {
-        headers.entry(name).or_insert(HeaderValue::from_static(""));
-    }
 }
 
 /// Appends a line, or fills the place that was made for it.

@@ -13,7 +13,7 @@ use crate::policy::glob::Captures;
 use crate::policy::invalidation::Address;
 use crate::policy::plan::Plan;
 use crate::policy::route::Router;
-use crate::policy::tags::{Scope, subjects};
+use crate::policy::tags::{Scope, UpstreamId, subjects};
 use crate::policy::target::{client_authority, is_refused, target};
 use crate::telemetry::Signals;
 use crate::upstream::Upstream;
@@ -23,8 +23,8 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 /// An upstream, and what belongs to it.
 #[derive(Debug)]
 pub struct Site {
-    /// Its place in the configuration: part of every key.
-    pub index: u16,
+    /// Which one it is, in every sidecar of a fleet: part of every key.
+    pub id: UpstreamId,
     /// Its name in logs, metrics and purges.
     pub name: Arc<str>,
     /// Where requests go.
@@ -64,8 +64,9 @@ pub struct Misdirected;
 
 impl Site {
     /// The site of a configured upstream.
-    pub fn new(index: u16, config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
+    pub fn new(config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
         let config::Upstream { name, target, router, timeouts, .. } = config;
+        let id = UpstreamId::of(&name, &target.origin());
         let fixed = match &target {
             Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
                 scheme: scheme.clone(),
@@ -77,7 +78,7 @@ impl Site {
         };
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
-        Site { index, name, target, router, timeouts, upstream, port, signals: Signals::default(), keyed, fixed }
+        Site { id, name, target, router, timeouts, upstream, port, signals: Signals::default(), keyed, fixed }
     }
 
     /// Is this request header part of some key?
@@ -115,9 +116,9 @@ impl Site {
     pub fn address(&self, place: &Place, uri: &Uri, plan: &Plan) -> Address {
         let target = target(uri);
         let tags = tags(plan, uri.path());
-        let scope = Scope { upstream: self.index, authority: place.keyed.as_deref() };
+        let scope = Scope { upstream: self.id, authority: place.keyed.as_deref() };
         let subjects = subjects(scope, target, &tags).into();
-        Address { upstream: self.index, authority: place.host.clone(), target: target.into(), subjects }
+        Address { upstream: self.id, authority: place.host.clone(), target: target.into(), subjects }
     }
 }
 

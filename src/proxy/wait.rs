@@ -1,13 +1,14 @@
 //! A request that needs a fetch: board the flight for its key, wait for the landing within the deadline, take
 //! what came or go down the ladder. And the refresh that nobody waits for.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use http::{Method, Request, Response};
 use tokio::time::{Instant, timeout_at};
 
 use super::fallback::Instead;
 use super::fetch::Job;
+use super::fleet::Help;
 use super::flights::{Arrival, Landing, Lead, Seat, Waited, Waiter};
 use super::lookup::{Lookup, Miss, variant_key};
 use super::site::Place;
@@ -15,9 +16,9 @@ use super::visit::{Quest, Visit};
 use super::{Commons, Proxy};
 use crate::body::Body;
 use crate::policy::entry::Entry;
-use crate::policy::freshness::Demands;
+use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::key::KeyBuf;
-use crate::policy::outcome::{Failure, Fetched, Forward, Outcome, Skip};
+use crate::policy::outcome::{Failure, Fetched, Forward, Outcome, Skip, StaleReason};
 use crate::policy::plan::Plan;
 
 /// A flight can be lost, or be for another variant, so often before we give up.
@@ -78,6 +79,16 @@ impl Proxy {
                         alone = true;
                     }
                 }
+                Ok(Waited::Landed(Landing::Found(entry), _)) => {
+                    if !entry.variant.selected_by(&quest.asked.headers) {
+                        flight_key = variant_key(&quest.key, &entry.variant, &quest.asked.headers);
+                        learnt = true;
+                    } else if let Some(response) = self.found(&quest, &entry) {
+                        return response;
+                    } else {
+                        alone = true;
+                    }
+                }
                 Ok(Waited::Private(response)) => return self.take_private(&quest, response),
                 Ok(Waited::Landed(Landing::Released, _)) => alone = true,
                 Ok(Waited::Lost) => {}
@@ -107,7 +118,8 @@ impl Proxy {
             let (asked, ()) = copy_of(request).into_parts();
             let (place, plan, address) = (place.clone(), plan.clone(), entry.address.clone());
             let (asked, stale) = (Arc::new(asked), Some(entry.clone()));
-            self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale });
+            let (help, lease) = (Help::All, Mutex::default());
+            self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale, help, lease });
         }
     }
 
@@ -128,7 +140,8 @@ impl Proxy {
         };
         let (asked, place, plan) = (quest.asked.clone(), quest.place.clone(), quest.plan.clone());
         let (key, stale) = (quest.key.to_vec().into(), quest.miss.stale.clone());
-        self.spawn(lead, Job { asked, place, plan, key, address, position, stale });
+        let (help, lease) = (help(quest, alone), Mutex::default());
+        self.spawn(lead, Job { asked, place, plan, key, address, position, stale, help, lease });
         Boarding::Seated { waiter, collapsed: false }
     }
 
@@ -165,6 +178,21 @@ impl Proxy {
         }
     }
 
+    /// What the fleet had already, if it may be served to this request.
+    pub(super) fn found(&self, quest: &Quest<'_>, entry: &Arc<Entry>) -> Option<Response<Body>> {
+        let now = quest.visit.later();
+        let demands = Demands::of(quest.plan, &quest.asked.headers);
+        let standing = self.commons.invalidations.standing(entry, now);
+        match judge(entry, standing, &demands, now) {
+            Verdict::Fresh => Some(self.hit(&*quest.asked, entry, quest.plan, quest.visit)),
+            Verdict::WhileRevalidate => {
+                let reason = StaleReason::WhileRevalidate;
+                Some(self.stale(&*quest.asked, entry, reason, quest.plan, quest.visit))
+            }
+            Verdict::Stale | Verdict::Refused | Verdict::Gone => None,
+        }
+    }
+
     /// An answer for this request alone.
     fn take_private(&self, quest: &Quest<'_>, response: Response<Body>) -> Response<Body> {
         match Failure::from_status(response.status()) {
@@ -177,6 +205,19 @@ impl Proxy {
                 self.relayed(&*quest.asked, response, &outcome, Some(quest.plan), quest.visit)
             }
         }
+    }
+}
+
+/// How much of the fleet's help this request wants.
+fn help(quest: &Quest<'_>, alone: bool) -> Help {
+    if quest.miss.forward == Forward::Request {
+        Help::None
+    } else if quest.asked.method == Method::HEAD {
+        Help::Look
+    } else if alone {
+        Help::None
+    } else {
+        Help::All
     }
 }
 

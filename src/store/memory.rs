@@ -142,17 +142,24 @@ mod tests {
     use crate::policy::Tick;
     use crate::policy::entry::{About, Head, Terms, Variant};
     use crate::policy::invalidation::{Address, Position};
+    use crate::policy::tags::UpstreamId;
     use http::StatusCode;
 
     const MIB: u64 = 1 << 20;
 
     fn tier(max_bytes: u64, max_entry_bytes: u64) -> Memory {
-        Memory::new(&config::Memory { max_bytes, max_entry_bytes, max_inflight_bytes: 0 })
+        Memory::new(&config::Memory {
+            max_bytes,
+            max_entry_bytes,
+            max_inflight_bytes: 0,
+            max_unverified: std::time::Duration::ZERO,
+        })
     }
 
     fn entry(size: usize) -> Arc<Entry> {
         let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
-        let address = Address { upstream: 0, authority: "".into(), target: "/".into(), subjects: Box::default() };
+        let address =
+            Address { upstream: UpstreamId(0), authority: "".into(), target: "/".into(), subjects: Box::default() };
         let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
         let terms = Terms { fresh_for: 1000, ..Terms::default() };
         let body = bytes::Bytes::from(vec![0; size]);

@@ -24,19 +24,23 @@ pub(super) struct Casings(Mutex<HashMap<Box<[u8]>, Casing>>);
 impl Casings {
     /// The casing of a raw head; none if Title-Case says it all.
     pub(super) async fn of(&self, head: &[u8]) -> Option<Casing> {
-        let unusual = unusual_names(head);
+        self.of_names(&unusual_names(head)).await
+    }
+
+    /// The casing of these names, one a line; none if there are none.
+    pub(super) async fn of_names(&self, unusual: &[u8]) -> Option<Casing> {
         if unusual.is_empty() {
             return None;
         }
         let known = |casings: &Self| {
             let known = casings.0.lock().unwrap_or_else(PoisonError::into_inner);
-            (known.get(unusual.as_slice()).cloned(), known.len())
+            (known.get(unusual).cloned(), known.len())
         };
         match known(self) {
             (Some(casing), _) => Some(casing),
             (None, MAX_KNOWN..) => None,
             (None, _) => {
-                let casing = read_back(&unusual).await?;
+                let casing = read_back(unusual).await?;
                 let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
                 known.insert(unusual.into(), casing.clone());
                 Some(casing)
@@ -87,7 +91,7 @@ async fn read_back(names: &[u8]) -> Option<Casing> {
     write.write_all(&head).await.ok()?;
     let response = answer.await.ok()?.ok()?;
     drive.abort();
-    Some(Casing(Arc::new(response.into_parts().0.extensions)))
+    Some(Casing { names: names.into(), record: Arc::new(response.into_parts().0.extensions) })
 }
 
 #[cfg(test)]
@@ -106,7 +110,7 @@ mod tests {
         let head = b"HTTP/1.1 200 OK\r\nETag: y\r\ncontent-length: 5\r\n\r\n";
         let first = casings.of(head).await.expect("a record");
         let second = casings.of(head).await.expect("a record");
-        assert!(Arc::ptr_eq(&first.0, &second.0));
+        assert!(Arc::ptr_eq(&first.record, &second.record));
         assert!(casings.of(b"HTTP/1.1 200 OK\r\nContent-Type: y\r\n\r\n").await.is_none());
     }
 }

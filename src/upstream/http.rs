@@ -25,12 +25,14 @@ use tower_service::Service;
 use super::casing::Casings;
 use super::resolve::Resolver;
 use super::tap::{Tap, Tapped};
-use super::{SendError, Sending, Upstream, tls};
+use super::{SendError, Sending, Upstream};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
 use crate::config::{self, Target, Timeouts};
+use crate::policy::entry::Casing;
 use crate::policy::outcome::Failure;
 use crate::policy::retry::{Ended, Retry};
+use crate::tls;
 
 /// Idle connections kept for one host.
 const MAX_IDLE: usize = 64;
@@ -137,6 +139,10 @@ impl HttpUpstream {
 }
 
 impl Upstream for HttpUpstream {
+    fn casing<'a>(&'a self, names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<Casing>> + Send + 'a>> {
+        Box::pin(self.casings.of_names(names))
+    }
+
     fn send(&self, request: Request<Body>) -> Sending<'_> {
         Box::pin(async move {
             let (parts, mut body) = request.into_parts();

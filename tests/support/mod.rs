@@ -1,12 +1,16 @@
 //! What the tests are made of: a scripted origin, a client that sees every byte, a sidecar to start.
 
+pub(crate) mod chaos;
 pub(crate) mod client;
 pub(crate) mod origin;
 pub(crate) mod process;
+pub(crate) mod redis;
 pub(crate) mod sidecar;
 
+pub(crate) use chaos::{Chaos, Mood};
 pub(crate) use client::{Answer, Client, get, send};
 pub(crate) use origin::{Gate, Origin, Reply};
+pub(crate) use redis::Redis;
 pub(crate) use sidecar::Sidecar;
 
 use std::time::Duration;

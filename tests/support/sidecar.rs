@@ -94,6 +94,17 @@ impl Sidecar {
         get(self.admin, "/stats", &[]).await.json()
     }
 
+    /// Waits until it has read the fleet's log.
+    pub(crate) async fn in_fleet(&self) {
+        super::soon("the fleet's log is read", self.commons.invalidations.caught_up()).await;
+    }
+
+    /// Waits until everything stored is written to Redis.
+    pub(crate) async fn written(&self) {
+        let queue = || self.commons.fleet.as_ref().expect("a fleet").shared.state().queue;
+        super::until("everything is written", || (queue().bytes == 0 && queue().waiting == 0).then_some(())).await;
+    }
+
     pub(crate) fn turn(&self, seconds: u64) {
         self.clock.turn(Duration::from_secs(seconds));
     }

@@ -1,4 +1,4 @@
-//! TLS towards the upstream: rustls with ring; the system's roots, or Mozilla's where the system has none.
+//! TLS of our own connections, to upstreams and to Redis: rustls with ring; the system's roots, or Mozilla's where the system has none.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rustls::{ClientConfig, RootCertStore};
 use crate::config::Tls;
 
 /// The client's side of TLS. The error is one clear line.
-pub(super) fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
+pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

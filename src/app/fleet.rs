@@ -1,0 +1,159 @@
+//! The part of the composition that there is only with Redis: connections, store, log, and the secret in common.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+
+use crate::clock::{Clock, FleetClock};
+use crate::config::{self, Config};
+use crate::fleet::inbox::Inbox;
+use crate::fleet::invalidations::Invalidations;
+use crate::fleet::log::Log;
+use crate::fleet::{Fleet, SidecarId};
+use crate::policy::key::KeySecret;
+use crate::proxy::Commons;
+use crate::redis::Redis;
+use crate::store::Shared;
+use crate::store::pack::Packing;
+use crate::store::seal::Ring;
+use crate::store::wire::Sealing;
+
+/// Is the secret in common still there?
+const LOOK_AT_SECRET: Duration = Duration::from_secs(10);
+
+/// After trouble, before the next attempt.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The secrets of this process: configured, or made up.
+pub(super) struct Secrets {
+    seeds: Vec<Vec<u8>>,
+    /// Made up, so that the fleet's is to be adopted.
+    made_up: bool,
+}
+
+impl Secrets {
+    pub(super) fn of(config: &Config) -> Result<Secrets, String> {
+        let configured: Vec<Vec<u8>> = config.secrets.iter().map(|s| s.reveal().as_bytes().to_vec()).collect();
+        if !configured.is_empty() {
+            return Ok(Secrets { seeds: configured, made_up: false });
+        }
+        let mut random = vec![0; 32];
+        getrandom::fill(&mut random).map_err(|e| format!("no randomness to be had: {e}"))?;
+        Ok(Secrets { seeds: vec![random], made_up: true })
+    }
+
+    pub(super) fn key(&self) -> KeySecret {
+        KeySecret::of(self.seeds.first().map_or(&[], Vec::as_slice))
+    }
+
+    fn ring(&self) -> Ring {
+        Ring::new(self.seeds.iter().map(Vec::as_slice))
+    }
+}
+
+/// The fleet's part, built but not yet at work.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) fleet: Arc<Fleet>,
+    pub(super) invalidations: Arc<Invalidations>,
+    ring: Arc<ArcSwap<Ring>>,
+    /// The secret that was made up, if one was.
+    seed: Option<Vec<u8>>,
+}
+
+/// Begins to connect.
+pub(super) fn build(
+    redis: &config::Redis,
+    config: &Config,
+    secrets: &Secrets,
+    clock: &Clock,
+) -> Result<Parts, String> {
+    let me = SidecarId::random()?;
+    let packing = match redis.compress {
+        config::Compression::Off => Packing::None,
+        config::Compression::Lz4 => Packing::Lz4,
+        config::Compression::Zstd => Packing::Zstd,
+    };
+    let sealing = Sealing {
+        ring: secrets.ring(),
+        encrypt: config.encrypt,
+        packing,
+        pack_above: redis.compress_above,
+        max_body: config.memory.max_entry_bytes,
+    };
+    let connections = Arc::new(Redis::start(redis, clock, &Arc::new(FleetClock::new(clock.clone()))));
+    let shared = Shared::new(connections.clone(), &redis.key_prefix, sealing, redis.write_behind);
+    let fleet = Fleet {
+        me,
+        redis: connections,
+        shared: Arc::new(shared),
+        inbox: Arc::new(Inbox::default()),
+        patience: redis.command_timeout,
+    };
+    let invalidations = Invalidations::shared(me, config.memory.max_unverified, clock.now());
+    Ok(Parts {
+        fleet: Arc::new(fleet),
+        invalidations: Arc::new(invalidations),
+        ring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
+        seed: secrets.made_up.then(|| secrets.seeds[0].clone()),
+    })
+}
+
+impl Parts {
+    /// Sets everything to work.
+    pub(super) fn start(self, commons: &Arc<Commons>, tasks: &mut JoinSet<()>) {
+        let Parts { fleet, invalidations, ring, seed } = self;
+        let log = Log {
+            redis: fleet.redis.clone(),
+            invalidations: invalidations.clone(),
+            inbox: fleet.inbox.clone(),
+            ring: ring.clone(),
+            me: fleet.me,
+            clock: commons.clock.clone(),
+        };
+        let (follower, teller, shared) = (log.clone(), log, fleet.shared.clone());
+        let commons = commons.clone();
+        tasks.spawn(async move {
+            // Nothing is read or written with a secret that the fleet may not have.
+            if let Some(seed) = &seed {
+                warn!(
+                    "no [security] secret: the fleet's is kept in Redis, where whoever can read it can forge records"
+                );
+                adopt(&fleet, &commons, &ring, seed).await;
+            }
+            let seen_at = move |position| invalidations.seen_at(position);
+            let mut work = JoinSet::new();
+            work.spawn(follower.follow());
+            work.spawn(teller.tell());
+            work.spawn(shared.write_behind(seen_at));
+            match seed {
+                Some(seed) => loop {
+                    tokio::time::sleep(LOOK_AT_SECRET).await;
+                    adopt(&fleet, &commons, &ring, &seed).await;
+                },
+                None => std::future::pending().await,
+            }
+        });
+    }
+}
+
+/// Makes the secret in common ours, or ours the one in common. Tries until Redis says which.
+async fn adopt(fleet: &Fleet, commons: &Commons, ring: &ArcSwap<Ring>, seed: &[u8]) {
+    let theirs = loop {
+        match fleet.redis.common_secret(seed).await {
+            Ok(secret) => break secret,
+            Err(trouble) => debug!(%trouble, "the secret in common can't be read"),
+        }
+        tokio::time::sleep(PAUSE).await;
+    };
+    let adopted = Ring::new([&*theirs]);
+    if adopted.first() != ring.load().first() {
+        info!("took over the fleet's secret");
+        commons.secret.store(Arc::new(KeySecret::of(&theirs)));
+        fleet.shared.seal_with(|sealing| Sealing { ring: adopted.clone(), ..sealing.clone() });
+        ring.store(Arc::new(adopted));
+    }
+}

@@ -1,0 +1,135 @@
+//! Who in the fleet fetches: a lease in Redis, kept while the fetch runs, given back with a word about how it ended.
+//!
+//! A lease is short. Its holder renews it; should the holder die, it lapses, and the next who asks has it. Nobody's
+//! answer depends on it being there: without Redis everybody fetches.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::SidecarId;
+use crate::redis::{Claim, Redis, Trouble};
+
+/// How long a lease lives unless renewed: how long a fleet waits for a sidecar that was killed.
+pub const TTL: Duration = Duration::from_millis(1500);
+
+/// How often it is renewed.
+const RENEW: Duration = Duration::from_millis(500);
+
+/// How long its end waits for the record to be written.
+const WRITING: Duration = Duration::from_secs(2);
+
+/// How the holder of a lease fared: what those who wait are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// There is a record: look.
+    Stored,
+    /// The answer is not to be shared: fetch for yourself.
+    Unshared,
+    /// There was none: ask for the lease.
+    Nothing,
+}
+
+impl Word {
+    fn token(self) -> &'static str {
+        match self {
+            Word::Stored => "stored",
+            Word::Unshared => "unshared",
+            Word::Nothing => "nothing",
+        }
+    }
+
+    /// From a message.
+    pub fn read(message: &[u8]) -> Word {
+        let all = [Word::Stored, Word::Unshared, Word::Nothing];
+        all.into_iter().find(|word| word.token().as_bytes() == message).unwrap_or(Word::Nothing)
+    }
+}
+
+/// How a fetch ended: says when a record is written, if one is.
+#[derive(Debug)]
+enum End {
+    Stored(oneshot::Receiver<()>),
+    Unshared,
+}
+
+/// A lease that is ours. Dropping it gives it back, with nothing to show.
+#[derive(Debug)]
+pub struct Lease(Option<oneshot::Sender<End>>);
+
+/// What comes of asking for one.
+#[derive(Debug)]
+pub enum Claimed {
+    /// It is ours.
+    Ours(Lease),
+    /// Somebody has it, for so long unless it is kept. There will be a message.
+    Theirs(Duration),
+}
+
+/// Asks for the lease of a name.
+pub async fn claim(redis: &Arc<Redis>, name: &str, me: SidecarId) -> Result<Claimed, Trouble> {
+    let token = format!("{me}:{:016x}", getrandom::u64().unwrap_or(0));
+    match redis.claim(name, &token, TTL, &me.to_string()).await? {
+        Claim::Theirs(left) => Ok(Claimed::Theirs(left)),
+        Claim::Ours => {
+            let (end, ended) = oneshot::channel();
+            tokio::spawn(hold(redis.clone(), name.to_owned(), token, ended));
+            Ok(Claimed::Ours(Lease(Some(end))))
+        }
+    }
+}
+
+impl Lease {
+    /// A record is being written; those who wait are told when it is.
+    pub fn stored(&mut self, written: oneshot::Receiver<()>) {
+        self.end(End::Stored(written));
+    }
+
+    /// The answer is not for others.
+    pub fn unshared(&mut self) {
+        self.end(End::Unshared);
+    }
+
+    fn end(&mut self, end: End) {
+        if let Some(holder) = self.0.take() {
+            // If the holder is gone, the lease is lost.
+            let _ = holder.send(end);
+        }
+    }
+}
+
+/// Renews a lease until its end, and gives it back.
+async fn hold(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot::Receiver<End>) {
+    let end = loop {
+        match timeout(RENEW, &mut ended).await {
+            Ok(end) => break end,
+            Err(_elapsed) => {
+                if let Ok(false) = redis.renew(&name, &token, TTL).await {
+                    debug!("a lease was lost: another sidecar may fetch the same");
+                    return;
+                }
+            }
+        }
+    };
+    let word = match end {
+        Ok(End::Stored(written)) => match timeout(WRITING, written).await {
+            Ok(Ok(())) => Word::Stored,
+            Ok(Err(_)) | Err(_) => Word::Nothing,
+        },
+        Ok(End::Unshared) => Word::Unshared,
+        Err(_dropped) => Word::Nothing,
+    };
+    let message = Bytes::from(format!("{} {}", subject(&name), word.token()));
+    if let Err(trouble) = redis.release(&name, &token, message).await {
+        debug!(%trouble, "a lease could not be given back: it lapses");
+    }
+}
+
+/// The subject of messages about a lease.
+pub fn subject(name: &str) -> String {
+    format!("lease:{name}")
+}

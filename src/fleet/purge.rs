@@ -1,0 +1,169 @@
+//! A purge as it lies in the invalidation log: versioned, and sealed with a MAC. What does not verify, or says
+//! something that this version does not know, makes everything doubtful: better a cold cache than a wrong one.
+
+use serde::{Deserialize, Serialize};
+
+use super::SidecarId;
+use crate::policy::glob::Glob;
+use crate::policy::invalidation::{Matcher, Selector, Strength, TargetMatch};
+use crate::policy::tags::{Subject, UpstreamId};
+use crate::store::seal::{KEY_ID, Ring, SALT, TAG};
+
+const VERSION: u8 = 1;
+
+/// What a log entry is bound to.
+const PLACE: &[u8] = b"invalidation log";
+
+/// A purge, and who made it.
+#[derive(Debug, Clone)]
+pub struct Purge {
+    /// Which sidecar.
+    pub from: SidecarId,
+    /// Its how many-th.
+    pub number: u64,
+    /// How much it takes away.
+    pub strength: Strength,
+    /// What it names.
+    pub selectors: Vec<Selector>,
+    /// Whoever has applied it should say so.
+    pub answer: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Wire {
+    from: u64,
+    number: u64,
+    hard: bool,
+    answer: bool,
+    selectors: Vec<WireSelector>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum WireSelector {
+    Subject([u8; 16]),
+    Prefix(WireMatcher),
+    Glob(WireMatcher),
+    Everything,
+}
+
+#[derive(Serialize, Deserialize)]
+struct WireMatcher {
+    upstream: Option<u64>,
+    authority: Option<String>,
+    text: String,
+}
+
+impl From<&Selector> for WireSelector {
+    fn from(selector: &Selector) -> WireSelector {
+        let wire = |matcher: &Matcher, text: String| WireMatcher {
+            upstream: matcher.upstream.map(|id| id.0),
+            authority: matcher.authority.as_deref().map(str::to_owned),
+            text,
+        };
+        match selector {
+            Selector::Subject(subject) => WireSelector::Subject(subject.to_bytes()),
+            Selector::Everything => WireSelector::Everything,
+            Selector::Matching(matcher) => match &matcher.target {
+                TargetMatch::Prefix(text) => WireSelector::Prefix(wire(matcher, text.to_string())),
+                TargetMatch::Glob(glob) => WireSelector::Glob(wire(matcher, glob.to_string())),
+            },
+        }
+    }
+}
+
+impl From<WireSelector> for Selector {
+    fn from(wire: WireSelector) -> Selector {
+        let matching = |matcher: WireMatcher, target| {
+            let upstream = matcher.upstream.map(UpstreamId);
+            Selector::Matching(Matcher { upstream, authority: matcher.authority.map(Into::into), target })
+        };
+        match wire {
+            WireSelector::Subject(bytes) => Selector::Subject(Subject::from_bytes(bytes)),
+            WireSelector::Everything => Selector::Everything,
+            WireSelector::Prefix(matcher) => {
+                let target = TargetMatch::Prefix(matcher.text.as_str().into());
+                matching(matcher, target)
+            }
+            WireSelector::Glob(matcher) => {
+                let target = TargetMatch::Glob(Glob::new(&matcher.text));
+                matching(matcher, target)
+            }
+        }
+    }
+}
+
+impl Purge {
+    /// As it goes into the log.
+    pub fn seal(&self, ring: &Ring, salt: [u8; SALT]) -> Vec<u8> {
+        let wire = Wire {
+            from: self.from.0,
+            number: self.number,
+            hard: self.strength == Strength::Hard,
+            answer: self.answer,
+            selectors: self.selectors.iter().map(WireSelector::from).collect(),
+        };
+        let mut body = vec![VERSION];
+        body.extend_from_slice(&ring.first());
+        body.extend_from_slice(&salt);
+        body.extend(postcard::to_allocvec(&wire).unwrap_or_default());
+        // The first key of a ring is always known to it.
+        let tag = ring.mac(ring.first(), &salt, PLACE, &[&body]).unwrap_or_default();
+        body.extend_from_slice(&tag);
+        body
+    }
+
+    /// From what lies in the log; none if it is not ours to understand.
+    pub fn open(body: &[u8], ring: &Ring) -> Option<Purge> {
+        let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
+        let (version, rest) = sealed.split_first()?;
+        let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
+        let (salt, wire) = rest.split_first_chunk::<SALT>()?;
+        if *version != VERSION {
+            return None;
+        }
+        ring.verify(*id, salt, PLACE, &[sealed], tag).ok()?;
+        let wire: Wire = postcard::from_bytes(wire).ok()?;
+        Some(Purge {
+            from: SidecarId(wire.from),
+            number: wire.number,
+            strength: if wire.hard { Strength::Hard } else { Strength::Soft },
+            selectors: wire.selectors.into_iter().map(Selector::from).collect(),
+            answer: wire.answer,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::tags::Scope;
+
+    #[test]
+    fn a_purge_comes_back_as_it_went_or_not_at_all() {
+        let ring = Ring::new([&b"secret"[..]]);
+        let scope = Scope { upstream: UpstreamId(7), authority: None };
+        let matcher = |target| Matcher { upstream: Some(UpstreamId(7)), authority: Some("a.example".into()), target };
+        let purge = Purge {
+            from: SidecarId(3),
+            number: 9,
+            strength: Strength::Soft,
+            selectors: vec![
+                Selector::Subject(Subject::tag(scope, "products")),
+                Selector::Matching(matcher(TargetMatch::Prefix("/a".into()))),
+                Selector::Matching(matcher(TargetMatch::Glob(Glob::new("*b*")))),
+                Selector::Everything,
+            ],
+            answer: true,
+        };
+        let sealed = purge.seal(&ring, [1; SALT]);
+        let opened = Purge::open(&sealed, &ring).expect("ours");
+        assert_eq!(format!("{opened:?}"), format!("{purge:?}"));
+        assert!(Purge::open(&sealed, &Ring::new([&b"other"[..]])).is_none());
+        for at in 0..sealed.len() {
+            let mut broken = sealed.clone();
+            broken[at] ^= 1;
+            assert!(Purge::open(&broken, &ring).is_none(), "byte {at}");
+            assert!(Purge::open(&sealed[..at], &ring).is_none(), "cut at {at}");
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! What the fleet has to do with a flight: look for a record in the store that all share, and ask who fetches.
+//!
+//! States: *look* (is there a record?), *claim* (who fetches?), *wait* (somebody else does: for word from them, or for
+//! their lease to lapse), and then either an entry, or the leave to fetch. Trouble with Redis is the leave to fetch.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http::header::HeaderName;
+use http::{Method, Request};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::debug;
+
+use super::fetch::Job;
+use super::flights::{Landing, Lead};
+use super::lookup::Miss;
+use super::visit::{Quest, Visit};
+use super::{Handled, Proxy, site};
+use crate::body::Body;
+use crate::fleet::Fleet;
+use crate::fleet::invalidations::Recorded;
+use crate::fleet::lease::{Claimed, Lease, Word, claim, subject};
+use crate::policy::Tick;
+use crate::policy::entry::{About, Entry, Head, Variant};
+use crate::policy::freshness::{Demands, Verdict, judge};
+use crate::policy::headers::make_room;
+use crate::policy::invalidation::Address;
+use crate::policy::key::{KeyBuf, short_name};
+use crate::policy::links;
+use crate::policy::plan::Plan;
+use crate::policy::tags::{Scope, subjects};
+use crate::store::shared::{Found, Place};
+use crate::store::wire::Answer;
+
+/// A record from further in the future than this has a wrong date.
+const FUTURE: Duration = Duration::from_secs(5);
+
+/// How much of the fleet's help a flight wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Help {
+    /// Look, and fetch once in the fleet.
+    All,
+    /// Look only: the answer can't be stored.
+    Look,
+    /// None: the client insists on its own answer, or answers can't be shared anyway.
+    None,
+}
+
+/// What to do then.
+pub(super) enum Next {
+    /// Somebody has it.
+    Found(Arc<Entry>),
+    /// Fetch; with the lease, if there is one.
+    Fetch(Option<Lease>),
+}
+
+/// What a look-up says.
+enum Looked {
+    /// To be served as it is.
+    Fresh(Arc<Entry>),
+    /// To be served, and refreshed.
+    WhileRevalidate(Arc<Entry>),
+    /// To be validated, or fallen back on.
+    Stale(Arc<Entry>),
+    Nothing,
+    /// Redis can't be asked.
+    Trouble,
+}
+
+impl Proxy {
+    /// Looks, claims, waits: until there is an entry or the leave to fetch. What is stale is announced or noted.
+    pub(super) async fn ask_fleet(&self, lead: &mut Lead, job: &mut Job, by: Instant) -> Next {
+        let Some(fleet) = self.commons.fleet.as_ref().filter(|_| job.help != Help::None) else {
+            return Next::Fetch(None);
+        };
+        let place = fleet.shared.place(&job.key);
+        match self.look_there(fleet, &place, job).await {
+            Looked::Fresh(entry) => return Next::Found(entry),
+            Looked::WhileRevalidate(entry) => {
+                lead.show(Landing::Found(entry.clone()));
+                job.stale = Some(entry);
+            }
+            Looked::Stale(entry) => job.stale = Some(entry),
+            Looked::Nothing => {}
+            Looked::Trouble => return Next::Fetch(None),
+        }
+        if job.help == Help::Look || job.asked.method != Method::GET {
+            return Next::Fetch(None);
+        }
+        match timeout_at(by, self.claim(fleet, &place, job)).await {
+            Ok(next) => next,
+            Err(_elapsed) => Next::Fetch(None),
+        }
+    }
+
+    /// Until the lease is ours, or a record is there.
+    async fn claim(&self, fleet: &Fleet, place: &Place, job: &mut Job) -> Next {
+        let name = lease_name(place, job);
+        let mut news = fleet.inbox.expect(&subject(&name));
+        loop {
+            match claim(&fleet.redis, &name, fleet.me).await {
+                Err(trouble) => {
+                    debug!(%trouble, "no lease: this sidecar fetches for itself");
+                    return Next::Fetch(None);
+                }
+                // Between the look and the claim somebody may have finished.
+                Ok(Claimed::Ours(lease)) => {
+                    return match self.look_there(fleet, place, job).await {
+                        Looked::Fresh(entry) => Next::Found(entry),
+                        Looked::WhileRevalidate(_) | Looked::Stale(_) | Looked::Nothing | Looked::Trouble => {
+                            Next::Fetch(Some(lease))
+                        }
+                    };
+                }
+                Ok(Claimed::Theirs(left)) => {
+                    match timeout(left, news.message()).await.map(|word| Word::read(&word)) {
+                        Ok(Word::Unshared) => return Next::Fetch(None),
+                        Ok(Word::Stored) => {
+                            if let Looked::Fresh(entry) = self.look_there(fleet, place, job).await {
+                                return Next::Found(entry);
+                            }
+                        }
+                        Ok(Word::Nothing) | Err(_) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks for the record, and keeps in memory what is found.
+    async fn look_there(&self, fleet: &Fleet, place: &Place, job: &Job) -> Looked {
+        // Before the log has been read nobody knows what a record may have missed.
+        if timeout(fleet.patience, self.commons.invalidations.caught_up()).await.is_err() {
+            return Looked::Trouble;
+        }
+        let found = match fleet.shared.look(place, job.plan.usual_vary(), &job.asked.headers).await {
+            Err(_trouble) => return Looked::Trouble,
+            Ok(None) => return Looked::Nothing,
+            Ok(Some(Found::Waiting(entry))) => Some(entry),
+            Ok(Some(Found::Answer(answer))) => self.adopt(fleet, job, *answer).await.map(Arc::new),
+        };
+        let now = self.commons.clock.now();
+        let Some(entry) = found.filter(|entry| entry.variant.selected_by(&job.asked.headers)) else {
+            return Looked::Nothing;
+        };
+        let verdict = judge(&entry, self.commons.invalidations.standing(&entry, now), &Demands::default(), now);
+        if verdict != Verdict::Gone {
+            self.commons.memory.put(&job.key, entry.clone());
+        }
+        match verdict {
+            Verdict::Fresh => Looked::Fresh(entry),
+            Verdict::WhileRevalidate => Looked::WhileRevalidate(entry),
+            Verdict::Stale | Verdict::Refused => Looked::Stale(entry),
+            Verdict::Gone => Looked::Nothing,
+        }
+    }
+
+    /// An entry of ours from a record: with our own times and positions.
+    async fn adopt(&self, fleet: &Fleet, job: &Job, answer: Answer) -> Option<Entry> {
+        let Answer { address, status, mut headers, casing, body, born, seen, terms, vary, tags, rule } = answer;
+        let born: Tick = fleet.redis.time().tick(born)?;
+        if born > self.commons.clock.now().plus(FUTURE) {
+            return None;
+        }
+        let casing = self.site.upstream.casing(&casing).await;
+        make_room(&mut headers);
+        let links = links::find(&headers, &job.place.host);
+        let scope = Scope { upstream: address.upstream, authority: job.place.keyed.as_deref() };
+        let subjects = subjects(scope, &address.target, &tags).into();
+        let address = Address {
+            upstream: address.upstream,
+            authority: address.authority.into(),
+            target: address.target.into(),
+            subjects,
+        };
+        let rule = if *rule == *job.plan.name { job.plan.name.clone() } else { rule.into() };
+        let about = About { key_name: short_name(&job.key).into(), tags: tags.into(), rule };
+        let head = Arc::new(Head { status, headers, casing, links });
+        let variant = Variant::of(vary, &job.asked.headers);
+        let position = self.commons.invalidations.position_of(seen);
+        Some(Entry::new(head, body, variant, born, terms, address, position, about))
+    }
+
+    /// Waits, if there is a fleet that can be told, until a purge of ours is in its log.
+    pub(super) async fn told_fleet(&self, recorded: Recorded) {
+        if let Some(fleet) = &self.commons.fleet {
+            self.commons.invalidations.logged(recorded.number, fleet.patience).await;
+        }
+    }
+
+    /// An answer from what is stored, here or in the fleet, and from nowhere else (RFC 9111 §5.2.1.7).
+    pub(super) fn only_if_cached(
+        self: &Arc<Self>,
+        request: Request<Body>,
+        place: site::Place,
+        plan: &Arc<Plan>,
+        key: KeyBuf,
+        miss: Miss,
+        visit: Visit,
+    ) -> Handled {
+        let Some(fleet) = self.commons.fleet.clone() else {
+            return Handled::Now(self.not_cached(&request, plan, &visit));
+        };
+        let (proxy, plan) = (self.clone(), plan.clone());
+        Handled::later(async move {
+            let asked = Arc::new(request.into_parts().0);
+            let address = proxy.site.address(&place, &asked.uri, &plan);
+            let (position, stale) = (proxy.commons.invalidations.position(), miss.stale.clone());
+            let (help, lease) = (Help::Look, Mutex::default());
+            let job = Job {
+                asked: asked.clone(),
+                place: place.clone(),
+                plan: plan.clone(),
+                key: key.to_vec().into(),
+                address,
+                position,
+                stale,
+                help,
+                lease,
+            };
+            let looked = proxy.look_there(&fleet, &fleet.shared.place(&key), &job).await;
+            let quest = Quest { asked: asked.clone(), place: &place, plan: &plan, key, miss, visit: &visit };
+            let found = match looked {
+                Looked::Fresh(entry) | Looked::WhileRevalidate(entry) => proxy.found(&quest, &entry),
+                Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
+            };
+            found.unwrap_or_else(|| proxy.not_cached(&*asked, &plan, &visit))
+        })
+    }
+
+    /// Stores an entry here and for the fleet.
+    pub(super) fn store(&self, job: &Job, entry: &Arc<Entry>) {
+        self.commons.memory.put(&job.key, entry.clone());
+        let Some(fleet) = &self.commons.fleet else { return };
+        let resident = entry.resident(self.commons.clock.now());
+        let written = fleet.shared.keep(&job.key, entry, job.plan.usual_vary(), resident);
+        if let Some(lease) = job.lease().as_mut() {
+            lease.stored(written);
+        }
+    }
+
+    /// What is stored for this request is no longer so: the upstream has answered with something that is not stored.
+    pub(super) fn displace(&self, job: &Job) {
+        self.commons.memory.remove(&job.key, &job.asked.headers);
+        let Some(fleet) = &self.commons.fleet else { return };
+        let names = job.stale.as_ref().map(|entry| entry.variant.0.iter().map(|(name, _)| name.clone()).collect());
+        let names: Vec<HeaderName> = names.unwrap_or_else(|| job.plan.usual_vary().to_vec());
+        fleet.shared.forget(&job.key, &Variant::of(names, &job.asked.headers));
+        if let Some(lease) = job.lease().as_mut() {
+            lease.unshared();
+        }
+    }
+}
+
+/// Those who ask for other variants don't wait for this one.
+fn lease_name(place: &Place, job: &Job) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(place.name().as_bytes());
+    let names = job.stale.as_ref().map(|entry| entry.variant.0.iter().map(|(name, _)| name.clone()).collect());
+    let names: Vec<HeaderName> = names.unwrap_or_else(|| job.plan.usual_vary().to_vec());
+    for (name, values) in Variant::of(names, &job.asked.headers).0 {
+        hasher.update(name.as_str().as_bytes()).update(&[0xff]);
+        for value in values {
+            hasher.update(&(value.len() as u64).to_be_bytes()).update(value.as_bytes());
+        }
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
+}

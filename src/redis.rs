@@ -1,0 +1,201 @@
+//! Redis, as far as the rest of the house knows it: a few narrow commands, each with a deadline, none that blocks.
+//!
+//! Behind it stands fred, and between the two a guard of ours ([`link`]): fred is never trusted to say that it is
+//! connected, to give up in time, or to bound what it queues. Reading and writing have connections of their own, so
+//! that a stalled write does not hold up reads; following the log has another, because it waits on the server.
+//!
+//! Everything that sidecars say to each other lies in one hash slot (`{prefix}:…`), so that scripts work in a cluster;
+//! records are spread over all slots.
+
+mod connect;
+mod coordination;
+mod herald;
+mod link;
+mod records;
+mod scripts;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use crate::clock::{Clock, FleetClock};
+use crate::config;
+use herald::Herald;
+use link::Link;
+
+pub use coordination::{Claim, LogEntry, Message, News};
+pub use link::{IN_FLIGHT, LinkState};
+
+/// Two kinds of records, which can lie in databases of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// All may share it.
+    Shared,
+    /// It belongs to one credential.
+    Private,
+}
+
+impl Class {
+    /// Its part of a key.
+    pub fn token(self) -> &'static str {
+        match self {
+            Class::Shared => "s",
+            Class::Private => "p",
+        }
+    }
+}
+
+/// Why a command did nothing, as far as anyone knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// No connection.
+    Down,
+    /// The breaker is open.
+    Open,
+    /// Too many commands are under way.
+    Busy,
+    /// No answer in time: it may have been done all the same.
+    Silent,
+    /// An error was the answer.
+    Refused,
+}
+
+/// A command that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// How.
+    pub why: Why,
+    /// What Redis said, if it said anything.
+    pub message: String,
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = match self.why {
+            Why::Down => "no connection",
+            Why::Open => "the breaker is open",
+            Why::Busy => "too many commands under way",
+            Why::Silent => "no answer in time",
+            Why::Refused => "refused",
+        };
+        f.write_str(word)?;
+        if self.message.is_empty() { Ok(()) } else { write!(f, ": {}", self.message) }
+    }
+}
+
+/// A reader and a writer of one database.
+#[derive(Debug, Clone)]
+struct Pair {
+    reader: Arc<Link>,
+    writer: Arc<Link>,
+}
+
+/// The connections to Redis.
+#[derive(Debug)]
+pub struct Redis {
+    shared: Pair,
+    private: Pair,
+    /// Log, leases, work.
+    coordination: Arc<Link>,
+    /// Waits for the log to go on.
+    follower: Arc<Link>,
+    /// `{prefix}:1`, in braces: one slot.
+    coordinates: Box<str>,
+    command_timeout: Duration,
+    herald: Arc<Herald>,
+    time: Arc<FleetClock>,
+    /// Where it is, for people.
+    place: String,
+    _supervisors: JoinSet<()>,
+}
+
+/// What `/health` and `/stats` say of Redis.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct State {
+    /// Where it is.
+    pub place: String,
+    /// Why it is down, if it is.
+    pub trouble: Option<String>,
+    /// Each connection.
+    pub connections: std::collections::BTreeMap<&'static str, LinkState>,
+}
+
+impl Redis {
+    /// Begins to connect. Nothing waits for that.
+    pub fn start(config: &config::Redis, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
+        let herald = Arc::new(Herald::new(clock.clone()));
+        let mut supervisors = JoinSet::new();
+        let mut link = |name, database| {
+            let link = Link::new(name, clock.clone(), herald.clone());
+            let time = time.clone();
+            let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |now| time.set(now));
+            supervisors.spawn(supervise);
+            link
+        };
+        let databases = config.databases;
+        let shared = Pair { reader: link("reader", databases.cache), writer: link("writer", databases.cache) };
+        let private = if databases.private == databases.cache {
+            shared.clone()
+        } else {
+            Pair {
+                reader: link("private-reader", databases.private),
+                writer: link("private-writer", databases.private),
+            }
+        };
+        let coordination = if databases.coordination == databases.cache {
+            shared.writer.clone()
+        } else {
+            link("coordination", databases.coordination)
+        };
+        let follower = link("follower", databases.coordination);
+        Redis {
+            shared,
+            private,
+            coordination,
+            follower,
+            coordinates: format!("{{{}}}:1", config.key_prefix).into(),
+            command_timeout: config.command_timeout,
+            herald,
+            time: time.clone(),
+            place: config.topology.to_string(),
+            _supervisors: supervisors,
+        }
+    }
+
+    /// The clock that the fleet shares: this server's.
+    pub fn time(&self) -> &FleetClock {
+        &self.time
+    }
+
+    /// How it is.
+    pub fn state(&self) -> State {
+        let links = [
+            &self.shared.reader,
+            &self.shared.writer,
+            &self.private.reader,
+            &self.private.writer,
+            &self.coordination,
+            &self.follower,
+        ];
+        State {
+            place: self.place.clone(),
+            trouble: self.herald.trouble(),
+            connections: links.into_iter().map(|link| (link.name, link.state())).collect(),
+        }
+    }
+
+    fn pair(&self, class: Class) -> &Pair {
+        match class {
+            Class::Shared => &self.shared,
+            Class::Private => &self.private,
+        }
+    }
+}
+
+/// Tries the configuration once: what to tell about the server, or one clear line.
+pub async fn probe(config: &config::Redis) -> Result<String, String> {
+    let _connection = connect::connect(config, config.databases.cache).await?;
+    Ok(format!("redis {}: answers", config.topology))
+}

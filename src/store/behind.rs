@@ -1,0 +1,252 @@
+//! What waits to be written to Redis: bounded, and never waited for. When it is full the oldest goes, and is counted.
+//! Look-ups see what is in it.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::header::HeaderName;
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tracing::debug;
+
+use super::shared::{Shared, encode};
+use super::wire::salt;
+use crate::policy::chain::LogId;
+use crate::policy::entry::Entry;
+use crate::policy::invalidation::Position;
+use crate::redis::{Class, Why};
+
+/// Tasks that may wait, whatever their size.
+const MAX_TASKS: usize = 10_000;
+
+/// Writes under way at once.
+const AT_ONCE: usize = 8;
+
+/// After a write that could not be tried.
+const PAUSE: Duration = Duration::from_millis(25);
+
+/// An entry on its way.
+#[derive(Debug)]
+pub(super) struct Writing {
+    pub(super) class: Class,
+    pub(super) key: String,
+    pub(super) entry: Arc<Entry>,
+    /// The plain key, and what a signpost there is to say.
+    pub(super) signpost: Option<(String, Vec<HeaderName>)>,
+    pub(super) ttl: Duration,
+    pub(super) written: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+pub(super) enum Task {
+    Write(Writing),
+    Remove { class: Class, key: String },
+}
+
+/// The queue.
+#[derive(Debug)]
+pub(super) struct Behind {
+    queue: Mutex<Queue>,
+    max_bytes: u64,
+    more: Notify,
+    written: AtomicU64,
+    dropped: AtomicU64,
+    failed: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    tasks: VecDeque<Task>,
+    /// By key: what is queued or being written, and how often.
+    waiting: HashMap<String, (Arc<Entry>, usize)>,
+    bytes: u64,
+}
+
+/// What `/stats` says of the queue.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct State {
+    /// Tasks that wait.
+    pub waiting: usize,
+    /// Bytes that wait.
+    pub bytes: u64,
+    /// The most that may.
+    pub max_bytes: u64,
+    /// Records written.
+    pub written: u64,
+    /// Records dropped because the queue was full.
+    pub dropped: u64,
+    /// Records that Redis refused.
+    pub failed: u64,
+}
+
+impl Behind {
+    pub(super) fn new(max_bytes: u64) -> Behind {
+        let [written, dropped, failed] = [0; 3].map(AtomicU64::new);
+        Behind { queue: Mutex::default(), max_bytes, more: Notify::new(), written, dropped, failed }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a task; what is oldest goes if there is no room.
+    pub(super) fn push(&self, task: Task) {
+        let mut queue = self.lock();
+        queue.add(task);
+        while queue.bytes > self.max_bytes || queue.tasks.len() > MAX_TASKS {
+            let Some(task) = queue.tasks.pop_front() else { break };
+            queue.leaves(&task);
+            self.dropped.fetch_add(1, Relaxed);
+        }
+        drop(queue);
+        self.more.notify_one();
+    }
+
+    /// What waits under a key.
+    pub(super) fn waiting(&self, key: &str) -> Option<Arc<Entry>> {
+        self.lock().waiting.get(key).map(|(entry, _)| entry.clone())
+    }
+
+    async fn next(&self) -> Task {
+        loop {
+            if let Some(task) = self.lock().tasks.pop_front() {
+                return task;
+            }
+            self.more.notified().await;
+        }
+    }
+
+    pub(super) fn state(&self) -> State {
+        let queue = self.lock();
+        State {
+            waiting: queue.tasks.len(),
+            bytes: queue.bytes,
+            max_bytes: self.max_bytes,
+            written: self.written.load(Relaxed),
+            dropped: self.dropped.load(Relaxed),
+            failed: self.failed.load(Relaxed),
+        }
+    }
+}
+
+impl Queue {
+    fn add(&mut self, task: Task) {
+        match &task {
+            Task::Write(writing) => {
+                self.bytes += writing.entry.weight();
+                let (entry, count) =
+                    self.waiting.entry(writing.key.clone()).or_insert_with(|| (writing.entry.clone(), 0));
+                entry.clone_from(&writing.entry);
+                *count += 1;
+            }
+            Task::Remove { key, .. } => drop(self.waiting.remove(key)),
+        }
+        self.tasks.push_back(task);
+    }
+
+    /// A task is done, or dropped.
+    fn leaves(&mut self, task: &Task) {
+        let Task::Write(writing) = task else { return };
+        self.bytes = self.bytes.saturating_sub(writing.entry.weight());
+        if let Some((_, count)) = self.waiting.get_mut(&writing.key) {
+            *count -= 1;
+            if *count == 0 {
+                self.waiting.remove(&writing.key);
+            }
+        }
+    }
+}
+
+/// What becomes of an attempt.
+enum Tried {
+    Done,
+    /// Redis does not want it.
+    Refused,
+    /// Redis could not be asked.
+    Later,
+}
+
+impl Shared {
+    /// Writes what waits, for ever. `seen_at` says which log entry something fetched at a position had seen.
+    pub async fn write_behind(self: Arc<Self>, seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static) {
+        let (places, seen_at) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(seen_at));
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let task = self.behind().next().await;
+            let (shared, seen_at) = (self.clone(), seen_at.clone());
+            tokio::spawn(async move {
+                shared.carry_out(task, &*seen_at).await;
+                drop(place);
+            });
+        }
+    }
+
+    /// Tries until Redis has it or does not want it.
+    async fn carry_out(&self, task: Task, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) {
+        loop {
+            if self.superseded(&task) {
+                return self.behind().lock().leaves(&task);
+            }
+            match self.attempt(&task, seen_at).await {
+                Tried::Later => tokio::time::sleep(PAUSE).await,
+                Tried::Refused => {
+                    self.behind().failed.fetch_add(1, Relaxed);
+                    self.behind().lock().leaves(&task);
+                    return;
+                }
+                Tried::Done => {
+                    self.behind().written.fetch_add(1, Relaxed);
+                    self.behind().lock().leaves(&task);
+                    if let Task::Write(writing) = task {
+                        // Most don't wait for it.
+                        let _ = writing.written.send(());
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Has a newer entry, or a removal, come for the same key since?
+    fn superseded(&self, task: &Task) -> bool {
+        let Task::Write(writing) = task else { return false };
+        !self.behind().waiting(&writing.key).is_some_and(|entry| Arc::ptr_eq(&entry, &writing.entry))
+    }
+
+    async fn attempt(&self, task: &Task, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) -> Tried {
+        let done = match task {
+            Task::Remove { class, key } => self.redis().remove(*class, key).await,
+            Task::Write(writing) => {
+                let (Some(born), Some(seen)) =
+                    (self.redis().time().at(writing.entry.born), seen_at(writing.entry.position))
+                else {
+                    // It has seen a log that is no more; or none yet.
+                    return if self.redis().time().at(writing.entry.born).is_none() {
+                        Tried::Later
+                    } else {
+                        Tried::Refused
+                    };
+                };
+                let sealing = self.sealing();
+                let Some(record) = encode(&sealing, writing, born, seen, salt()) else { return Tried::Refused };
+                let written = self.redis().write(writing.class, &writing.key, record, writing.ttl).await;
+                match (&writing.signpost, written) {
+                    (Some((plain, names)), Ok(())) => match sealing.signpost(names, plain, salt()) {
+                        Some(post) => self.redis().write(writing.class, plain, post.into(), writing.ttl).await,
+                        None => Ok(()),
+                    },
+                    (_, written) => written,
+                }
+            }
+        };
+        match done {
+            Ok(()) => Tried::Done,
+            Err(trouble) if trouble.why == Why::Refused => {
+                debug!(%trouble, "a record was not written");
+                Tried::Refused
+            }
+            Err(_) => Tried::Later,
+        }
+    }
+}

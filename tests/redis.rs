@@ -1,0 +1,262 @@
+//! Redis as the store that a fleet shares: what one has fetched, all have, and nothing that lies there is trusted.
+
+use redis::Commands;
+
+use crate::support::{Origin, Redis, Reply, Sidecar, get, until};
+
+const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
+                     tags = [\"products\", \"product:{id}\"]\n";
+
+/// A sidecar of a fleet, ready to use what the others have stored.
+async fn member(origin: &Origin, redis: &Redis) -> Sidecar {
+    member_with(origin, redis, "").await
+}
+
+async fn member_with(origin: &Origin, redis: &Redis, tables: &str) -> Sidecar {
+    let sidecar = Sidecar::with_tables(origin, RULES, &(redis.table() + tables)).await;
+    sidecar.in_fleet().await;
+    sidecar
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_has_fetched_all_have() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| {
+        let body = format!("body {} {}", ask.number, ask.header("accept-language").unwrap_or("-"));
+        let reply = Reply::fresh(60, body).header("ETag", "\"x\"").header("x-twice", "1").header("x-twice", "2");
+        if ask.target == "/vary" { reply.header("Vary", "Accept-Language") } else { reply }
+    })
+    .await;
+    let (one, other) = (member(&origin, &redis).await, member(&origin, &redis).await);
+    let asks: [(&str, &[(&str, &str)]); 5] = [
+        ("/products/7", &[]),
+        ("/products/7", &[("Accept-Encoding", "gzip")]),
+        ("/http", &[]),
+        ("/vary", &[("Accept-Language", "de")]),
+        ("/vary", &[("Accept-Language", "en")]),
+    ];
+    for (target, lines) in asks {
+        let first = one.get_with(target, lines).await;
+        one.written().await;
+        let second = other.get_with(target, lines).await;
+        assert!(second.is_hit(), "{target} {lines:?}: {}", second.cache_status());
+        assert_eq!((second.text(), second.all("x-twice")), (first.text(), vec!["1", "2"]));
+        assert!(second.headers.iter().any(|(name, _)| name == "ETag"), "case is kept: {:?}", second.headers);
+        assert!(second.headers.iter().any(|(name, _)| name == "x-twice"), "case is kept: {:?}", second.headers);
+        assert!(other.get_with(target, lines).await.is_hit(), "from memory now");
+    }
+    assert_eq!(origin.count(), asks.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn age_goes_on_and_a_stale_record_is_validated() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| match ask.header("if-none-match") {
+        Some(_) => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "max-age=60"),
+        None => Reply::fresh(60, "x").header("ETag", "\"1\""),
+    })
+    .await;
+    let (one, other) = (member(&origin, &redis).await, member(&origin, &redis).await);
+    one.get("/x").await;
+    one.written().await;
+    other.turn(20);
+    let hit = other.get("/x").await;
+    let age: u64 = hit.header("age").and_then(|age| age.parse().ok()).expect("an age");
+    assert!(hit.is_hit() && (20..25).contains(&age), "{age} {}", hit.cache_status());
+    let late = member(&origin, &redis).await;
+    late.turn(70);
+    let validated = late.get("/x").await;
+    assert_eq!((validated.status, validated.text().as_str(), origin.count()), (200, "x", 2));
+    assert!(origin.asks()[1].header("if-none-match").is_some(), "by the record's validator");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_upstream_is_stood_in_for_by_what_another_has_fetched() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| {
+        if ask.number == 0 {
+            Reply::fresh(1, "good").header("Cache-Control", "stale-if-error=600")
+        } else {
+            Reply::close()
+        }
+    })
+    .await;
+    let one = member(&origin, &redis).await;
+    one.get("/x").await;
+    one.written().await;
+    let other = member(&origin, &redis).await;
+    other.turn(30);
+    let stale = other.get("/x").await;
+    assert_eq!((stale.status, stale.text().as_str()), (200, "good"), "{}", stale.cache_status());
+    assert!(stale.cache_status().contains("stale-if-error"), "{}", stale.cache_status());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_if_cached_asks_the_fleet_and_nobody_else() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let (one, other) = (member(&origin, &redis).await, member(&origin, &redis).await);
+    let only = [("Cache-Control", "only-if-cached")];
+    assert_eq!(other.get_with("/x", &only).await.status, 504);
+    one.get("/x").await;
+    one.written().await;
+    let hit = other.get_with("/x", &only).await;
+    assert!(hit.status == 200 && hit.is_hit(), "{}", hit.cache_status());
+    assert_eq!(origin.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_belongs_to_a_credential_lies_apart_and_the_credential_nowhere() {
+    let redis = Redis::start();
+    let origin =
+        Origin::start(|ask| Reply::fresh(60, ask.header("authorization").unwrap_or("-").len().to_string())).await;
+    let databases = "databases = { private = 1, coordination = 2 }\n";
+    let sidecar = member_with(&origin, &redis, databases).await;
+    let secret = [("Authorization", "Bearer canary-7f3a"), ("X-Api-Key", "canary-7f3a")];
+    sidecar.get_with("/products/1", &secret).await;
+    sidecar.get("/products/1").await;
+    sidecar.purge(r#"{"tags":["nothing"]}"#).await;
+    sidecar.written().await;
+    let mut observer = redis.observer();
+    for (database, begins) in [(0, "sidecache:1:s:"), (1, "sidecache:1:p:"), (2, "{sidecache}:1:")] {
+        redis::cmd("SELECT").arg(database).exec(&mut observer).expect("a database");
+        let keys: Vec<String> = observer.keys("*").expect("keys");
+        assert!(!keys.is_empty() && keys.iter().all(|key| key.starts_with(begins)), "{database}: {keys:?}");
+        for key in keys {
+            let dump: Vec<u8> = redis::cmd("DUMP").arg(&key).query(&mut observer).expect("a value");
+            assert!(!dump.windows(6).any(|w| w == b"canary"), "{key}");
+            if database < 2 {
+                let left: i64 = observer.pttl(&key).expect("a time");
+                // An hour fresh, an hour stale, and a margin.
+                assert!((7_200_000..=7_260_000).contains(&left), "{key}: {left}");
+            }
+        }
+    }
+    let other = member_with(&origin, &redis, databases).await;
+    assert!(other.get_with("/products/1", &secret).await.is_hit(), "from the private database");
+    assert!(!other.get_with("/products/1", &[("Authorization", "Bearer another")]).await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_tampered_with_is_a_miss_and_is_removed() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| Reply::fresh(60, ask.target.repeat(2_000))).await;
+    let writer = member(&origin, &redis).await;
+    writer.get("/a").await;
+    writer.get("/b").await;
+    writer.written().await;
+    let mut observer = redis.observer();
+    let keys = redis.keys("sidecache:1:s:*");
+    let records: Vec<Vec<u8>> = keys.iter().map(|key| observer.get(key).expect("a record")).collect();
+    assert_eq!(records.len(), 2);
+    assert!(records[0].len() < 2_000, "compressed");
+    let flipped = |at: usize| {
+        let mut record = records[0].clone();
+        record[at] ^= 4;
+        record
+    };
+    let mut bad = vec![Vec::new(), b"text".to_vec(), records[0][..40].to_vec(), records[1].clone()];
+    bad.extend([2, 5, 9, 30, 60, records[0].len() - 1].map(flipped));
+    for record in bad {
+        let _: () = observer.set(&keys[0], &record).expect("written");
+        let reader = member(&origin, &redis).await;
+        for target in ["/a", "/b"] {
+            assert_eq!(
+                reader.get(target).await.text(),
+                target.repeat(2_000),
+                "{:?}",
+                &record[..record.len().min(60)]
+            );
+        }
+        reader.written().await;
+        let healed: Vec<u8> = observer.get(&keys[0]).expect("a record");
+        assert!(healed.len() > 100 && healed[36..] != record.get(36..).unwrap_or_default()[..], "put right again");
+    }
+    // Of another type, and of a version to come.
+    let _: () = observer.del(&keys[0]).expect("removed");
+    let _: () = observer.lpush(&keys[0], "x").expect("written");
+    assert_eq!(member(&origin, &redis).await.get("/a").await.text(), "/a".repeat(2_000));
+    let mut newer = records[0].clone();
+    newer[1] = 2;
+    let _: () = observer.set(&keys[0], &newer).expect("written");
+    assert_eq!(member(&origin, &redis).await.get("/a").await.text(), "/a".repeat(2_000));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_rotate_and_records_can_be_encrypted() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::fresh(60, "plain as day ".repeat(10))).await;
+    let folder = crate::support::redis::folder("secrets");
+    for name in ["old", "new"] {
+        std::fs::write(folder.join(name), format!("secret-{name}")).expect("writable");
+    }
+    let security = |names: &[&str], encrypt: bool| {
+        let files: Vec<String> =
+            names.iter().map(|n| format!("{{ file = \"{}\" }}", folder.join(n).display())).collect();
+        format!("[security]\nsecret = [{}]\nencrypt = {encrypt}\n", files.join(", "))
+    };
+    let with = async |names: &[&str], encrypt| member_with(&origin, &redis, &security(names, encrypt)).await;
+    let old = with(&["old"], true).await;
+    old.get("/x").await;
+    old.written().await;
+    let mut observer = redis.observer();
+    let record: Vec<u8> = observer.get(&redis.keys("sidecache:1:s:*")[0]).expect("a record");
+    assert!(!record.windows(8).any(|w| w == b"plain as" || w == b"max-age="), "encrypted");
+    let both = with(&["new", "old"], true).await;
+    assert!(both.get("/x").await.is_hit(), "opened with the second secret");
+    both.get("/y").await;
+    both.written().await;
+    assert!(with(&["new"], true).await.get("/y").await.is_hit(), "sealed with the first");
+    assert!(!with(&["old"], true).await.get("/y").await.is_hit(), "without the secret: a miss");
+    std::fs::remove_dir_all(folder).expect("ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_secret_of_their_own_sidecars_share_one_that_redis_keeps() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let token = [("Authorization", "Bearer x")];
+    let one =
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.table()).await;
+    one.in_fleet().await;
+    one.get_with("/x", &token).await;
+    one.written().await;
+    let other =
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.table()).await;
+    other.in_fleet().await;
+    assert!(other.get_with("/x", &token).await.is_hit(), "the same digest of a credential");
+    let secret: Vec<u8> = redis.observer().get("{sidecache}:1:secret").expect("kept");
+    assert_eq!(secret.len(), 32);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_definitive_answer_displaces_the_record_too() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| if ask.number == 0 { Reply::fresh(1, "x") } else { Reply::new(404, "") }).await;
+    let one = member(&origin, &redis).await;
+    one.get("/x").await;
+    one.written().await;
+    assert_eq!(redis.keys("sidecache:1:s:*").len(), 1);
+    one.turn(10);
+    assert_eq!(one.get("/x").await.status, 404);
+    until("the record is gone", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_line_says_where_redis_is_and_stats_and_health_show_the_tiers_apart() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let sidecar = member(&origin, &redis).await;
+    sidecar.get("/x").await;
+    sidecar.written().await;
+    let stats = sidecar.stats().await;
+    assert_eq!(
+        (stats["redis"]["records"]["misses"].as_u64(), stats["redis"]["records"]["hits"].as_u64()),
+        (Some(2), Some(0))
+    );
+    assert_eq!(stats["redis"]["records"]["queue"]["written"].as_u64(), Some(1), "{stats}");
+    assert!(stats["redis"]["connections"]["reader"]["p99_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{stats}");
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["components"]["redis"]["status"], "ok", "{health}");
+    assert!(health["components"]["redis"]["invalidation_lag_ms"].as_u64().is_some_and(|ms| ms < 5_000), "{health}");
+}

@@ -1,0 +1,132 @@
+//! A TCP proxy that misbehaves on request: adds delay, swallows, cuts, refuses, flips bits.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
+
+/// What it does with what passes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Mood {
+    /// Hands it on.
+    Fine,
+    /// Hands it on after a while.
+    Slow(Duration),
+    /// Takes everything, hands on nothing.
+    BlackHole,
+    /// Flips a bit in one of so many bytes of what the server says, but not in short pieces.
+    Flips(usize),
+    /// Accepts no connection, and drops those there are.
+    Refuses,
+}
+
+/// The proxy.
+#[derive(Debug)]
+pub(crate) struct Chaos {
+    pub(crate) address: SocketAddr,
+    mood: watch::Sender<Mood>,
+    cuts: broadcast::Sender<()>,
+    serving: JoinHandle<()>,
+}
+
+impl Chaos {
+    /// Before this server.
+    pub(crate) async fn before(server: SocketAddr) -> Chaos {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let (mood, cuts) = (watch::Sender::new(Mood::Fine), broadcast::Sender::new(1));
+        let (moods, cutting) = (mood.clone(), cuts.clone());
+        let serving = tokio::spawn(async move {
+            loop {
+                let (client, _) = listener.accept().await.expect("a connection");
+                if *moods.borrow() == Mood::Refuses {
+                    continue;
+                }
+                let (moods, cut) = (Arc::new(moods.subscribe()), cutting.subscribe());
+                tokio::spawn(connection(client, server, moods, cut));
+            }
+        });
+        Chaos { address, mood, cuts, serving }
+    }
+
+    pub(crate) fn set(&self, mood: Mood) {
+        self.mood.send_replace(mood);
+        if mood == Mood::Refuses {
+            self.cut();
+        }
+    }
+
+    /// Ends all connections.
+    pub(crate) fn cut(&self) {
+        // Nobody listens: nothing to cut.
+        let _ = self.cuts.send(());
+    }
+
+    /// A `[redis]` table for a sidecar's configuration.
+    pub(crate) fn table(&self) -> String {
+        format!("[redis]\nurl = \"redis://{}\"\n", self.address)
+    }
+}
+
+impl Drop for Chaos {
+    fn drop(&mut self) {
+        self.serving.abort();
+        self.cut();
+    }
+}
+
+async fn connection(
+    client: TcpStream,
+    server: SocketAddr,
+    mood: Arc<watch::Receiver<Mood>>,
+    mut cut: broadcast::Receiver<()>,
+) {
+    let Ok(server) = TcpStream::connect(server).await else { return };
+    for stream in [&client, &server] {
+        stream.set_nodelay(true).expect("a socket");
+    }
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    tokio::select! {
+        () = pass(from_client, to_server, &mood, false) => {}
+        () = pass(from_server, to_client, &mood, true) => {}
+        _ = cut.recv() => {}
+    }
+}
+
+async fn pass(
+    mut from: impl AsyncReadExt + Unpin,
+    mut to: impl AsyncWriteExt + Unpin,
+    mood: &watch::Receiver<Mood>,
+    may_flip: bool,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut passed = 0usize;
+    while let Ok(read @ 1..) = from.read(&mut buffer).await {
+        let mut moods = mood.clone();
+        let now = *moods.borrow_and_update();
+        match now {
+            Mood::Slow(delay) => drop(tokio::time::timeout(delay, std::future::pending::<()>()).await),
+            Mood::BlackHole => {
+                // Kept back until the mood changes.
+                let _ = moods.wait_for(|mood| *mood != Mood::BlackHole).await;
+            }
+            Mood::Flips(every) if may_flip && read > 200 => {
+                for (at, byte) in buffer[..read].iter_mut().enumerate().skip(60) {
+                    if (passed + at) % every == 0 {
+                        *byte ^= 1 << (at % 8);
+                    }
+                }
+            }
+            Mood::Fine | Mood::Flips(_) | Mood::Refuses => {}
+        }
+        passed += read;
+        if to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
+    }
+}
