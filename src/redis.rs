@@ -27,6 +27,7 @@ use link::Link;
 
 pub use coordination::{Claim, LogEntry, Message, News};
 pub use link::{IN_FLIGHT, LinkState};
+pub use records::Cursor;
 
 /// Two kinds of records, which can lie in databases of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

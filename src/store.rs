@@ -5,6 +5,7 @@ pub mod memory;
 pub mod pack;
 pub mod seal;
 pub mod shared;
+mod walk;
 pub mod wire;
 
 pub use memory::Memory;

@@ -1,21 +1,27 @@
 //! `POST /purge`: from what a person names to selectors of the ledger.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
-use axum::extract::State;
-use axum::extract::rejection::JsonRejection;
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Admin, problem};
-use crate::config::Target;
+use crate::config::{Target, parse_duration};
+use crate::fleet::log::{GONE, applied};
 use crate::policy::glob::Glob;
 use crate::policy::invalidation::{Matcher, Selector, Strength, TargetMatch};
 use crate::policy::tags::{Scope, Subject};
+use crate::proxy::Commons;
 use crate::proxy::site::Site;
+
+/// Nobody waits longer for other sidecars.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// What to purge. Everything that is named counts; nothing named is an error.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
@@ -46,24 +52,85 @@ struct Reach<'a> {
     host: Option<&'a str>,
 }
 
+/// `?wait=1s`: answer when all sidecars have applied it, or after so long.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Wait {
+    wait: Option<String>,
+}
+
+/// What is purged holds here when this answers. With Redis it waits a moment for the fleet's log to have it.
 pub(super) async fn purge(
     State(admin): State<Arc<Admin>>,
+    wait: Result<Query<Wait>, QueryRejection>,
     body: Result<Json<PurgeRequest>, JsonRejection>,
 ) -> Response {
-    let request = match body {
-        Ok(Json(request)) => request,
-        Err(rejection) => return problem(StatusCode::BAD_REQUEST, "bad_request", &rejection.body_text()),
+    let bad = |message: &str| problem(StatusCode::BAD_REQUEST, "bad_request", message);
+    let (wait, request) = match (wait, body) {
+        (Ok(Query(wait)), Ok(Json(request))) => (wait, request),
+        (Err(rejection), _) => return bad(&rejection.body_text()),
+        (_, Err(rejection)) => return bad(&rejection.body_text()),
+    };
+    let wait = match wait.wait.as_deref().map(parse_duration).transpose() {
+        Ok(wait) => wait.map(|wait| wait.min(LONGEST_WAIT)),
+        Err(message) => return bad(&format!("wait: {message}")),
     };
     let sites: Vec<&Site> = admin.proxies.iter().map(|proxy| &proxy.site).collect();
-    match selectors(&request, &sites) {
-        Err(message) => problem(StatusCode::BAD_REQUEST, "bad_request", &message),
-        Ok((purged, selectors)) => {
-            let strength = if request.soft { Strength::Soft } else { Strength::Hard };
-            let position = admin.commons.invalidations.record(selectors, strength, false).position;
-            tracing::info!(purged, id = position.0, soft = request.soft, "purged");
-            Json(json!({"purged": purged, "id": position.0})).into_response()
-        }
+    let (purged, selectors) = match selectors(&request, &sites) {
+        Ok(selected) => selected,
+        Err(message) => return bad(&message),
+    };
+    let strength = if request.soft { Strength::Soft } else { Strength::Hard };
+    let spread = spread(&admin.commons, selectors, strength, wait).await;
+    tracing::info!(purged, id = spread.id, soft = request.soft, "purged");
+    let mut answer = json!({"purged": purged, "id": spread.id});
+    if let Some(logged) = spread.logged {
+        answer["logged"] = logged.into();
     }
+    if let Some((applied, sidecars)) = spread.applied {
+        answer["applied"] = applied.into();
+        answer["sidecars"] = sidecars.into();
+    }
+    Json(answer).into_response()
+}
+
+/// How far a purge came.
+struct Spread {
+    id: u64,
+    /// Whether the fleet's log has it.
+    logged: Option<bool>,
+    /// How many sidecars have applied it, of how many.
+    applied: Option<(u64, u64)>,
+}
+
+async fn spread(commons: &Commons, selectors: Vec<Selector>, strength: Strength, wait: Option<Duration>) -> Spread {
+    let Some(fleet) = &commons.fleet else {
+        let recorded = commons.invalidations.record(selectors, strength, None);
+        return Spread { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, 1)) };
+    };
+    let cleared = if strength == Strength::Hard { selectors.clone() } else { Vec::new() };
+    let name = wait.and_then(|_| getrandom::u64().ok());
+    let mut answers = name.map(|name| fleet.inbox.expect(&applied(name)));
+    let recorded = commons.invalidations.record(selectors, strength, name);
+    let logged = commons.invalidations.logged(recorded.number, fleet.patience).await;
+    fleet.shared.clear(cleared);
+    let applied = match (&mut answers, wait) {
+        (Some(answers), Some(wait)) => {
+            let sidecars = fleet.redis.present(None, GONE).await.unwrap_or(1).max(1);
+            let mut applied = 0;
+            let all = async {
+                while applied < sidecars {
+                    answers.message().await;
+                    applied += 1;
+                }
+            };
+            // Whoever has not answered by then has not.
+            let _ = tokio::time::timeout(wait, all).await;
+            Some((applied.max(1), sidecars))
+        }
+        (_, _) => None,
+    };
+    Spread { id: recorded.position.0, logged: Some(logged), applied }
 }
 
 /// How many selectors a request names, and what they are in the ledger's terms.

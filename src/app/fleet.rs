@@ -113,6 +113,7 @@ impl Parts {
             ring: ring.clone(),
             me: fleet.me,
             clock: commons.clock.clone(),
+            said_present: Arc::default(),
         };
         let (follower, teller, shared) = (log.clone(), log, fleet.shared.clone());
         let commons = commons.clone();
@@ -128,6 +129,7 @@ impl Parts {
             let mut work = JoinSet::new();
             work.spawn(follower.follow());
             work.spawn(teller.tell());
+            work.spawn(shared.clone().clear_purged());
             work.spawn(shared.write_behind(seen_at));
             match seed {
                 Some(seed) => loop {

@@ -119,8 +119,8 @@ impl Invalidations {
         Position(self.epoch.load(Ordering::Acquire))
     }
 
-    /// Purges. It holds here from the moment this returns; `answer`: who has applied it should say so.
-    pub fn record(&self, selectors: Vec<Selector>, strength: Strength, answer: bool) -> Recorded {
+    /// Purges. It holds here from the moment this returns; `answer`: who has applied it should say so, under this name.
+    pub fn record(&self, selectors: Vec<Selector>, strength: Strength, answer: Option<u64>) -> Recorded {
         let mut book = self.write();
         let position = book.ledger.record(selectors.iter().cloned(), strength);
         if let Some(fleet) = &self.fleet {

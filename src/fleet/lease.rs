@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::SidecarId;
+use crate::policy::chain::LogId;
 use crate::redis::{Claim, Redis, Trouble};
 
 /// How long a lease lives unless renewed: how long a fleet waits for a sidecar that was killed.
@@ -66,15 +67,20 @@ pub struct Lease(Option<oneshot::Sender<End>>);
 pub enum Claimed {
     /// It is ours.
     Ours(Lease),
-    /// Somebody has it, for so long unless it is kept. There will be a message.
-    Theirs(Duration),
+    /// Somebody has it. There will be a message.
+    Theirs {
+        /// For so long, unless it is kept.
+        left: Duration,
+        /// The last log entry that the holder had seen when it began.
+        seen: LogId,
+    },
 }
 
-/// Asks for the lease of a name.
-pub async fn claim(redis: &Arc<Redis>, name: &str, me: SidecarId) -> Result<Claimed, Trouble> {
-    let token = format!("{me}:{:016x}", getrandom::u64().unwrap_or(0));
+/// Asks for the lease of a name. `seen`: the last log entry that we have seen.
+pub async fn claim(redis: &Arc<Redis>, name: &str, me: SidecarId, seen: LogId) -> Result<Claimed, Trouble> {
+    let token = format!("{me} {:016x} {seen}", getrandom::u64().unwrap_or(0));
     match redis.claim(name, &token, TTL, &me.to_string()).await? {
-        Claim::Theirs(left) => Ok(Claimed::Theirs(left)),
+        Claim::Theirs { left, seen } => Ok(Claimed::Theirs { left, seen }),
         Claim::Ours => {
             let (end, ended) = oneshot::channel();
             tokio::spawn(hold(redis.clone(), name.to_owned(), token, ended));

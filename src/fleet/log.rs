@@ -5,6 +5,7 @@
 //! missed: everything stored is in doubt then, and reading begins anew. A cut connection alone loses nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -17,6 +18,7 @@ use super::invalidations::Invalidations;
 use super::purge::Purge;
 use crate::clock::Clock;
 use crate::policy::chain::{Broken, LogId};
+use crate::policy::{Tick, millis};
 use crate::redis::{LogEntry, Redis, Trouble};
 use crate::store::seal::Ring;
 use crate::store::wire::salt;
@@ -26,6 +28,12 @@ const WAIT: Duration = Duration::from_secs(1);
 
 /// After trouble, before the next attempt.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// So often a sidecar says that it is there.
+const PRESENT: Duration = Duration::from_secs(5);
+
+/// One that has not said so for so long is taken for gone.
+pub const GONE: Duration = Duration::from_secs(15);
 
 /// Entries read at once.
 const BATCH: u64 = 1_000;
@@ -45,6 +53,8 @@ pub struct Log {
     pub me: SidecarId,
     /// The time.
     pub clock: Clock,
+    /// When it last said that it is there.
+    pub said_present: Arc<AtomicU64>,
 }
 
 /// What ends a stretch of following.
@@ -138,9 +148,20 @@ impl Log {
         }
         if end == read {
             self.invalidations.verified(asked);
+            self.present(asked).await;
             self.invalidations.set_caught_up(true);
         }
         Ok(())
+    }
+
+    /// Says now and then that this sidecar is there.
+    async fn present(&self, now: Tick) {
+        if now.since(Tick(self.said_present.load(Ordering::Relaxed))) >= millis(PRESENT) {
+            self.said_present.store(now.0, Ordering::Relaxed);
+            if let Err(trouble) = self.redis.present(Some(&self.me.to_string()), GONE).await {
+                debug!(%trouble, "this sidecar could not say that it is there");
+            }
+        }
     }
 
     async fn wait(&self, inbox: &mut LogId) -> Result<(), Interrupted> {
@@ -157,7 +178,8 @@ impl Log {
     async fn apply(&self, entries: Vec<LogEntry>) -> Result<(), Broken> {
         for LogEntry { id, previous, body } in entries {
             let said = (!body.is_empty()).then(|| Purge::open(&body, &self.ring.load()));
-            let answer = said.as_ref().and_then(|purge| purge.as_ref().filter(|purge| purge.answer).cloned());
+            let answer =
+                said.as_ref().and_then(|purge| purge.as_ref().filter(|purge| purge.answer.is_some()).cloned());
             if matches!(said, Some(None)) {
                 warn!(%id, "an entry of the invalidation log does not verify: all that is stored is taken for stale");
             }
@@ -171,7 +193,7 @@ impl Log {
 
     /// Tells the sidecar that made a purge that it holds here.
     async fn confirm(&self, purge: &Purge) {
-        let message = Bytes::from(format!("{} {}", applied(purge.number), self.me));
+        let message = Bytes::from(format!("{} {}", applied(purge.answer.unwrap_or(0)), self.me));
         if purge.from == self.me {
             self.inbox.deliver(&message);
         } else if let Err(trouble) = self.redis.send(&purge.from.to_string(), message).await {
@@ -197,6 +219,6 @@ impl Log {
 }
 
 /// The subject of messages that say that a purge of ours was applied.
-pub fn applied(number: u64) -> String {
-    format!("applied:{number}")
+pub fn applied(name: u64) -> String {
+    format!("applied:{name:016x}")
 }

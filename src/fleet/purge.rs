@@ -25,8 +25,8 @@ pub struct Purge {
     pub strength: Strength,
     /// What it names.
     pub selectors: Vec<Selector>,
-    /// Whoever has applied it should say so.
-    pub answer: bool,
+    /// Whoever has applied it should say so, under this name.
+    pub answer: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -34,7 +34,7 @@ struct Wire {
     from: u64,
     number: u64,
     hard: bool,
-    answer: bool,
+    answer: Option<u64>,
     selectors: Vec<WireSelector>,
 }
 
@@ -153,7 +153,7 @@ mod tests {
                 Selector::Matching(matcher(TargetMatch::Glob(Glob::new("*b*")))),
                 Selector::Everything,
             ],
-            answer: true,
+            answer: Some(5),
         };
         let sealed = purge.seal(&ring, [1; SALT]);
         let opened = Purge::open(&sealed, &ring).expect("ours");

@@ -86,7 +86,8 @@ pub struct Address {
 }
 
 impl Matcher {
-    fn matches(&self, address: &Address) -> bool {
+    /// Is this an URL that it names?
+    pub fn matches(&self, address: &Address) -> bool {
         self.upstream.is_none_or(|upstream| upstream == address.upstream)
             && self.authority.as_deref().is_none_or(|authority| authority.eq_ignore_ascii_case(&address.authority))
             && match &self.target {

@@ -21,6 +21,7 @@ use crate::fleet::Fleet;
 use crate::fleet::invalidations::Recorded;
 use crate::fleet::lease::{Claimed, Lease, Word, claim, subject};
 use crate::policy::Tick;
+use crate::policy::chain::LogId;
 use crate::policy::entry::{About, Entry, Head, Variant};
 use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::headers::make_room;
@@ -98,7 +99,8 @@ impl Proxy {
         let name = lease_name(place, job);
         let mut news = fleet.inbox.expect(&subject(&name));
         loop {
-            match claim(&fleet.redis, &name, fleet.me).await {
+            let seen = self.commons.invalidations.log_position().unwrap_or_default();
+            match claim(&fleet.redis, &name, fleet.me, seen).await {
                 Err(trouble) => {
                     debug!(%trouble, "no lease: this sidecar fetches for itself");
                     return Next::Fetch(None);
@@ -112,7 +114,9 @@ impl Proxy {
                         }
                     };
                 }
-                Ok(Claimed::Theirs(left)) => {
+                // Nobody waits for a fetch that is older than a purge.
+                Ok(Claimed::Theirs { seen, .. }) if self.is_outdated(job, seen) => return Next::Fetch(None),
+                Ok(Claimed::Theirs { left, .. }) => {
                     match timeout(left, news.message()).await.map(|word| Word::read(&word)) {
                         Ok(Word::Unshared) => return Next::Fetch(None),
                         Ok(Word::Stored) => {
@@ -125,6 +129,12 @@ impl Proxy {
                 }
             }
         }
+    }
+
+    /// Has anything been purged that a fetch is about which had seen the log up to here?
+    fn is_outdated(&self, job: &Job, seen: LogId) -> bool {
+        let position = self.commons.invalidations.position_of(seen);
+        self.commons.invalidations.outdated(&job.address, position)
     }
 
     /// Looks for the record, and keeps in memory what is found.

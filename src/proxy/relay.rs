@@ -112,6 +112,6 @@ impl Proxy {
             .map(Selector::Subject)
             .collect();
         self.commons.telemetry.written();
-        self.commons.invalidations.record(selectors, Strength::Hard, false)
+        self.commons.invalidations.record(selectors, Strength::Hard, None)
     }
 }

@@ -7,7 +7,7 @@ use fred::interfaces::{KeysInterface, StreamsInterface};
 use fred::types::{SetOptions, Value};
 
 use super::link::Asking;
-use super::scripts::{APPEND, CLAIM, RELEASE, RENEW};
+use super::scripts::{APPEND, CLAIM, PRESENT, RELEASE, RENEW};
 use super::{Redis, Trouble, Why};
 use crate::policy::chain::LogId;
 
@@ -48,8 +48,13 @@ pub struct News {
 pub enum Claim {
     /// It is ours.
     Ours,
-    /// Somebody has it, for so long unless it is kept. There will be a message at its end.
-    Theirs(Duration),
+    /// Somebody has it. There will be a message at its end.
+    Theirs {
+        /// For so long, unless it is kept.
+        left: Duration,
+        /// The last log entry that the holder had seen when it began.
+        seen: LogId,
+    },
 }
 
 type Fields = Vec<(String, Bytes)>;
@@ -137,14 +142,15 @@ impl Redis {
         self.coordination.run(self.command_timeout, command).await
     }
 
-    /// Asks for the lease of a name.
+    /// Asks for the lease of a name. The token ends with the id of the last log entry that we have seen.
     pub async fn claim(&self, name: &str, token: &str, ttl: Duration, inbox: &str) -> Result<Claim, Trouble> {
         let arguments = vec![Value::from(token), millis(ttl), Value::from(inbox)];
-        let left: i64 =
+        let (left, holder): (i64, String) =
             self.coordination.script(self.command_timeout, CLAIM, self.lease_keys(name), arguments).await?;
+        let seen = holder.rsplit(' ').next().and_then(LogId::parse).unwrap_or_default();
         Ok(match u64::try_from(left) {
             Ok(0) | Err(_) => Claim::Ours,
-            Ok(left) => Claim::Theirs(Duration::from_millis(left)),
+            Ok(left) => Claim::Theirs { left: Duration::from_millis(left), seen },
         })
     }
 
@@ -166,6 +172,13 @@ impl Redis {
 
     fn lease_keys(&self, name: &str) -> Vec<String> {
         vec![self.at(&format!("lease:{name}")), self.at(&format!("line:{name}"))]
+    }
+
+    /// Says that a sidecar is there, if one is named, and counts those that said so within this time.
+    pub async fn present(&self, me: Option<&str>, within: Duration) -> Result<u64, Trouble> {
+        let seconds = i64::try_from(within.as_secs()).unwrap_or(i64::MAX);
+        let arguments = vec![Value::from(me.unwrap_or_default()), Value::from(seconds)];
+        self.coordination.script(self.command_timeout, PRESENT, vec![self.at("sidecars")], arguments).await
     }
 
     /// The secret that the fleet shares: what is there already, or `mine`.

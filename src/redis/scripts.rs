@@ -24,12 +24,20 @@ end
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'p', previous, 'b', ARGV[2])";
 
 /// Takes a lease, or gets in line for the news of its end. KEYS: lease, line. ARGV: token, milliseconds, my inbox.
-/// Returns 0 if it is ours, else the milliseconds it has left.
+/// Returns the milliseconds it has left, 0 if it is ours, and its holder's token.
 pub(super) const CLAIM: &str = "
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 0 end
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return {0, ''} end
 redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], 60000)
-return math.max(1, redis.call('PTTL', KEYS[1]))";
+return {math.max(1, redis.call('PTTL', KEYS[1])), redis.call('GET', KEYS[1])}";
+
+/// Says that a sidecar is there, and counts those that are. KEYS: sidecars. ARGV: me, seconds after which one is gone.
+pub(super) const PRESENT: &str = "
+local now = tonumber(redis.call('TIME')[1])
+if ARGV[1] ~= '' then redis.call('ZADD', KEYS[1], now, ARGV[1]) end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]))
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('ZCARD', KEYS[1])";
 
 /// Keeps a lease, if it is still ours. KEYS: lease. ARGV: token, milliseconds.
 pub(super) const RENEW: &str = "

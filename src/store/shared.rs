@@ -15,6 +15,7 @@ use http::header::{HeaderMap, HeaderName};
 use tracing::debug;
 
 use super::behind::{Behind, Task, Writing};
+use super::walk::Walks;
 use super::wire::{Answer, HEAD, Record, Sealing, Unreadable};
 use crate::policy::entry::{Entry, Variant};
 use crate::policy::key::is_private;
@@ -34,6 +35,7 @@ pub struct Shared {
     prefix: Box<str>,
     sealing: ArcSwap<Sealing>,
     behind: Behind,
+    walks: Walks,
     counts: Counts,
 }
 
@@ -58,6 +60,8 @@ pub struct State {
     pub forged: u64,
     /// What waits to be written.
     pub queue: super::behind::State,
+    /// Walks that remove what was purged by the look of its URL.
+    pub walks: super::walk::State,
 }
 
 /// Which record is meant: what a request's key and headers say.
@@ -108,6 +112,7 @@ impl Shared {
             prefix: format!("{prefix}:1").into(),
             sealing: ArcSwap::from_pointee(sealing),
             behind: Behind::new(max_waiting),
+            walks: Walks::default(),
             counts: Counts::default(),
         }
     }
@@ -225,12 +230,22 @@ impl Shared {
             errors: self.counts.errors.load(Relaxed),
             forged: self.counts.forged.load(Relaxed),
             queue: self.behind.state(),
+            walks: self.walks.state(),
         }
     }
 
     /// The queue of what waits to be written.
     pub(super) fn behind(&self) -> &Behind {
         &self.behind
+    }
+
+    pub(super) fn walks(&self) -> &Walks {
+        &self.walks
+    }
+
+    /// All keys of a class begin so.
+    pub(super) fn keys_of(&self, class: Class) -> String {
+        format!("{}:{}:", self.prefix, class.token())
     }
 
     pub(super) fn redis(&self) -> &Redis {

@@ -20,10 +20,12 @@
 //! A *signpost* says that the answers of a URL depend on other request headers than its rule suggests: they lie
 //! under keys made with these.
 
+mod meta;
+
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use serde::{Deserialize, Serialize};
+use meta::{Meta, MetaAddress, MetaStart};
 
 use super::pack::Packing;
 use super::seal::{Forged, KEY_ID, Ring, SALT, TAG};
@@ -91,7 +93,16 @@ pub struct Answer {
     pub rule: String,
 }
 
-/// What a walk needs to know of a record.
+/// What a walk needs to know of a record: what begins its meta part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Glimpse {
+    /// Whom it is for.
+    pub address: WireAddress,
+    /// The last log entry that its fetch had seen.
+    pub seen: LogId,
+}
+
+/// Whom a record is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WireAddress {
     /// The upstream.
@@ -117,44 +128,6 @@ impl From<Forged> for Unreadable {
     }
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct MetaAddress<'a> {
-    upstream: u64,
-    authority: &'a str,
-    target: &'a str,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct MetaTerms {
-    initial_age: u64,
-    fresh_for: i64,
-    while_revalidate: u64,
-    if_error: u64,
-    disconnected: u64,
-    last_known_good: u64,
-    validation: u64,
-    always_validate: bool,
-}
-
-/// The meta part.
-#[derive(Debug, Serialize, Deserialize)]
-struct Meta<'a> {
-    #[serde(borrow)]
-    address: MetaAddress<'a>,
-    status: u16,
-    born: u64,
-    seen: (u64, u64),
-    terms: MetaTerms,
-    #[serde(borrow)]
-    vary: Vec<&'a str>,
-    #[serde(borrow)]
-    headers: Vec<(&'a str, &'a [u8])>,
-    casing: &'a [u8],
-    #[serde(borrow)]
-    tags: Vec<&'a str>,
-    rule: &'a str,
-}
-
 /// A new salt.
 pub fn salt() -> [u8; SALT] {
     let mut salt = [0; SALT];
@@ -167,27 +140,18 @@ impl Sealing {
     /// The record of an entry that was born at `born` (fleet time), for the key `place`.
     pub fn answer(&self, entry: &Entry, born: u64, seen: LogId, place: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
         let headers = without_room(&entry.head.headers);
-        let Terms { initial_age, fresh_for, while_revalidate, if_error, .. } = entry.terms;
-        let Terms { disconnected, last_known_good, validation, always_validate, .. } = entry.terms;
         let meta = Meta {
-            address: MetaAddress {
-                upstream: entry.address.upstream.0,
-                authority: &entry.address.authority,
-                target: &entry.address.target,
+            start: MetaStart {
+                address: MetaAddress {
+                    upstream: entry.address.upstream.0,
+                    authority: &entry.address.authority,
+                    target: &entry.address.target,
+                },
+                seen: (seen.ms, seen.seq),
             },
             status: entry.head.status.as_u16(),
             born,
-            seen: (seen.ms, seen.seq),
-            terms: MetaTerms {
-                initial_age,
-                fresh_for,
-                while_revalidate,
-                if_error,
-                disconnected,
-                last_known_good,
-                validation,
-                always_validate,
-            },
+            terms: entry.terms.into(),
             vary: entry.variant.0.iter().map(|(name, _)| name.as_str()).collect(),
             headers: headers.map(|(name, value)| (name.as_str(), value.as_bytes())).collect(),
             casing: entry.head.casing.as_ref().map_or(&[], |casing| &casing.names),
@@ -268,28 +232,26 @@ impl Sealing {
         read(&head, meta, body)
     }
 
-    /// The address in the first bytes of what lay under the key `place`: for walks, so not verified unless
-    /// encrypted. `Ok(None)`: there is none, or more bytes are needed than these.
-    pub fn peek(&self, record: &[u8], place: &str) -> Option<WireAddress> {
-        let head = Head::read(record).ok()?;
-        if head.flags & SIGNPOST != 0 {
-            return None;
-        }
+    /// What the first bytes of what lay under the key `place` say, for walks: not verified unless encrypted. None: it
+    /// is no answer, or more bytes are needed than these ([`meta_end`]).
+    pub fn glimpse(&self, record: &[u8], place: &str) -> Option<Glimpse> {
+        let head = Head::read(record).ok().filter(|head| head.flags & SIGNPOST == 0)?;
         let meta = record.get(HEAD..)?;
+        let read = |meta: &[u8]| {
+            let (MetaStart { address, seen }, _) = postcard::take_from_bytes::<MetaStart<'_>>(meta).ok()?;
+            Some(Glimpse { address: address.into(), seen: LogId { ms: seen.0, seq: seen.1 } })
+        };
         if !head.encrypted() {
-            return postcard::take_from_bytes::<MetaAddress<'_>>(meta).ok().map(|(address, _)| address.into());
+            return read(meta);
         }
         let bound = bound(&record[..HEAD], place);
-        let meta = self.ring.decrypt(head.id, &head.salt, 0, &bound, meta.get(..head.meta)?).ok()?;
-        postcard::take_from_bytes::<MetaAddress<'_>>(&meta).ok().map(|(address, _)| address.into())
+        read(&self.ring.decrypt(head.id, &head.salt, 0, &bound, meta.get(..head.meta)?).ok()?)
     }
 }
 
-impl From<MetaAddress<'_>> for WireAddress {
-    fn from(meta: MetaAddress<'_>) -> WireAddress {
-        let MetaAddress { upstream, authority, target } = meta;
-        WireAddress { upstream: UpstreamId(upstream), authority: authority.to_owned(), target: target.to_owned() }
-    }
+/// Where the meta part of a record ends, from its first bytes.
+pub fn meta_end(record: &[u8]) -> Option<usize> {
+    Head::read(record).ok().map(|head| HEAD + head.meta)
 }
 
 /// What encryption binds both parts to: the head, and the key the record lies under.
@@ -357,28 +319,147 @@ fn read(head: &Head, meta: &[u8], body: &[u8]) -> Result<Record, Unreadable> {
         let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Unreadable::Forged)?;
         headers.append(name, HeaderValue::from_bytes(value).map_err(|_| Unreadable::Forged)?);
     }
-    let MetaTerms { initial_age, fresh_for, while_revalidate, if_error, .. } = meta.terms;
-    let MetaTerms { disconnected, last_known_good, validation, always_validate, .. } = meta.terms;
     Ok(Record::Answer(Box::new(Answer {
-        address: meta.address.into(),
+        address: meta.start.address.into(),
         status: StatusCode::from_u16(meta.status).map_err(|_| Unreadable::Forged)?,
         headers,
         casing: meta.casing.to_vec(),
         body,
         born: meta.born,
-        seen: LogId { ms: meta.seen.0, seq: meta.seen.1 },
-        terms: Terms {
-            initial_age,
-            fresh_for,
-            while_revalidate,
-            if_error,
-            disconnected,
-            last_known_good,
-            validation,
-            always_validate,
-        },
+        seen: LogId { ms: meta.start.seen.0, seq: meta.start.seen.1 },
+        terms: meta.terms.into(),
         vary: names(meta.vary).ok_or(Unreadable::Forged)?,
         tags: meta.tags.into_iter().map(str::to_owned).collect(),
         rule: meta.rule.to_owned(),
     })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Tick;
+    use crate::policy::entry::{About, Head as EntryHead, Variant};
+    use crate::policy::invalidation::{Address, Position};
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    const SALT_OF_TESTS: [u8; SALT] = *b"salt of the test";
+    const PLACE: &str = "sidecache:1:s:00";
+    const SEEN: LogId = LogId { ms: 1_763_700_000_000, seq: 3 };
+
+    fn sealing(encrypt: bool, packing: Packing) -> Sealing {
+        let ring = Ring::new([&b"a secret for tests"[..]]);
+        Sealing { ring, encrypt, packing, pack_above: 100, max_body: 1 << 20 }
+    }
+
+    fn entry(lines: &[(&str, &str)], body: &[u8], tags: &[&str]) -> Entry {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            let name = HeaderName::from_bytes(name.as_bytes()).expect("a name");
+            headers.append(name, HeaderValue::from_str(value).expect("a value"));
+        }
+        let head = EntryHead { status: StatusCode::OK, headers, casing: None, links: Vec::new() };
+        let address = Address {
+            upstream: UpstreamId(7),
+            authority: "shop.example".into(),
+            target: "/products/7?x=1".into(),
+            subjects: Box::default(),
+        };
+        let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
+        let about = About { key_name: "".into(), tags, rule: "product".into() };
+        let variant = Variant(vec![(http::header::ACCEPT_ENCODING, [HeaderValue::from_static("gzip")].into())]);
+        let terms = Terms { initial_age: 1, fresh_for: -2, if_error: 3, always_validate: true, ..Terms::default() };
+        let body = Bytes::copy_from_slice(body);
+        Entry::new(Arc::new(head), body, variant, Tick(0), terms, address, Position(1), about)
+    }
+
+    fn answer(sealing: &Sealing, record: &[u8]) -> Answer {
+        match sealing.open(record, PLACE) {
+            Ok(Record::Answer(answer)) => *answer,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What lies in a Redis today must be readable tomorrow: these bytes don't change. A new format is a new version.
+    #[test]
+    fn the_format_is_the_one_on_file() {
+        let entry = entry(&[("etag", "\"1\""), ("x-twice", "1"), ("x-twice", "2")], b"body", &["product:7"]);
+        let record = sealing(false, Packing::Lz4).answer(&entry, 1_763_700_000_123, SEEN, PLACE, SALT_OF_TESTS);
+        let record = record.expect("a record");
+        let golden = include_bytes!("../../tests/golden/record-v1.bin");
+        assert_eq!(record, golden, "write it to tests/golden/record-v1.bin only if no release has been made with it");
+        let read = answer(&sealing(false, Packing::None), golden);
+        assert_eq!((read.status, read.born, read.seen), (StatusCode::OK, 1_763_700_000_123, SEEN));
+        assert_eq!(read.headers.get_all("x-twice").iter().collect::<Vec<_>>(), ["1", "2"]);
+        assert_eq!((&read.body[..], read.terms, read.rule.as_str()), (&b"body"[..], entry.terms, "product"));
+        assert_eq!((read.vary, read.tags), (vec![http::header::ACCEPT_ENCODING], vec!["product:7".to_owned()]));
+        assert_eq!((read.address.upstream, read.address.target.as_str()), (UpstreamId(7), "/products/7?x=1"));
+    }
+
+    #[test]
+    fn another_version_is_left_alone_and_a_signpost_points() {
+        let sealing = sealing(false, Packing::None);
+        let mut record = sealing.answer(&entry(&[], b"", &[]), 1, SEEN, PLACE, salt()).expect("a record");
+        record[1] = 2;
+        assert!(matches!(sealing.open(&record, PLACE), Err(Unreadable::OtherVersion)));
+        let post = sealing.signpost(&[http::header::ACCEPT], PLACE, salt()).expect("a record");
+        assert!(matches!(sealing.open(&post, PLACE), Ok(Record::Signpost(names)) if names == [http::header::ACCEPT]));
+        assert!(sealing.glimpse(&post, PLACE).is_none());
+    }
+
+    #[test]
+    fn a_walk_sees_whose_a_record_is_from_its_first_bytes() {
+        for encrypt in [false, true] {
+            let sealing = sealing(encrypt, Packing::None);
+            let record = sealing.answer(&entry(&[], &[b'x'; 5000], &[]), 1, SEEN, PLACE, salt()).expect("a record");
+            let end = meta_end(&record).expect("a record");
+            let glimpse = sealing.glimpse(&record[..end], PLACE).expect("enough");
+            assert_eq!((glimpse.address.target.as_str(), glimpse.seen), ("/products/7?x=1", SEEN));
+            assert!(sealing.glimpse(&record[..50], PLACE).is_none(), "not enough");
+        }
+    }
+
+    #[test]
+    fn what_is_in_the_clear_does_not_count_where_encryption_is_asked_for() {
+        let clear = sealing(false, Packing::None).answer(&entry(&[], b"x", &[]), 1, SEEN, PLACE, salt());
+        assert!(sealing(true, Packing::None).open(&clear.expect("a record"), PLACE).is_err());
+    }
+
+    proptest! {
+        /// Whatever is stored comes back; whatever is changed, cut, or lies elsewhere does not open.
+        #[test]
+        fn a_record_comes_back_as_it_was_or_not_at_all(
+            body in proptest::collection::vec(0u8..4, 0..2000),
+            value in "[ -~]{0,40}",
+            encrypt in any::<bool>(),
+            packing in 0u8..3,
+            at in any::<prop::sample::Index>(),
+            bit in 0u8..8,
+        ) {
+            let sealing = sealing(encrypt, Packing::from_number(packing).expect("a packing"));
+            let entry = entry(&[("x-value", value.trim()), ("etag", "\"1\"")], &body, &["a", "b"]);
+            let record = sealing.answer(&entry, 9, SEEN, PLACE, salt()).expect("a record");
+            let read = answer(&sealing, &record);
+            prop_assert_eq!(&read.body[..], &body[..]);
+            prop_assert_eq!(read.headers, entry.head.headers.clone());
+            let mut changed = record.clone();
+            changed[at.index(record.len())] ^= 1 << bit;
+            prop_assert!(sealing.open(&changed, PLACE).is_err());
+            prop_assert!(sealing.open(&record[..at.index(record.len())], PLACE).is_err());
+            prop_assert!(sealing.open(&record, "sidecache:1:s:01").is_err());
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), version in any::<bool>()) {
+            let mut bytes = bytes;
+            if version && bytes.len() > 2 {
+                (bytes[0], bytes[1]) = (MAGIC, VERSION);
+            }
+            for encrypt in [false, true] {
+                let sealing = sealing(encrypt, Packing::Lz4);
+                prop_assert!(sealing.open(&bytes, PLACE).is_err());
+                let _ = sealing.glimpse(&bytes, PLACE);
+            }
+        }
+    }
 }

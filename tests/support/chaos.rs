@@ -117,7 +117,7 @@ async fn pass(
             }
             Mood::Flips(every) if may_flip && read > 200 => {
                 for (at, byte) in buffer[..read].iter_mut().enumerate().skip(60) {
-                    if (passed + at) % every == 0 {
+                    if (passed + at).is_multiple_of(every) {
                         *byte ^= 1 << (at % 8);
                     }
                 }

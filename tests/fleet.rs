@@ -1,0 +1,323 @@
+//! A fleet: what one purges none serves, and a cold key costs one upstream request in all of it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use redis::Commands;
+use tokio::task::JoinSet;
+
+use crate::support::{Chaos, Gate, Mood, Origin, Redis, Reply, Sidecar, get, send, soon, until};
+
+const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
+                     tags = [\"products\", \"product:{id}\"]\n\
+                     [[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n";
+
+async fn member(origin: &Origin, table: &str) -> Sidecar {
+    let sidecar = Sidecar::with_tables(origin, RULES, table).await;
+    sidecar.in_fleet().await;
+    sidecar
+}
+
+async fn fleet(origin: &Origin, redis: &Redis, size: usize) -> Vec<Sidecar> {
+    let mut sidecars = Vec::new();
+    for _ in 0..size {
+        sidecars.push(member(origin, &redis.table()).await);
+    }
+    sidecars
+}
+
+fn counting() -> impl Fn(&crate::support::origin::Ask) -> Reply + Send + Sync + 'static {
+    |ask| Reply::new(200, ask.number.to_string())
+}
+
+/// Waits until a sidecar has read the log to where it ends now.
+async fn level(redis: &Redis, sidecar: &Sidecar) {
+    let end: redis::streams::StreamRangeReply =
+        redis.observer().xrevrange_count("{sidecache}:1:log", "+", "-", 1).expect("a log");
+    let end = end.ids[0].id.clone();
+    let read = || sidecar.commons.invalidations.log_position().is_some_and(|id| id.to_string() == end);
+    until("the log is read", || read().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_purges_none_serves() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let sidecars = fleet(&origin, &redis, 3).await;
+    let table = [
+        (r#"{"tags":["product:1"]}"#, vec!["/products/1"]),
+        (r#"{"urls":["/a?x=1"]}"#, vec!["/a?x=1"]),
+        (r#"{"prefixes":["/a"]}"#, vec!["/a?x=1", "/a?x=2"]),
+        (r#"{"patterns":["*x=2"]}"#, vec!["/a?x=2"]),
+        (r#"{"all":true}"#, vec!["/products/1", "/products/2", "/a?x=1", "/a?x=2"]),
+    ];
+    for (purge, named) in table {
+        let targets = ["/products/1", "/products/2", "/a?x=1", "/a?x=2"];
+        for target in targets {
+            for sidecar in &sidecars {
+                sidecar.get(target).await;
+                assert!(sidecar.get(target).await.is_hit());
+                sidecar.written().await;
+            }
+        }
+        let answer = send(
+            sidecars[0].admin,
+            "POST",
+            "/purge?wait=10s",
+            &[("Content-Type", "application/json")],
+            purge.as_bytes(),
+        )
+        .await;
+        let answer = answer.json();
+        assert_eq!((answer["applied"].as_u64(), answer["sidecars"].as_u64()), (Some(3), Some(3)), "{answer}");
+        assert_eq!(answer["logged"], true);
+        for target in targets {
+            let before = origin.count();
+            for sidecar in &sidecars {
+                sidecar.get(target).await;
+                sidecar.written().await;
+            }
+            let fetched = origin.count() - before;
+            assert_eq!(fetched, usize::from(named.contains(&target)), "{purge}: {target}, once in the fleet");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_soft_purge_is_soft_everywhere() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let sidecars = fleet(&origin, &redis, 2).await;
+    sidecars[0].get("/products/1").await;
+    sidecars[0].written().await;
+    sidecars[1].get("/products/1").await;
+    sidecars[0].purge(r#"{"tags":["product:1"],"soft":true}"#).await;
+    level(&redis, &sidecars[1]).await;
+    let stale = sidecars[1].get("/products/1").await;
+    assert!(stale.cache_status().contains("stale-while-revalidate"), "{}", stale.cache_status());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_through_one_is_read_through_all() {
+    let redis = Redis::start();
+    let version = std::sync::Arc::new(AtomicUsize::new(0));
+    let current = version.clone();
+    let origin = Origin::start(move |ask| {
+        if ask.method == "PUT" {
+            current.fetch_add(1, Ordering::SeqCst);
+        }
+        Reply::new(200, current.load(Ordering::SeqCst).to_string())
+    })
+    .await;
+    let sidecars = fleet(&origin, &redis, 2).await;
+    for round in 1..20 {
+        for sidecar in &sidecars {
+            sidecar.get("/products/1").await;
+            sidecar.written().await;
+        }
+        assert_eq!(sidecars[0].send("PUT", "/products/1", "x").await.status, 200);
+        level(&redis, &sidecars[1]).await;
+        for sidecar in &sidecars {
+            assert_eq!(sidecar.get("/products/1").await.text(), round.to_string());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_purged_is_stored_or_waited_for_from_a_fetch_that_began_before() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    let slow = gate.clone();
+    let origin = Origin::start(move |ask| {
+        let reply = Reply::new(200, ask.number.to_string());
+        if ask.number == 0 { reply.after(&slow) } else { reply }
+    })
+    .await;
+    let sidecars = fleet(&origin, &redis, 2).await;
+    let address = sidecars[0].address;
+    let first = tokio::spawn(async move { get(address, "/products/1", &[]).await });
+    origin.asked(1).await;
+    sidecars[0].purge(r#"{"tags":["product:1"]}"#).await;
+    level(&redis, &sidecars[1]).await;
+    // The lease is still the first one's, but nobody waits for that.
+    assert_eq!(sidecars[1].get("/products/1").await.text(), "1");
+    gate.open();
+    assert_eq!(soon("the first", first).await.expect("answered").text(), "0", "answered");
+    for sidecar in &sidecars {
+        sidecar.written().await;
+        assert_ne!(sidecar.get("/products/1").await.text(), "0", "but not stored");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_connection_loses_no_purge() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let chaos = Chaos::before(redis.address()).await;
+    let (one, other) = (member(&origin, &redis.table()).await, member(&origin, &chaos.table()).await);
+    for round in 0..20 {
+        other.get("/products/1").await;
+        other.written().await;
+        chaos.set(Mood::Refuses);
+        one.purge(r#"{"tags":["product:1"]}"#).await;
+        let before = origin.count();
+        chaos.set(Mood::Fine);
+        level(&redis, &other).await;
+        assert!(!other.get("/products/1").await.is_hit(), "{round}");
+        assert_eq!(origin.count(), before + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_made_while_redis_is_away_holds_here_at_once_and_there_later() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let chaos = Chaos::before(redis.address()).await;
+    let (one, other) = (member(&origin, &chaos.table()).await, member(&origin, &redis.table()).await);
+    for sidecar in [&one, &other] {
+        sidecar.get("/products/1").await;
+        sidecar.written().await;
+    }
+    chaos.set(Mood::Refuses);
+    let answer = one.purge(r#"{"tags":["product:1"]}"#).await;
+    assert_eq!(answer["logged"], false, "{answer}");
+    assert!(!one.get("/products/1").await.is_hit());
+    assert!(other.get("/products/1").await.is_hit(), "nobody told it");
+    let at = other.commons.invalidations.log_position();
+    chaos.set(Mood::Fine);
+    until("the other is told", || (other.commons.invalidations.log_position() > at).then_some(())).await;
+    assert!(!other.get("/products/1").await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_verified_for_long_is_not_served() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let chaos = Chaos::before(redis.address()).await;
+    let sidecar = member(&origin, &chaos.table()).await;
+    sidecar.get("/products/1").await;
+    chaos.set(Mood::Refuses);
+    until("it has noticed", || {
+        let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
+        state.trouble.is_some().then_some(())
+    })
+    .await;
+    assert!(sidecar.get("/products/1").await.is_hit());
+    sidecar.turn(29);
+    assert!(sidecar.get("/products/1").await.is_hit(), "max_unverified is 30 s");
+    sidecar.turn(5);
+    assert_eq!(sidecar.get("/products/1").await.text(), "1", "fetched again");
+    assert!(sidecar.get("/products/1").await.is_hit(), "and good for as long");
+    sidecar.turn(35);
+    assert!(!sidecar.get("/products/1").await.is_hit());
+    chaos.set(Mood::Fine);
+    sidecar.turn(600);
+    let lag = || sidecar.commons.invalidations.lag(sidecar.clock.now());
+    until("the log is read again", || lag().filter(|lag| *lag < 30_000)).await;
+    assert!(sidecar.get("/products/1").await.is_hit(), "verified");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_log_in_its_place_makes_everything_stale_but_not_gone() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nstale_if_error = \"1h\"\n";
+    let sidecar = Sidecar::with_tables(&origin, rules, &redis.table()).await;
+    sidecar.in_fleet().await;
+    for lost in ["DEL {sidecache}:1:log", "FLUSHALL"] {
+        sidecar.purge(r#"{"all":true}"#).await;
+        sidecar.get("/a").await;
+        assert!(sidecar.get("/a").await.is_hit());
+        let asked = origin.count();
+        let mut command = redis::Cmd::new();
+        for word in lost.split(' ') {
+            command.arg(word);
+        }
+        command.exec(&mut redis.observer()).expect("it answers");
+        // The follower looks at the log's end once a second.
+        soon("it is noticed", async {
+            while sidecar.get("/a").await.is_hit() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert_eq!(origin.count(), asked + 1);
+        sidecar.in_fleet().await;
+        assert!(sidecar.get("/a").await.is_hit(), "what is fetched since counts");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn purging_by_pattern_gives_redis_its_memory_back() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let sidecar = member(&origin, &redis.table()).await;
+    for id in 0..20 {
+        sidecar.get(&format!("/products/{id}")).await;
+        sidecar.get(&format!("/other/{id}*?")).await;
+    }
+    sidecar.written().await;
+    assert_eq!(redis.keys("sidecache:1:s:*").len(), 40);
+    sidecar.purge(r#"{"patterns":["*[a-z]*","/products/1*"]}"#).await;
+    until("they are removed", || (redis.keys("sidecache:1:s:*").len() == 29).then_some(())).await;
+    sidecar.purge(r#"{"prefixes":["/other/1*"]}"#).await;
+    until("one is removed", || (redis.keys("sidecache:1:s:*").len() == 28).then_some(())).await;
+    sidecar.purge(r#"{"all":true}"#).await;
+    until("all are removed", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
+    let walks = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().walks;
+    until("the walks have ended", || (walks().running == 0).then_some(())).await;
+    assert_eq!(sidecar.stats().await["redis"]["records"]["walks"]["removed"], 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_key_is_fetched_once_in_the_fleet() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::new(200, "x").after(&held)).await;
+    let sidecars = fleet(&origin, &redis, 4).await;
+    let mut clients = JoinSet::new();
+    for sidecar in &sidecars {
+        for _ in 0..50 {
+            let address = sidecar.address;
+            clients.spawn(async move { get(address, "/products/1", &[]).await });
+        }
+    }
+    origin.asked(1).await;
+    until("three wait in line", || {
+        let lines = redis.keys("{sidecache}:1:line:*");
+        let count: usize = lines.first().and_then(|line| redis.observer().scard(line).ok()).unwrap_or(0);
+        (count == 3).then_some(())
+    })
+    .await;
+    gate.open();
+    while let Some(answer) = clients.join_next().await {
+        assert_eq!(answer.expect("answered").text(), "x");
+    }
+    assert_eq!(origin.count(), 1);
+    until("the lease is given back", || redis.keys("{sidecache}:1:l*:*").is_empty().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_not_shared_holds_nobody_up() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |ask| {
+        let reply = Reply::new(200, "x").header("Cache-Control", "no-store");
+        if ask.number == 0 { reply.after(&held) } else { reply }
+    })
+    .await;
+    let table = redis.table();
+    let one = Sidecar::with_tables(&origin, "", &table).await;
+    let other = Sidecar::with_tables(&origin, "", &table).await;
+    one.in_fleet().await;
+    other.in_fleet().await;
+    let (first, second) = (one.address, other.address);
+    let first = tokio::spawn(async move { get(first, "/x", &[]).await.status });
+    origin.asked(1).await;
+    let second = tokio::spawn(async move { get(second, "/x", &[]).await.status });
+    until("the second waits", || (!redis.keys("{sidecache}:1:line:*").is_empty()).then_some(())).await;
+    gate.open();
+    assert_eq!(soon("both", async { (first.await, second.await) }).await.0.expect("answered"), 200);
+    until("both are fetched", || (origin.count() == 2).then_some(())).await;
+}

@@ -1,0 +1,186 @@
+//! Whatever Redis does, clients don't notice.
+
+use nix::sys::signal::Signal;
+use redis::Commands;
+
+use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, get, soon, until};
+
+async fn before(table: &str) -> (Origin, Sidecar) {
+    let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
+    let sidecar = Sidecar::with_tables(&origin, "", table).await;
+    (origin, sidecar)
+}
+
+fn redis_state(sidecar: &Sidecar) -> sidecache::redis::State {
+    sidecar.commons.fleet.as_ref().expect("a fleet").redis.state()
+}
+
+/// Asks for something new until it was found in, or written to, Redis again.
+async fn used_again(sidecar: &Sidecar, name: &str) {
+    let written = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().queue.written;
+    let before = written();
+    let mut number = 0;
+    soon("redis is used again", async {
+        while written() == before {
+            number += 1;
+            assert_eq!(sidecar.get(&format!("/again/{name}/{number}")).await.status, 200);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_serves_before_redis_answers_and_uses_it_when_it_does() {
+    let mut redis = Redis::start();
+    redis.kill();
+    let (_origin, sidecar) = before(&redis.table()).await;
+    assert_eq!(sidecar.get("/x").await.status, 200);
+    assert!(sidecar.get("/x").await.is_hit());
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    until("health says so", || redis_state(&sidecar).trouble).await;
+    assert!(health["components"]["redis"]["status"] != "ok", "{health}");
+    assert_eq!(get(sidecar.admin, "/readyz", &[]).await.status, 200, "ready all the same");
+    redis.restart();
+    sidecar.in_fleet().await;
+    used_again(&sidecar, "start").await;
+    until("nothing is wrong any more", || redis_state(&sidecar).trouble.is_none().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_stopped_or_cut_off_it_is_not_noticed_and_used_again_afterwards() {
+    let mut redis = Redis::start();
+    let chaos = Chaos::before(redis.address()).await;
+    let (_origin, sidecar) = before(&chaos.table()).await;
+    sidecar.in_fleet().await;
+    sidecar.get("/warm").await;
+    for fault in ["kill", "stop", "black hole", "refused", "cut"] {
+        match fault {
+            "kill" => redis.kill(),
+            "stop" => redis.signal(Signal::SIGSTOP),
+            "black hole" => chaos.set(Mood::BlackHole),
+            "refused" => chaos.set(Mood::Refuses),
+            _ => chaos.cut(),
+        }
+        for number in 0..20 {
+            assert_eq!(sidecar.get(&format!("/{fault}/{number}").replace(' ', "-")).await.status, 200, "{fault}");
+            assert!(sidecar.get("/warm").await.is_hit(), "{fault}");
+        }
+        match fault {
+            "kill" => redis.restart(),
+            "stop" => redis.signal(Signal::SIGCONT),
+            _ => chaos.set(Mood::Fine),
+        }
+        used_again(&sidecar, &fault.replace(' ', "-")).await;
+        sidecar.get("/warm").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_it_is_silent_only_the_first_wait_for_it() {
+    let redis = Redis::start();
+    let (_origin, sidecar) = before(&redis.table()).await;
+    sidecar.in_fleet().await;
+    redis.signal(Signal::SIGSTOP);
+    for number in 0..50 {
+        assert_eq!(sidecar.get(&format!("/{number}")).await.status, 200);
+    }
+    let state = redis_state(&sidecar);
+    let reader = &state.connections["reader"];
+    assert!(reader.missed <= 5, "{reader:?}");
+    assert_eq!(reader.breaker, "open");
+    redis.signal(Signal::SIGCONT);
+    used_again(&sidecar, "silence").await;
+    assert_eq!(redis_state(&sidecar).connections["reader"].breaker, "closed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_of_redis_are_not_the_clients() {
+    let redis = Redis::start();
+    let mut observer = redis.observer();
+    let _: () = observer.set("filler", vec![b'x'; 1 << 20]).expect("written");
+    let faults: [(&str, &[&str], &[&str]); 4] = [
+        ("OOM", &["CONFIG SET maxmemory 1", "CONFIG SET maxmemory-policy noeviction"], &["CONFIG SET maxmemory 0"]),
+        ("READONLY", &["REPLICAOF 127.0.0.1 1"], &["REPLICAOF NO ONE"]),
+        ("NOPERM", &["ACL SETUSER default -@all +acl +hello +select +time"], &["ACL SETUSER default +@all"]),
+        ("CLIENT KILL", &["CLIENT KILL TYPE normal SKIPME yes"], &[]),
+    ];
+    let (_origin, sidecar) = before(&redis.table()).await;
+    sidecar.in_fleet().await;
+    for (name, break_it, mend_it) in faults {
+        let mut run = |commands: &[&str]| {
+            for words in commands {
+                let mut command = redis::Cmd::new();
+                for word in words.split(' ') {
+                    command.arg(word);
+                }
+                command.exec(&mut observer).unwrap_or_else(|e| panic!("{words}: {e}"));
+            }
+        };
+        run(break_it);
+        for number in 0..20 {
+            let answer = sidecar.get(&format!("/{}/{number}", name.replace(' ', "-"))).await;
+            assert_eq!(answer.status, 200, "{name}");
+        }
+        run(mend_it);
+        used_again(&sidecar, &name.replace(' ', "-")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_is_read_again_for_each_connection() {
+    let redis = Redis::start();
+    let folder = crate::support::redis::folder("password");
+    let file = folder.join("password");
+    std::fs::write(&file, "first\n").expect("writable");
+    let mut observer = redis.observer();
+    let mut set = |password: &str| {
+        let user = ["ACL", "SETUSER", "sidecache", "reset", "on", "~*", "&*", "+@all", password];
+        user.iter().skip(1).fold(redis::cmd(user[0]), |mut c, w| c.arg(w).clone()).exec(&mut observer).expect("set");
+        let kill = ["CLIENT", "KILL", "USER", "sidecache"];
+        let _: Result<i64, _> =
+            kill.iter().skip(1).fold(redis::cmd(kill[0]), |mut c, w| c.arg(w).clone()).query(&mut observer);
+    };
+    set(">first");
+    let table =
+        redis.table() + &format!("username = \"sidecache\"\npassword = {{ file = \"{}\" }}\n", file.display());
+    let (_origin, sidecar) = before(&table).await;
+    sidecar.in_fleet().await;
+    used_again(&sidecar, "first").await;
+    set(">second");
+    until("it says why", || redis_state(&sidecar).trouble.filter(|why| why.contains("WRONGPASS"))).await;
+    assert_eq!(sidecar.get("/x").await.status, 200);
+    std::fs::write(&file, "second\n").expect("writable");
+    used_again(&sidecar, "second").await;
+    std::fs::remove_dir_all(folder).expect("ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one_no_wrong_answer() {
+    let redis = Redis::start();
+    let chaos = Chaos::before(redis.address()).await;
+    let origin = Origin::start(|ask| Reply::fresh(60, ask.target.repeat(200))).await;
+    let sidecar = Sidecar::with_tables(&origin, "[memory]\nmax_bytes = \"64MiB\"\n", &chaos.table()).await;
+    sidecar.in_fleet().await;
+    chaos.set(Mood::Slow(std::time::Duration::from_millis(500)));
+    for number in 0..30 {
+        let target = format!("/slow/{number}");
+        assert_eq!(sidecar.get(&target).await.text(), target.repeat(200));
+    }
+    let reader = &redis_state(&sidecar).connections["reader"];
+    assert!(reader.missed <= 8, "{reader:?}");
+    chaos.set(Mood::Fine);
+    used_again(&sidecar, "slow").await;
+    let writer = Sidecar::with_tables(&origin, "", &redis.table()).await;
+    writer.in_fleet().await;
+    for number in 0..50 {
+        writer.get(&format!("/lies/{number}")).await;
+    }
+    writer.written().await;
+    chaos.set(Mood::Flips(300));
+    for number in 0..50 {
+        let target = format!("/lies/{number}");
+        let answer = sidecar.get(&target).await;
+        assert_eq!((answer.status, answer.text()), (200, target.repeat(200)));
+    }
+    chaos.set(Mood::Fine);
+}
