@@ -1,23 +1,23 @@
 //! Faults under load, with real processes: an upstream killed, an upstream stopped, a stampede, a burst for an
 //! answer that can't be shared. Prints asked and measured. `just faults`; about 40 s; ends what it started.
 
-use std::io::{BufRead, BufReader};
+mod harness;
+
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use harness::{Program, ms, origin, row};
 use http::Request;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use sidecache::body::Body;
 use sidecache::clock::Clock;
 use sidecache::config::Timeouts;
 use sidecache::upstream::Upstream;
 use sidecache::upstream::http::HttpUpstream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 /// Requests per second, and how many different things they ask for.
@@ -31,7 +31,7 @@ fn main() {
     }
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
-        println!("{:<58}{:>16}{:>22}", "", "asked", "measured");
+        println!("{:<72}{:>14}{:>24}", "", "asked", "measured");
         stampede().await;
         uncacheable().await;
         outage(Signal::SIGKILL, "upstream killed for 5 s").await;
@@ -39,56 +39,9 @@ fn main() {
     });
 }
 
-fn row(what: &str, asked: &str, measured: &str) {
-    println!("{what:<58}{asked:>16}{measured:>22}");
-}
-
-/// A program of ours, ended when it goes out of scope.
-struct Program(Child, SocketAddr);
-
-impl Program {
-    fn start(arguments: &[&str], line_of: &str) -> Program {
-        let child = Command::new(env!("CARGO_BIN_EXE_sidecache"))
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the program starts");
-        let mut program = Program(child, SocketAddr::from(([0, 0, 0, 0], 0)));
-        let lines = BufReader::new(program.0.stdout.take().expect("piped")).lines();
-        let mut found = lines.map_while(Result::ok).filter(|line| line.contains(line_of));
-        let line = found.next().unwrap_or_else(|| panic!("{arguments:?} did not say where it listens"));
-        let address = line.split("addr=").nth(1).and_then(|rest| rest.split(' ').next());
-        program.1 = address.expect("an address").parse().expect("an address");
-        program
-    }
-
-    fn shop(listen: &str) -> Program {
-        let pace = ["--latency", "200ms", "--products", "100", "--bucket", "1000000", "--leak", "1000000"];
-        Program::start(&[&["mock-shop", "--listen", listen][..], &pace].concat(), "mock-shop")
-    }
-
-    /// A sidecar before an upstream, with these rules.
-    fn sidecar(upstream: SocketAddr, rules: &str) -> Program {
-        let file = std::env::temp_dir().join(format!("sidecache-faults-{}.toml", std::process::id()));
-        let text = format!(
-            "[[upstream]]\nname = \"api\"\nurl = \"http://{upstream}\"\nlisten = \"127.0.0.1:0\"\n{rules}\n\
-             [admin]\nlisten = \"off\"\n[log]\nfilter = \"error\"\n"
-        );
-        std::fs::write(&file, text).expect("writable");
-        Program::start(&["--config", &file.display().to_string()], "upstream=api")
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(self.0.id()).expect("a pid")), signal).expect("our own process");
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn shop(listen: &str) -> Program {
+    let pace = ["--latency", "200ms", "--products", "100", "--bucket", "1000000", "--leak", "1000000"];
+    Program::start(&[&["mock-shop", "--listen", listen][..], &pace].concat(), "mock-shop")
 }
 
 fn client() -> Arc<HttpUpstream> {
@@ -123,30 +76,6 @@ async fn get(client: &HttpUpstream, address: SocketAddr, path: &str) -> (u16, Du
     (status, clock.instant() - begun)
 }
 
-/// An upstream that takes just so long and says just so much, and counts.
-async fn origin(delay: Duration, head: &'static str) -> (SocketAddr, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let (address, count) = (listener.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
-    let counter = count.clone();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let counter = counter.clone();
-            tokio::spawn(async move {
-                let mut buffer = [0; 4096];
-                while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {
-                    counter.fetch_add(1, Ordering::SeqCst);
-                    tokio::time::sleep(delay).await;
-                    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n{head}\r\nbody");
-                    if stream.write_all(answer.as_bytes()).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    (address, count)
-}
-
 /// So many at once, on connections that are open already; the slowest.
 async fn burst(address: SocketAddr, count: usize) -> Duration {
     let mut streams = Vec::new();
@@ -163,7 +92,7 @@ async fn burst(address: SocketAddr, count: usize) -> Duration {
                 .await
                 .expect("sent");
             let mut answer = Vec::new();
-            while !answer.ends_with(b"\r\n\r\nbody") {
+            while answer.windows(4).position(|w| w == b"\r\n\r\n").is_none_or(|at| answer.len() < at + 8) {
                 let read = stream.read_buf(&mut answer).await.expect("an answer");
                 assert!(read > 0, "the connection ended: {}", String::from_utf8_lossy(&answer));
             }
@@ -173,23 +102,19 @@ async fn burst(address: SocketAddr, count: usize) -> Duration {
     clock.instant() - begun
 }
 
-fn ms(duration: Duration) -> String {
-    format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
-}
-
 async fn stampede() {
     let delay = Duration::from_millis(200);
-    let (address, count) = origin(delay, "Cache-Control: max-age=60\r\n").await;
-    let sidecar = Program::sidecar(address, "");
-    let slowest = burst(sidecar.1, 200).await;
+    let (address, count) = origin(delay, "Cache-Control: max-age=60\r\n", 4).await;
+    let sidecar = Program::sidecar(address, "", "");
+    let slowest = burst(sidecar.api(), 200).await;
     row("200 at once, one cold key: upstream requests", "1", &count.load(Ordering::SeqCst).to_string());
     row("  the slowest waiter, beyond the upstream's 200 ms", "≤ 5 ms", &ms(slowest.saturating_sub(delay)));
 }
 
 async fn uncacheable() {
-    let (address, count) = origin(Duration::from_secs(1), "Cache-Control: no-store\r\n").await;
-    let sidecar = Program::sidecar(address, "");
-    let (first, second) = (burst(sidecar.1, 20).await, burst(sidecar.1, 20).await);
+    let (address, count) = origin(Duration::from_secs(1), "Cache-Control: no-store\r\n", 4).await;
+    let sidecar = Program::sidecar(address, "", "");
+    let (first, second) = (burst(sidecar.api(), 20).await, burst(sidecar.api(), 20).await);
     row("20 at once, uncacheable 1 s answer: first burst", "≤ 2050 ms", &ms(first));
     row("  second burst", "≤ 1050 ms", &ms(second));
     row("  upstream requests", "40", &count.load(Ordering::SeqCst).to_string());
@@ -197,18 +122,18 @@ async fn uncacheable() {
 
 /// 300 req/s on 50 keys with a TTL of 1 s while the upstream is away for 5 of 15 s.
 async fn outage(signal: Signal, what: &str) {
-    let shop = Program::shop("127.0.0.1:0");
-    let address = shop.1;
+    let first = shop("127.0.0.1:0");
+    let address = first.address("mock-shop");
     let rules =
         "[[upstream.rule]]\npath = \"/**\"\nttl = \"1s\"\nstale_while_revalidate = \"1m\"\nstale_if_error = \"1h\"";
-    let sidecar = Program::sidecar(address, rules);
+    let sidecar = Program::sidecar(address, rules, "");
     let client = client();
     let paths: Vec<String> =
         (0..KEYS).map(|key| format!("/admin/api/2026-07/products.json?limit=1&key={key}")).collect();
     for path in &paths {
-        assert_eq!(get(&client, sidecar.1, path).await.0, 200, "warmed up");
+        assert_eq!(get(&client, sidecar.api(), path).await.0, 200, "warmed up");
     }
-    let mut shop = Some(shop);
+    let mut running = Some(first);
     let (clock, mut every) = (Clock::start(), tokio::time::interval(Duration::from_secs(1) / RATE));
     let begun = clock.instant();
     let mut requests = JoinSet::new();
@@ -218,18 +143,18 @@ async fn outage(signal: Signal, what: &str) {
         let passed = clock.instant() - begun;
         if !away && passed > Duration::from_secs(5) {
             away = true;
-            shop.as_ref().expect("running").signal(signal);
+            running.as_ref().expect("running").signal(signal);
         }
         if !back && passed > Duration::from_secs(10) {
             back = true;
             if signal == Signal::SIGSTOP {
-                shop.as_ref().expect("stopped").signal(Signal::SIGCONT);
+                running.as_ref().expect("stopped").signal(Signal::SIGCONT);
             } else {
-                drop(shop.take());
-                shop = Some(Program::shop(&address.to_string()));
+                drop(running.take());
+                running = Some(shop(&address.to_string()));
             }
         }
-        let (client, path, sidecar) = (client.clone(), paths[number % KEYS].clone(), sidecar.1);
+        let (client, path, sidecar) = (client.clone(), paths[number % KEYS].clone(), sidecar.api());
         requests.spawn(async move { (away && !back, get(&client, sidecar, &path).await) });
     }
     let seen = requests.join_all().await;

@@ -75,6 +75,7 @@ async fn stats(State(admin): State<Arc<Admin>>) -> Json<serde_json::Value> {
     let redis = admin.commons.fleet.as_ref().map(|fleet| {
         let state = fleet.redis.state();
         json!({
+            "sidecar": fleet.me.to_string(),
             "place": state.place,
             "trouble": state.trouble,
             "connections": state.connections,

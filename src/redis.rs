@@ -165,6 +165,11 @@ impl Redis {
         }
     }
 
+    /// Is it worth asking?
+    pub fn answers(&self) -> bool {
+        self.shared.reader.answers() && self.follower.answers()
+    }
+
     /// The clock that the fleet shares: this server's.
     pub fn time(&self) -> &FleetClock {
         &self.time

@@ -88,6 +88,11 @@ impl Breaker {
         }
     }
 
+    /// Has nothing failed since the last success?
+    pub fn is_calm(&self) -> bool {
+        self.failures == 0
+    }
+
     /// Is nothing asked, or hardly anything?
     pub fn is_open(&self) -> bool {
         self.state != State::Closed

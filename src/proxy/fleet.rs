@@ -139,8 +139,9 @@ impl Proxy {
 
     /// Looks for the record, and keeps in memory what is found.
     async fn look_there(&self, fleet: &Fleet, place: &Place, job: &Job) -> Looked {
-        // Before the log has been read nobody knows what a record may have missed.
-        if timeout(fleet.patience, self.commons.invalidations.caught_up()).await.is_err() {
+        // Before the log has been read nobody knows what a record may have missed; that takes a moment, unless Redis
+        // does not answer anyway.
+        if !fleet.redis.answers() || timeout(fleet.patience, self.commons.invalidations.caught_up()).await.is_err() {
             return Looked::Trouble;
         }
         let found = match fleet.shared.look(place, job.plan.usual_vary(), &job.asked.headers).await {

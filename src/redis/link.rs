@@ -14,7 +14,7 @@ use fred::error::{Error, ErrorKind};
 use fred::interfaces::{ClientLike, FredResult};
 use fred::types::config::Options;
 use fred::types::{ClusterHash, CustomCommand};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::connect::{Connection, connect};
@@ -130,8 +130,8 @@ impl Link {
         if !self.breaker().admits(self.clock.now()) {
             return unasked(Why::Open);
         }
-        let Ok(_place) = self.places.try_acquire() else { return unasked(Why::Busy) };
         let begun = self.clock.instant();
+        let Some((_place, deadline)) = self.place(deadline).await else { return unasked(Why::Busy) };
         let options = Options { timeout: Some(deadline), fail_fast: true, ..Options::default() };
         let result = timeout(deadline, command(client.with_options(&options))).await;
         self.counts.latencies.add(self.clock.instant().saturating_duration_since(begun));
@@ -144,6 +144,25 @@ impl Link {
             Ok(Err(error)) => Err(self.failed(&client, &error)),
             Err(_elapsed) => Err(self.silent(&client)),
         }
+    }
+
+    /// A place among the commands under way, and what is left of the deadline then. As long as all goes well it is worth
+    /// waiting for one; once a deadline was missed it is not.
+    async fn place(&self, deadline: Duration) -> Option<(SemaphorePermit<'_>, Duration)> {
+        if let Ok(place) = self.places.try_acquire() {
+            return Some((place, deadline));
+        }
+        if !self.breaker().is_calm() {
+            return None;
+        }
+        let begun = Instant::now();
+        let place = timeout(deadline, self.places.acquire()).await.ok()?.ok()?;
+        Some((place, deadline.checked_sub(begun.elapsed())?))
+    }
+
+    /// Is there a connection, and an end to silence?
+    pub(super) fn answers(&self) -> bool {
+        self.client.load().is_some() && !self.breaker().is_open()
     }
 
     /// Waits until there is a connection.
