@@ -119,7 +119,8 @@ impl App {
         let App { sites, admin, commons, fleet, limits, grace, .. } = self;
         let mut background = JoinSet::new();
         if let Some(fleet) = fleet {
-            fleet.start(&commons, &mut background);
+            let proxies = sites.iter().map(|(_, proxy)| proxy.clone()).collect();
+            fleet.start(&commons, proxies, &mut background);
         }
         let (drain, draining) = watch::channel(false);
         let (close_admin, admin_closes) = watch::channel(false);

@@ -8,13 +8,17 @@ pub mod invalidations;
 pub mod lease;
 pub mod log;
 pub mod purge;
+pub mod work;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+
 use crate::redis::Redis;
 use crate::store::Shared;
+use crate::store::seal::Ring;
 use inbox::Inbox;
 
 /// What a sidecar has in common with the others.
@@ -28,6 +32,10 @@ pub struct Fleet {
     pub shared: Arc<Shared>,
     /// Messages for us.
     pub inbox: Arc<Inbox>,
+    /// The secrets that seal what is said.
+    pub ring: Arc<ArcSwap<Ring>>,
+    /// Whether there is work to share.
+    pub works: bool,
     /// How long anything waits for the fleet.
     pub patience: Duration,
 }

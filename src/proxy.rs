@@ -1,5 +1,6 @@
 //! The way of a request. [`Proxy::handle`] is the table of contents: every step of it is a module below.
 
+pub mod ahead;
 pub mod fallback;
 pub mod fetch;
 pub mod fleet;
@@ -106,9 +107,14 @@ impl Proxy {
             Err(reason) => return Handled::later(self.clone().relay(request, place.into_owned(), reason, visit)),
         };
         match self.look_up(&key, request.headers(), &demands, visit.now) {
-            Lookup::Fresh(entry) => Handled::Now(self.hit(&request, &entry, plan, &visit)),
+            Lookup::Fresh(entry) => {
+                if let Some(ahead) = plan.refresh_ahead {
+                    self.ahead(&request, &place, plan, &key, &entry, ahead, visit.now);
+                }
+                Handled::Now(self.hit(&request, &entry, plan, &visit))
+            }
             Lookup::WhileRevalidate(entry) => {
-                self.refresh(&request, &place, plan, &key, &entry);
+                self.refresh(&request, &place, plan, &key, &entry, false);
                 Handled::Now(self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit))
             }
             Lookup::Fetch(miss) if demands.only_if_cached() => {

@@ -13,6 +13,7 @@ mod herald;
 mod link;
 mod records;
 mod scripts;
+mod work;
 
 use std::fmt;
 use std::sync::Arc;
@@ -102,6 +103,8 @@ pub struct Redis {
     coordination: Arc<Link>,
     /// Waits for the log to go on.
     follower: Arc<Link>,
+    /// Waits for work, where there is any to share.
+    worker: Option<Arc<Link>>,
     /// `{prefix}:1`, in braces: one slot.
     coordinates: Box<str>,
     command_timeout: Duration,
@@ -124,8 +127,8 @@ pub struct State {
 }
 
 impl Redis {
-    /// Begins to connect. Nothing waits for that.
-    pub fn start(config: &config::Redis, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
+    /// Begins to connect. Nothing waits for that. `works`: also to what is needed to share work.
+    pub fn start(config: &config::Redis, works: bool, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
         let herald = Arc::new(Herald::new(clock.clone()));
         let mut supervisors = JoinSet::new();
         let mut link = |name, database| {
@@ -151,11 +154,13 @@ impl Redis {
             link("coordination", databases.coordination)
         };
         let follower = link("follower", databases.coordination);
+        let worker = works.then(|| link("worker", databases.coordination));
         Redis {
             shared,
             private,
             coordination,
             follower,
+            worker,
             coordinates: format!("{{{}}}:1", config.key_prefix).into(),
             command_timeout: config.command_timeout,
             herald,
@@ -185,10 +190,11 @@ impl Redis {
             &self.coordination,
             &self.follower,
         ];
+        let links = links.into_iter().chain(&self.worker);
         State {
             place: self.place.clone(),
             trouble: self.herald.trouble(),
-            connections: links.into_iter().map(|link| (link.name, link.state())).collect(),
+            connections: links.map(|link| (link.name, link.state())).collect(),
         }
     }
 

@@ -5,6 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use redis::Commands;
 use tokio::task::JoinSet;
 
+use nix::sys::signal::Signal;
+
+use crate::support::process::Process;
+use crate::support::sidecar::text;
 use crate::support::{Chaos, Gate, Mood, Origin, Redis, Reply, Sidecar, get, send, soon, until};
 
 const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
@@ -210,9 +214,7 @@ async fn what_cannot_be_verified_for_long_is_not_served() {
     sidecar.turn(35);
     assert!(!sidecar.get("/products/1").await.is_hit());
     chaos.set(Mood::Fine);
-    sidecar.turn(600);
-    let lag = || sidecar.commons.invalidations.lag(sidecar.clock.now());
-    until("the log is read again", || lag().filter(|lag| *lag < 30_000)).await;
+    sidecar.turn_in_fleet(600).await;
     assert!(sidecar.get("/products/1").await.is_hit(), "verified");
 }
 
@@ -320,4 +322,83 @@ async fn an_answer_that_is_not_shared_holds_nobody_up() {
     gate.open();
     assert_eq!(soon("both", async { (first.await, second.await) }).await.0.expect("answered"), 200);
     until("both are fetched", || (origin.count() == 2).then_some(())).await;
+}
+
+const AHEAD: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nrefresh_ahead = \"40s\"\n";
+
+/// Two sidecars that have one thing, which is about to expire.
+async fn about_to_expire(origin: &Origin, redis: &Redis, lines: &[(&str, &str)]) -> [Sidecar; 2] {
+    let one = Sidecar::with_tables(origin, AHEAD, &redis.table()).await;
+    let other = Sidecar::with_tables(origin, AHEAD, &redis.table()).await;
+    for sidecar in [&one, &other] {
+        sidecar.in_fleet().await;
+        sidecar.get_with("/x", lines).await;
+        sidecar.written().await;
+    }
+    assert_eq!(origin.count(), 1);
+    one.turn_in_fleet(50).await;
+    other.turn_in_fleet(50).await;
+    [one, other]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_hot_is_refreshed_ahead_and_once_in_the_fleet() {
+    let redis = Redis::start();
+    for lines in [&[][..], &[("Authorization", "Bearer x")]] {
+        let origin = Origin::start(counting()).await;
+        let sidecars = about_to_expire(&origin, &redis, lines).await;
+        for _ in 0..20 {
+            for sidecar in &sidecars {
+                assert!(sidecar.get_with("/x", lines).await.is_hit());
+            }
+        }
+        origin.asked(2).await;
+        for sidecar in &sidecars {
+            sidecar.written().await;
+            // The one who did not fetch finds it when what it has expires.
+            sidecar.turn_in_fleet(15).await;
+            assert_eq!(sidecar.get_with("/x", lines).await.text(), "1");
+        }
+        assert_eq!(origin.count(), 2, "{lines:?}");
+        until("the work is done", || {
+            let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(0);
+            (left == 0).then_some(())
+        })
+        .await;
+        let _: () = redis::cmd("FLUSHALL").query(&mut redis.observer()).expect("it answers");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_that_died_has_left_is_taken_over() {
+    let redis = Redis::start();
+    let never = Gate::new();
+    let origin = Origin::start(move |ask| {
+        let reply = Reply::new(200, ask.number.to_string());
+        if ask.number == 1 { reply.after(&never) } else { reply }
+    })
+    .await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nrefresh_ahead = \"10s\"\n";
+    let file = crate::support::redis::folder("worker").join("sidecache.toml");
+    std::fs::write(&file, text(origin.address, rules, &redis.table())).expect("writable");
+    let worker = Process::start(&["--config", &file.display().to_string()], 3).await;
+    let address = worker.address("upstream=api");
+    // It offers the work, takes it, and is killed over it.
+    let hot = async {
+        while origin.count() < 2 {
+            assert_eq!(get(address, "/x", &[]).await.status, 200);
+        }
+    };
+    soon("the work is taken", hot).await;
+    worker.signal(Signal::SIGKILL);
+    assert_eq!(worker.ended().await, None);
+    let other = Sidecar::with_tables(&origin, rules, &redis.table()).await;
+    origin.asked(3).await;
+    until("the work is done", || {
+        let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(1);
+        (left == 0).then_some(())
+    })
+    .await;
+    drop(other);
+    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("ours");
 }

@@ -18,4 +18,5 @@ mod shopify;
 mod shutdown;
 mod staleness;
 mod tenants;
+mod topologies;
 mod writes;

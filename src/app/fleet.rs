@@ -12,10 +12,11 @@ use crate::config::{self, Config};
 use crate::fleet::inbox::Inbox;
 use crate::fleet::invalidations::Invalidations;
 use crate::fleet::log::Log;
+use crate::fleet::work::Refresh;
 use crate::fleet::{Fleet, SidecarId};
 use crate::policy::key::KeySecret;
-use crate::proxy::Commons;
-use crate::redis::Redis;
+use crate::proxy::{Commons, Proxy};
+use crate::redis::{Message, Redis, Trouble};
 use crate::store::Shared;
 use crate::store::pack::Packing;
 use crate::store::seal::Ring;
@@ -23,6 +24,15 @@ use crate::store::wire::Sealing;
 
 /// Is the secret in common still there?
 const LOOK_AT_SECRET: Duration = Duration::from_secs(10);
+
+/// Refreshes for the fleet at once.
+const WORK_AT_ONCE: u64 = 4;
+
+/// Work that nobody has finished for so long is taken over.
+const LEFT_BEHIND: Duration = Duration::from_secs(3);
+
+/// So long the server holds a worker that has nothing to do.
+const WAIT_FOR_WORK: Duration = Duration::from_secs(1);
 
 /// After trouble, before the next attempt.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -59,7 +69,6 @@ impl Secrets {
 pub(super) struct Parts {
     pub(super) fleet: Arc<Fleet>,
     pub(super) invalidations: Arc<Invalidations>,
-    ring: Arc<ArcSwap<Ring>>,
     /// The secret that was made up, if one was.
     seed: Option<Vec<u8>>,
 }
@@ -84,33 +93,35 @@ pub(super) fn build(
         pack_above: redis.compress_above,
         max_body: config.memory.max_entry_bytes,
     };
-    let connections = Arc::new(Redis::start(redis, clock, &Arc::new(FleetClock::new(clock.clone()))));
+    let works = config.upstreams.iter().flat_map(|u| u.router.plans()).any(|plan| plan.refresh_ahead.is_some());
+    let connections = Arc::new(Redis::start(redis, works, clock, &Arc::new(FleetClock::new(clock.clone()))));
     let shared = Shared::new(connections.clone(), &redis.key_prefix, sealing, redis.write_behind);
     let fleet = Fleet {
         me,
         redis: connections,
         shared: Arc::new(shared),
         inbox: Arc::new(Inbox::default()),
+        ring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
+        works,
         patience: redis.command_timeout,
     };
     let invalidations = Invalidations::shared(me, config.memory.max_unverified, clock.now());
     Ok(Parts {
         fleet: Arc::new(fleet),
         invalidations: Arc::new(invalidations),
-        ring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
         seed: secrets.made_up.then(|| secrets.seeds[0].clone()),
     })
 }
 
 impl Parts {
     /// Sets everything to work.
-    pub(super) fn start(self, commons: &Arc<Commons>, tasks: &mut JoinSet<()>) {
-        let Parts { fleet, invalidations, ring, seed } = self;
+    pub(super) fn start(self, commons: &Arc<Commons>, proxies: Vec<Arc<Proxy>>, tasks: &mut JoinSet<()>) {
+        let Parts { fleet, invalidations, seed } = self;
         let log = Log {
             redis: fleet.redis.clone(),
             invalidations: invalidations.clone(),
             inbox: fleet.inbox.clone(),
-            ring: ring.clone(),
+            ring: fleet.ring.clone(),
             me: fleet.me,
             clock: commons.clock.clone(),
             said_present: Arc::default(),
@@ -123,7 +134,7 @@ impl Parts {
                 warn!(
                     "no [security] secret: the fleet's is kept in Redis, where whoever can read it can forge records"
                 );
-                adopt(&fleet, &commons, &ring, seed).await;
+                adopt(&fleet, &commons, seed).await;
             }
             let seen_at = move |position| invalidations.seen_at(position);
             let mut work = JoinSet::new();
@@ -131,10 +142,11 @@ impl Parts {
             work.spawn(teller.tell());
             work.spawn(shared.clone().clear_purged());
             work.spawn(shared.write_behind(seen_at));
+            work.spawn(labour(fleet.clone(), proxies));
             match seed {
                 Some(seed) => loop {
                     tokio::time::sleep(LOOK_AT_SECRET).await;
-                    adopt(&fleet, &commons, &ring, &seed).await;
+                    adopt(&fleet, &commons, &seed).await;
                 },
                 None => std::future::pending().await,
             }
@@ -142,8 +154,49 @@ impl Parts {
     }
 }
 
+/// Works for the fleet, for ever: on what is offered, and on what others have left.
+async fn labour(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>) {
+    loop {
+        fleet.redis.worker_connected().await;
+        if let Err(trouble) = labour_for_a_while(&fleet, &proxies).await {
+            debug!(%trouble, "no work can be had");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+async fn labour_for_a_while(fleet: &Arc<Fleet>, proxies: &[Arc<Proxy>]) -> Result<(), Trouble> {
+    let me = fleet.me.to_string();
+    fleet.redis.tidy_work().await?;
+    let mut under_way = JoinSet::new();
+    loop {
+        let left = fleet.redis.take_over(&me, WORK_AT_ONCE, LEFT_BEHIND).await?;
+        let offered = fleet.redis.work(&me, WORK_AT_ONCE, WAIT_FOR_WORK).await?;
+        for message in left.into_iter().chain(offered) {
+            under_way.spawn(work_off(fleet.clone(), proxies.to_vec(), message));
+        }
+        // What takes longer than it may is taken over, by us or others: its lease keeps it from being done twice.
+        while under_way.len() >= usize::try_from(WORK_AT_ONCE).unwrap_or(1) {
+            under_way.join_next().await;
+        }
+    }
+}
+
+async fn work_off(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>, message: Message) {
+    let refresh = Refresh::open(&message.body, &fleet.ring.load());
+    let mine = refresh.and_then(|refresh| Some((proxies.iter().find(|p| p.site.id.0 == refresh.upstream)?, refresh)));
+    match mine {
+        Some((proxy, refresh)) => proxy.work_off(&fleet, refresh).await,
+        // Of another configuration, or another secret: those who have that find it when it is left behind.
+        None => return debug!("work that is not for this sidecar"),
+    }
+    if let Err(trouble) = fleet.redis.work_done(message.id).await {
+        debug!(%trouble, "work is done, and will be done again");
+    }
+}
+
 /// Makes the secret in common ours, or ours the one in common. Tries until Redis says which.
-async fn adopt(fleet: &Fleet, commons: &Commons, ring: &ArcSwap<Ring>, seed: &[u8]) {
+async fn adopt(fleet: &Fleet, commons: &Commons, seed: &[u8]) {
     let theirs = loop {
         match fleet.redis.common_secret(seed).await {
             Ok(secret) => break secret,
@@ -152,10 +205,10 @@ async fn adopt(fleet: &Fleet, commons: &Commons, ring: &ArcSwap<Ring>, seed: &[u
         tokio::time::sleep(PAUSE).await;
     };
     let adopted = Ring::new([&*theirs]);
-    if adopted.first() != ring.load().first() {
+    if adopted.first() != fleet.ring.load().first() {
         info!("took over the fleet's secret");
         commons.secret.store(Arc::new(KeySecret::of(&theirs)));
         fleet.shared.seal_with(|sealing| Sealing { ring: adopted.clone(), ..sealing.clone() });
-        ring.store(Arc::new(adopted));
+        fleet.ring.store(Arc::new(adopted));
     }
 }

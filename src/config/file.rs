@@ -89,6 +89,7 @@ pub(super) struct Rule {
     pub(super) stale_if_error: Option<Window>,
     pub(super) last_known_good: Option<Window>,
     pub(super) negative_ttl: Option<Window>,
+    pub(super) refresh_ahead: Option<Window>,
     pub(super) key: Option<Key>,
     pub(super) tags: Option<Spanned<Vec<String>>>,
     pub(super) reject_empty: Option<Spanned<String>>,

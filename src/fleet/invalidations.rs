@@ -233,7 +233,9 @@ impl Invalidations {
 
     /// Waits until the log has been read to its end.
     pub async fn caught_up(&self) {
-        if let Some(fleet) = &self.fleet {
+        if let Some(fleet) = &self.fleet
+            && !*fleet.caught_up.borrow()
+        {
             let _ = fleet.caught_up.subscribe().wait_for(|caught_up| *caught_up).await;
         }
     }

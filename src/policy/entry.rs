@@ -1,15 +1,16 @@
 //! What is stored: an answer's head, made ready to send, its body, and what the verdict on it needs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::{Extensions, StatusCode};
 
-use super::Tick;
 use super::invalidation::{Address, Position, Standing};
 use super::links::LinkPatch;
+use super::{Tick, millis};
 
 /// A response head, ready to be sent many times: without hop-by-hop fields and `Age`, with `Date`.
 #[derive(Debug, Clone)]
@@ -80,6 +81,19 @@ impl Variant {
         Variant(names.into_iter().map(|name| (name.clone(), values(&name))).collect())
     }
 
+    /// A digest of the names and values.
+    pub fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        for (name, values) in &self.0 {
+            hasher.update(name.as_str().as_bytes()).update(&[0xff]);
+            for value in values {
+                hasher.update(&(value.len() as u64).to_be_bytes()).update(value.as_bytes());
+            }
+            hasher.update(&[0xfe]);
+        }
+        hasher.finalize()
+    }
+
     /// Would this request select the same answer?
     pub fn selected_by(&self, request: &HeaderMap) -> bool {
         self.0.iter().all(|(name, values)| request.get_all(name).iter().eq(values.iter()))
@@ -111,6 +125,8 @@ pub struct Entry {
     pub rule: Arc<str>,
     /// The ledger's epoch at the last check, and what it said: `epoch << 2 | standing`.
     checked: AtomicU64,
+    /// Somebody sees to its refresh before it expires.
+    seen_to: AtomicBool,
 }
 
 impl Entry {
@@ -128,7 +144,8 @@ impl Entry {
     ) -> Entry {
         let checked = AtomicU64::new(pack(position, Standing::Valid));
         let About { key_name, tags, rule } = about;
-        Entry { head, body, variant, born, terms, address, position, key_name, tags, rule, checked }
+        let seen_to = AtomicBool::new(false);
+        Entry { head, body, variant, born, terms, address, position, key_name, tags, rule, checked, seen_to }
     }
 
     /// Milliseconds since it came.
@@ -145,6 +162,21 @@ impl Entry {
     pub fn ttl(&self, now: Tick) -> i64 {
         let left = self.terms.fresh_for - i64::try_from(self.resident(now)).unwrap_or(i64::MAX);
         left.div_euclid(1000)
+    }
+
+    /// Fresh, but for less than `ahead`, or for some entries less than half of that: so that what was fetched together
+    /// is not refreshed together.
+    pub fn is_due(&self, ahead: Duration, now: Tick) -> bool {
+        let left = self.terms.fresh_for - i64::try_from(self.resident(now)).unwrap_or(i64::MAX);
+        let spread =
+            self.key_name.bytes().fold(self.born.0, |spread, byte| spread.wrapping_mul(31) + u64::from(byte));
+        let from = millis(ahead) / 2 + millis(ahead) * (spread % 256) / 512;
+        left > 0 && left.unsigned_abs() <= from
+    }
+
+    /// From now on somebody sees to its refresh. True if somebody did already.
+    pub fn see_to(&self) -> bool {
+        self.seen_to.swap(true, Ordering::Relaxed)
     }
 
     /// Has it outlived all its windows?

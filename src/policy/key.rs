@@ -108,6 +108,11 @@ impl KeyPlan {
         Ok(key)
     }
 
+    /// Does a request header of this name carry a credential, or seem to?
+    pub fn is_credential(&self, name: &HeaderName) -> bool {
+        self.credentials.contains(name) || looks_like_credential(name.as_str())
+    }
+
     fn tenant(&self, secret: &KeySecret, headers: &HeaderMap, key: &mut KeyBuf) -> Result<(), Bypass> {
         if self.partition == Partition::Everyone {
             key.push(b'e');

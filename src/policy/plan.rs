@@ -32,6 +32,8 @@ pub struct Plan {
     pub stale_if_error: Option<Duration>,
     /// Keep so long for the ladder's last rung before the payload.
     pub last_known_good: Option<Duration>,
+    /// A hit on what has less than this left has it refreshed before it expires.
+    pub refresh_ahead: Option<Duration>,
     /// What the key is made of.
     pub key: KeyPlan,
     /// Templates of the tags of what is stored.

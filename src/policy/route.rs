@@ -202,6 +202,7 @@ pub(crate) mod testing {
             stale_while_revalidate: None,
             stale_if_error: None,
             last_known_good: None,
+            refresh_ahead: None,
             key: KeyPlan::default(),
             tags: Vec::new(),
             reject_empty: None,

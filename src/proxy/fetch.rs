@@ -46,6 +46,8 @@ pub(super) struct Job {
     pub(super) stale: Option<Arc<Entry>>,
     /// How much of the fleet's help it wants.
     pub(super) help: Help,
+    /// It refreshes, ahead of its time, something born then.
+    pub(super) ahead: Option<Tick>,
     /// The lease under which it is fetched.
     pub(super) lease: Mutex<Option<Lease>>,
 }

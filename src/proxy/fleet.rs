@@ -6,8 +6,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use http::Request;
 use http::header::HeaderName;
-use http::{Method, Request};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
@@ -36,11 +36,16 @@ use crate::store::wire::Answer;
 /// A record from further in the future than this has a wrong date.
 const FUTURE: Duration = Duration::from_secs(5);
 
+/// One record's date, read by two sidecars, differs by less than this.
+const SAME: Duration = Duration::from_millis(250);
+
 /// How much of the fleet's help a flight wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Help {
     /// Look, and fetch once in the fleet.
     All,
+    /// That it is fetched once: it has looked.
+    Claim,
     /// Look only: the answer can't be stored.
     Look,
     /// None: the client insists on its own answer, or answers can't be shared anyway.
@@ -68,29 +73,44 @@ enum Looked {
     Trouble,
 }
 
+impl Looked {
+    fn fresh(self) -> Option<Arc<Entry>> {
+        match self {
+            Looked::Fresh(entry) => Some(entry),
+            Looked::WhileRevalidate(_) | Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
+        }
+    }
+}
+
 impl Proxy {
-    /// Looks, claims, waits: until there is an entry or the leave to fetch. What is stale is announced or noted.
-    pub(super) async fn ask_fleet(&self, lead: &mut Lead, job: &mut Job, by: Instant) -> Next {
-        let Some(fleet) = self.commons.fleet.as_ref().filter(|_| job.help != Help::None) else {
-            return Next::Fetch(None);
-        };
-        let place = fleet.shared.place(&job.key);
-        match self.look_there(fleet, &place, job).await {
-            Looked::Fresh(entry) => return Next::Found(entry),
+    /// Looks for a record that can be served. What can't be served at once is announced, or noted in the job.
+    pub(super) async fn look_first(&self, lead: &mut Lead, job: &mut Job) -> Option<Arc<Entry>> {
+        let fleet = self.commons.fleet.as_ref().filter(|_| matches!(job.help, Help::All | Help::Look))?;
+        job.help = if job.help == Help::All { Help::Claim } else { Help::None };
+        match self.look_there(fleet, &fleet.shared.place(&job.key), job).await {
+            Looked::Fresh(entry) => return Some(entry),
             Looked::WhileRevalidate(entry) => {
                 lead.show(Landing::Found(entry.clone()));
                 job.stale = Some(entry);
             }
             Looked::Stale(entry) => job.stale = Some(entry),
             Looked::Nothing => {}
-            Looked::Trouble => return Next::Fetch(None),
+            Looked::Trouble => job.help = Help::None,
         }
-        if job.help == Help::Look || job.asked.method != Method::GET {
-            return Next::Fetch(None);
+        None
+    }
+
+    /// Looks, claims, waits: until there is an entry or the leave to fetch.
+    pub(super) async fn ask_fleet(&self, lead: &mut Lead, job: &mut Job, by: Instant) -> Next {
+        if let Some(entry) = self.look_first(lead, job).await {
+            return Next::Found(entry);
         }
-        match timeout_at(by, self.claim(fleet, &place, job)).await {
-            Ok(next) => next,
-            Err(_elapsed) => Next::Fetch(None),
+        match &self.commons.fleet {
+            Some(fleet) if job.help == Help::Claim => {
+                let place = fleet.shared.place(&job.key);
+                timeout_at(by, self.claim(fleet, &place, job)).await.unwrap_or(Next::Fetch(None))
+            }
+            Some(_) | None => Next::Fetch(None),
         }
     }
 
@@ -107,26 +127,21 @@ impl Proxy {
                 }
                 // Between the look and the claim somebody may have finished.
                 Ok(Claimed::Ours(lease)) => {
-                    return match self.look_there(fleet, place, job).await {
-                        Looked::Fresh(entry) => Next::Found(entry),
-                        Looked::WhileRevalidate(_) | Looked::Stale(_) | Looked::Nothing | Looked::Trouble => {
-                            Next::Fetch(Some(lease))
-                        }
-                    };
+                    let found = self.look_there(fleet, place, job).await.fresh().filter(|entry| is_news(job, entry));
+                    return found.map_or_else(|| Next::Fetch(Some(lease)), Next::Found);
                 }
                 // Nobody waits for a fetch that is older than a purge.
                 Ok(Claimed::Theirs { seen, .. }) if self.is_outdated(job, seen) => return Next::Fetch(None),
-                Ok(Claimed::Theirs { left, .. }) => {
-                    match timeout(left, news.message()).await.map(|word| Word::read(&word)) {
-                        Ok(Word::Unshared) => return Next::Fetch(None),
-                        Ok(Word::Stored) => {
-                            if let Looked::Fresh(entry) = self.look_there(fleet, place, job).await {
-                                return Next::Found(entry);
-                            }
+                Ok(Claimed::Theirs { left, .. }) => match timeout(left, news.message()).await {
+                    Ok(word) if Word::read(&word) == Word::Unshared => return Next::Fetch(None),
+                    Ok(word) if Word::read(&word) == Word::Stored => {
+                        let found = self.look_there(fleet, place, job).await.fresh();
+                        if let Some(entry) = found.filter(|entry| is_news(job, entry)) {
+                            return Next::Found(entry);
                         }
-                        Ok(Word::Nothing) | Err(_) => {}
                     }
-                }
+                    Ok(_) | Err(_) => {}
+                },
             }
         }
     }
@@ -176,13 +191,12 @@ impl Proxy {
         let casing = self.site.upstream.casing(&casing).await;
         make_room(&mut headers);
         let links = links::find(&headers, &job.place.host);
-        let scope = Scope { upstream: address.upstream, authority: job.place.keyed.as_deref() };
-        let subjects = subjects(scope, &address.target, &tags).into();
-        let address = Address {
-            upstream: address.upstream,
-            authority: address.authority.into(),
-            target: address.target.into(),
-            subjects,
+        let address = if tags == site::tags(&job.plan, job.asked.uri.path()) {
+            job.address.clone()
+        } else {
+            let scope = Scope { upstream: address.upstream, authority: job.place.keyed.as_deref() };
+            let subjects = subjects(scope, &address.target, &tags).into();
+            Address { subjects, ..job.address.clone() }
         };
         let rule = if *rule == *job.plan.name { job.plan.name.clone() } else { rule.into() };
         let about = About { key_name: short_name(&job.key).into(), tags: tags.into(), rule };
@@ -217,7 +231,7 @@ impl Proxy {
             let asked = Arc::new(request.into_parts().0);
             let address = proxy.site.address(&place, &asked.uri, &plan);
             let (position, stale) = (proxy.commons.invalidations.position(), miss.stale.clone());
-            let (help, lease) = (Help::Look, Mutex::default());
+            let (help, ahead, lease) = (Help::Look, None, Mutex::default());
             let job = Job {
                 asked: asked.clone(),
                 place: place.clone(),
@@ -227,6 +241,7 @@ impl Proxy {
                 position,
                 stale,
                 help,
+                ahead,
                 lease,
             };
             let looked = proxy.look_there(&fleet, &fleet.shared.place(&key), &job).await;
@@ -263,17 +278,15 @@ impl Proxy {
     }
 }
 
+/// Ahead of its time only something newer than what there is will do.
+fn is_news(job: &Job, entry: &Entry) -> bool {
+    job.ahead.is_none_or(|born| entry.born > born.plus(SAME))
+}
+
 /// Those who ask for other variants don't wait for this one.
 fn lease_name(place: &Place, job: &Job) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(place.name().as_bytes());
     let names = job.stale.as_ref().map(|entry| entry.variant.0.iter().map(|(name, _)| name.clone()).collect());
     let names: Vec<HeaderName> = names.unwrap_or_else(|| job.plan.usual_vary().to_vec());
-    for (name, values) in Variant::of(names, &job.asked.headers).0 {
-        hasher.update(name.as_str().as_bytes()).update(&[0xff]);
-        for value in values {
-            hasher.update(&(value.len() as u64).to_be_bytes()).update(value.as_bytes());
-        }
-    }
-    hasher.finalize().to_hex()[..32].to_owned()
+    let variant = Variant::of(names, &job.asked.headers).digest();
+    blake3::hash(format!("{} {variant}", place.name()).as_bytes()).to_hex()[..32].to_owned()
 }

@@ -36,6 +36,8 @@ pub enum Landing {
     Released,
     /// The fleet has it already.
     Found(Arc<Entry>),
+    /// Nothing: its leader left before it began. Board again.
+    Again,
     /// No answer.
     Failed(Failure),
 }
@@ -148,6 +150,8 @@ pub struct Lead {
     key: Option<Box<[u8]>>,
     landing: watch::Sender<Option<Landing>>,
     private: Option<oneshot::Sender<Private>>,
+    /// Its leader's client can still end it by leaving.
+    grounded: bool,
 }
 
 impl Default for Flights {
@@ -197,7 +201,7 @@ impl Flights {
     fn flight(self: &Arc<Self>, key: Option<Box<[u8]>>) -> (Lead, Waiter) {
         let (landing, landed) = watch::channel(None);
         let (private, own) = oneshot::channel();
-        let lead = Lead { flights: self.clone(), key, landing, private: Some(private) };
+        let lead = Lead { flights: self.clone(), key, landing, private: Some(private), grounded: false };
         (lead, Waiter { landing: landed, private: Some(own) })
     }
 
@@ -249,6 +253,11 @@ impl Lead {
         self.landing.send_replace(Some(Landing::Shared(arrival)));
     }
 
+    /// Says whether it is still in the hands of its leader's client, who may leave.
+    pub fn set_grounded(&mut self, grounded: bool) {
+        self.grounded = grounded;
+    }
+
     /// Tells everybody something to go on with, while the flight goes on.
     pub fn show(&mut self, landing: Landing) {
         self.landing.send_replace(Some(landing));
@@ -256,6 +265,7 @@ impl Lead {
 
     /// Tells everybody the end of it. Who asks from now on begins anew.
     pub fn land(mut self, landing: Landing) {
+        self.grounded = false;
         self.leave();
         self.landing.send_replace(Some(landing));
     }
@@ -291,5 +301,8 @@ impl Lead {
 impl Drop for Lead {
     fn drop(&mut self) {
         self.leave();
+        if self.grounded {
+            self.landing.send_replace(Some(Landing::Again));
+        }
     }
 }

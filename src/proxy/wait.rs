@@ -26,10 +26,10 @@ const ATTEMPTS: usize = 4;
 
 /// What comes of asking for a seat on a flight.
 enum Boarding {
-    Seated {
-        waiter: Waiter,
-        collapsed: bool,
-    },
+    /// Somebody fetches.
+    Follow(Waiter),
+    /// We do.
+    Lead(Box<(Lead, Job)>, Waiter),
     /// One landed just now, with this.
     Hit(Arc<Entry>),
     /// Meanwhile it became known which request headers matter: ask again with this key.
@@ -55,9 +55,17 @@ impl Proxy {
         let mut alone =
             quest.asked.method == Method::HEAD || self.commons.flights.is_hit_for_miss(&quest.key, visit.now);
         let mut learnt = false;
-        for _ in 0..ATTEMPTS {
+        let mut attempts = 0;
+        while attempts < ATTEMPTS {
+            attempts += 1;
             let (waiter, collapsed) = match self.board(&quest, &flight_key, alone, learnt) {
-                Boarding::Seated { waiter, collapsed } => (waiter, collapsed),
+                Boarding::Follow(waiter) => (waiter, true),
+                Boarding::Lead(flight, waiter) => {
+                    if let Some(response) = self.take_off(*flight, &quest, deadline).await {
+                        return response;
+                    }
+                    (waiter, false)
+                }
                 Boarding::Hit(entry) => return self.hit(&*quest.asked, &entry, plan, visit),
                 Boarding::Rebook(key) => {
                     flight_key = *key;
@@ -91,13 +99,15 @@ impl Proxy {
                 }
                 Ok(Waited::Private(response)) => return self.take_private(&quest, response),
                 Ok(Waited::Landed(Landing::Released, _)) => alone = true,
+                // Leaders who leave before they begin are nobody's failure.
+                Ok(Waited::Landed(Landing::Again, _)) => attempts -= 1,
                 Ok(Waited::Lost) => {}
             }
         }
         self.ladder(&quest, Failure::Internal, None, false)
     }
 
-    /// Refreshes an entry behind a client's back, unless somebody does already.
+    /// Refreshes an entry behind a client's back, unless somebody does already. `ahead`: before it has to be.
     pub(super) fn refresh(
         self: &Arc<Self>,
         request: &Request<Body>,
@@ -105,21 +115,23 @@ impl Proxy {
         plan: &Arc<Plan>,
         key: &[u8],
         entry: &Arc<Entry>,
+        ahead: bool,
     ) {
         let Commons { flights, invalidations, .. } = &*self.commons;
         let (position, headers) = (invalidations.position(), request.headers());
         let flight_key = variant_key(key, &entry.variant, headers);
         let refreshed = || match self.look_up(key, headers, &Demands::default(), self.commons.clock.now()) {
+            Lookup::Fresh(found) if ahead && Arc::ptr_eq(&found, entry) => None,
             Lookup::Fresh(_) => Some(()),
             Lookup::WhileRevalidate(_) | Lookup::Fetch(_) => None,
         };
         let boarded = flights.board(&flight_key, &entry.address, position, invalidations, refreshed);
         if let Ok(Seat::Lead(lead, _nobody_waits)) = boarded {
-            let (asked, ()) = copy_of(request).into_parts();
-            let (place, plan, address) = (place.clone(), plan.clone(), entry.address.clone());
-            let (asked, stale) = (Arc::new(asked), Some(entry.clone()));
-            let (help, lease) = (Help::All, Mutex::default());
-            self.spawn(lead, Job { asked, place, plan, key: key.into(), address, position, stale, help, lease });
+            let (help, ahead) = if ahead { (Help::Claim, Some(entry.born)) } else { (Help::All, None) };
+            let (address, stale) = (entry.address.clone(), Some(entry.clone()));
+            let (asked, place, plan) = (Arc::new(copy_of(request).into_parts().0), place.clone(), plan.clone());
+            let (key, lease) = (key.into(), Mutex::default());
+            self.spawn(lead, Job { asked, place, plan, key, address, position, stale, help, ahead, lease });
         }
     }
 
@@ -134,15 +146,35 @@ impl Proxy {
             let look_again = || self.look_again(quest, flight_key, learnt);
             match flights.board(flight_key, &address, position, invalidations, look_again) {
                 Ok(Seat::Lead(lead, waiter)) => (lead, waiter),
-                Ok(Seat::Follow(waiter)) => return Boarding::Seated { waiter, collapsed: true },
+                Ok(Seat::Follow(waiter)) => return Boarding::Follow(waiter),
                 Err(instead) => return instead,
             }
         };
         let (asked, place, plan) = (quest.asked.clone(), quest.place.clone(), quest.plan.clone());
         let (key, stale) = (quest.key.to_vec().into(), quest.miss.stale.clone());
-        let (help, lease) = (help(quest, alone), Mutex::default());
-        self.spawn(lead, Job { asked, place, plan, key, address, position, stale, help, lease });
-        Boarding::Seated { waiter, collapsed: false }
+        let (help, ahead, lease) = (help(quest, alone), None, Mutex::default());
+        let job = Job { asked, place, plan, key, address, position, stale, help, ahead, lease };
+        Boarding::Lead(Box::new((lead, job)), waiter)
+    }
+
+    /// Begins a flight: with a look at what the fleet has, which may be all that is needed. Until then it ends with
+    /// this request, and those who wait board again; from then on it is a task of its own.
+    async fn take_off(
+        self: &Arc<Self>,
+        flight: (Lead, Job),
+        quest: &Quest<'_>,
+        deadline: Instant,
+    ) -> Option<Response<Body>> {
+        let (mut lead, mut job) = flight;
+        lead.set_grounded(true);
+        let found = timeout_at(deadline, self.look_first(&mut lead, &mut job)).await.ok().flatten();
+        lead.set_grounded(false);
+        if let Some(entry) = found {
+            lead.land(Landing::Found(entry.clone()));
+            return self.found(quest, &entry);
+        }
+        self.spawn(lead, job);
+        None
     }
 
     /// Between the look-up and the boarding a flight may have landed: is there a hit now, or is it known now
@@ -166,7 +198,7 @@ impl Proxy {
     }
 
     /// A flight is a task: nobody's leaving ends it.
-    fn spawn(self: &Arc<Self>, lead: Lead, job: Job) {
+    pub(super) fn spawn(self: &Arc<Self>, lead: Lead, job: Job) {
         tokio::spawn(self.clone().fly(lead, job));
     }
 
@@ -221,7 +253,7 @@ fn help(quest: &Quest<'_>, alone: bool) -> Help {
     }
 }
 
-fn copy_of(request: &Request<Body>) -> Request<()> {
+pub(super) fn copy_of(request: &Request<Body>) -> Request<()> {
     let mut copy = Request::new(());
     *copy.method_mut() = Method::GET;
     copy.uri_mut().clone_from(request.uri());

@@ -58,10 +58,10 @@ pub enum Claim {
 }
 
 type Fields = Vec<(String, Bytes)>;
-type Rows = Vec<(String, Fields)>;
+pub(super) type Rows = Vec<(String, Fields)>;
 
 impl Redis {
-    fn at(&self, name: &str) -> String {
+    pub(super) fn at(&self, name: &str) -> String {
         format!("{}:{name}", self.coordinates)
     }
 
@@ -212,6 +212,6 @@ fn entry((id, fields): (String, Fields)) -> Result<LogEntry, Trouble> {
     Ok(LogEntry { id: parse(&id)?, previous, body: field(&fields, "b") })
 }
 
-fn message((id, fields): (String, Fields)) -> Result<Message, Trouble> {
+pub(super) fn message((id, fields): (String, Fields)) -> Result<Message, Trouble> {
     Ok(Message { id: parse(&id)?, body: field(&fields, "m") })
 }

@@ -132,7 +132,8 @@ impl Link {
         }
         let begun = self.clock.instant();
         let Some((_place, deadline)) = self.place(deadline).await else { return unasked(Why::Busy) };
-        let options = Options { timeout: Some(deadline), fail_fast: true, ..Options::default() };
+        // The deadline is ours to keep: a second timer would only cost.
+        let options = Options { timeout: Some(Duration::ZERO), fail_fast: true, ..Options::default() };
         let result = timeout(deadline, command(client.with_options(&options))).await;
         self.counts.latencies.add(self.clock.instant().saturating_duration_since(begun));
         match result {

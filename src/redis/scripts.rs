@@ -57,6 +57,25 @@ for _, inbox in ipairs(waiting) do
 end
 return #waiting";
 
+/// Adds work, unless its like was added a while ago. KEYS: mark, work. ARGV: milliseconds, how many to keep, what it says.
+pub(super) const OFFER: &str = "
+if not redis.call('SET', KEYS[1], '', 'NX', 'PX', ARGV[1]) then return 0 end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[2], '*', 'm', ARGV[3])
+return 1";
+
+/// Makes the group of workers, and forgets those that have been away for an hour and have left nothing. KEYS: work.
+/// ARGV: group.
+pub(super) const TIDY: &str = "
+redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+for _, worker in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local of = {}
+  for i = 1, #worker, 2 do of[worker[i]] = worker[i + 1] end
+  if of['pending'] == 0 and of['idle'] > 3600000 then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], of['name'])
+  end
+end
+return 0";
+
 /// Removes a value if it still begins so. KEYS: value. ARGV: its beginning.
 pub(super) const REMOVE: &str = "
 if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end

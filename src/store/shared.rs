@@ -92,15 +92,7 @@ impl Place {
         if variant.0.is_empty() {
             return self.plain.to_string();
         }
-        let mut hasher = blake3::Hasher::new();
-        for (name, values) in &variant.0 {
-            hasher.update(name.as_str().as_bytes()).update(&[0xff]);
-            for value in values {
-                hasher.update(&(value.len() as u64).to_be_bytes()).update(value.as_bytes());
-            }
-            hasher.update(&[0xfe]);
-        }
-        format!("{}:{}", self.plain, &hasher.finalize().to_hex()[..32])
+        format!("{}:{}", self.plain, &variant.digest().to_hex()[..32])
     }
 }
 

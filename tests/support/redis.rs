@@ -123,3 +123,157 @@ fn launch(port: u16, folder: &std::path::Path, arguments: &[String]) -> Option<C
     std::thread::spawn(move || lines.for_each(drop));
     Some(child)
 }
+
+/// Runs redis-cli to its end.
+pub(crate) fn cli(arguments: &[&str]) -> String {
+    let output = Command::new("redis-cli").args(arguments).output().expect("redis-cli is there");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "redis-cli {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// Three masters with a replica each.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<Redis>,
+}
+
+impl Cluster {
+    pub(crate) fn start() -> Cluster {
+        let nodes: Vec<Redis> = (0..6)
+            .map(|_| {
+                // Nodes talk to each other on their port + 10,000.
+                Redis::below(
+                    50_000,
+                    &[
+                        "--cluster-enabled",
+                        "yes",
+                        "--cluster-node-timeout",
+                        "1000",
+                        "--repl-diskless-sync-delay",
+                        "0",
+                    ],
+                )
+            })
+            .collect();
+        let addresses: Vec<String> = nodes.iter().map(|node| node.address().to_string()).collect();
+        let mut arguments = vec!["--cluster", "create"];
+        arguments.extend(addresses.iter().map(String::as_str));
+        arguments.extend(["--cluster-replicas", "1", "--cluster-yes"]);
+        cli(&arguments);
+        let cluster = Cluster { nodes };
+        while !cluster
+            .nodes
+            .iter()
+            .all(|node| node.info("cluster").contains("cluster_enabled:1") && node.knows_all(6))
+        {
+            std::thread::yield_now();
+        }
+        cluster
+    }
+
+    pub(crate) fn table(&self) -> String {
+        let nodes: Vec<String> = self.nodes.iter().map(|node| node.address().to_string()).collect();
+        format!("[redis]\nurl = \"redis-cluster://{}\"\n", nodes.join(","))
+    }
+
+    /// Which node has a key's slot now, among those that live.
+    pub(crate) fn owner(&self, key: &str) -> usize {
+        let masters = self.nodes.iter().position(|node| {
+            let answer: Result<Option<Vec<u8>>, redis::RedisError> = match node.try_observer() {
+                Some(mut observer) => redis::cmd("DUMP").arg(key).query(&mut observer),
+                None => return false,
+            };
+            answer.is_ok() && node.info("replication").contains("role:master")
+        });
+        masters.expect("a master for each slot")
+    }
+}
+
+/// A master, a replica, and three sentinels that watch them.
+#[derive(Debug)]
+pub(crate) struct Sentinels {
+    pub(crate) servers: Vec<Redis>,
+    pub(crate) sentinels: Vec<Redis>,
+}
+
+impl Sentinels {
+    pub(crate) fn start() -> Sentinels {
+        let master = Redis::start();
+        let port = master.port.to_string();
+        let replica = Redis::with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
+        let sentinels = (0..3).map(|_| Redis::sentinel(&port)).collect();
+        let all = Sentinels { servers: vec![master, replica], sentinels };
+        let ready = |sentinel: &Redis| {
+            let info = sentinel.info("sentinel");
+            info.contains("slaves=1") && info.contains("sentinels=3")
+        };
+        while !all.sentinels.iter().all(ready) {
+            std::thread::yield_now();
+        }
+        all
+    }
+
+    pub(crate) fn table(&self) -> String {
+        let nodes: Vec<String> = self.sentinels.iter().map(|node| node.address().to_string()).collect();
+        format!("[redis]\nurl = \"redis-sentinel://{}?service=main\"\n", nodes.join(","))
+    }
+}
+
+impl Redis {
+    /// On a port below this one.
+    fn below(port: u16, arguments: &[&str]) -> Redis {
+        let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
+        for _ in 0..200 {
+            let folder = folder("redis");
+            let free = free_port();
+            if free < port
+                && TcpListener::bind((Ipv4Addr::LOCALHOST, free + 10_000)).is_ok()
+                && let Some(child) = launch(free, &folder, &arguments)
+            {
+                return Redis { child, port: free, folder, arguments };
+            }
+            let _ = std::fs::remove_dir_all(folder);
+        }
+        panic!("no free port below {port}");
+    }
+
+    fn sentinel(master: &str) -> Redis {
+        let folder = folder("sentinel");
+        let port = free_port();
+        let text = format!(
+            "port {port}\nbind 127.0.0.1\ndir {}\nsentinel monitor main 127.0.0.1 {master} 2\n\
+             sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 3000\n",
+            folder.display()
+        );
+        let file = folder.join("sentinel.conf");
+        std::fs::write(&file, text).expect("writable");
+        let mut command = Command::new("redis-server");
+        let child = command.arg(file).arg("--sentinel").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let sentinel = Redis { child: child.expect("it starts"), port, folder, arguments: Vec::new() };
+        while sentinel.try_observer().is_none() {
+            std::thread::yield_now();
+        }
+        sentinel
+    }
+
+    pub(crate) fn try_observer(&self) -> Option<Connection> {
+        redis::Client::open(self.url()).ok()?.get_connection().ok()
+    }
+
+    pub(crate) fn info(&self, section: &str) -> String {
+        match self.try_observer() {
+            Some(mut observer) => redis::cmd("INFO").arg(section).query(&mut observer).unwrap_or_default(),
+            None => String::new(),
+        }
+    }
+
+    fn knows_all(&self, nodes: usize) -> bool {
+        let Some(mut observer) = self.try_observer() else { return false };
+        let info: String = redis::cmd("CLUSTER").arg("INFO").query(&mut observer).unwrap_or_default();
+        let links: String = redis::cmd("INFO").arg("replication").query(&mut observer).unwrap_or_default();
+        info.contains("cluster_state:ok")
+            && info.contains(&format!("cluster_known_nodes:{nodes}"))
+            && (links.contains("master_link_status:up") || links.contains("connected_slaves:1"))
+    }
+}

@@ -105,6 +105,13 @@ impl Sidecar {
         super::until("everything is written", || (queue().bytes == 0 && queue().waiting == 0).then_some(())).await;
     }
 
+    /// Turns its clock, and waits until it has read the fleet's log since.
+    pub(crate) async fn turn_in_fleet(&self, seconds: u64) {
+        self.turn(seconds);
+        let lag = || self.commons.invalidations.lag(self.clock.now());
+        super::until("the log is read", || lag().filter(|lag| *lag < 3_000)).await;
+    }
+
     pub(crate) fn turn(&self, seconds: u64) {
         self.clock.turn(Duration::from_secs(seconds));
     }

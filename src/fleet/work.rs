@@ -1,0 +1,91 @@
+//! A refresh that any sidecar can do: what it takes to ask the upstream again, sealed. Only for requests without
+//! credentials: those never lie in Redis, sealed or not.
+
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use serde::{Deserialize, Serialize};
+
+use crate::store::seal::{KEY_ID, Ring, SALT};
+
+const VERSION: u8 = 1;
+
+/// What a piece of work is bound to.
+const PLACE: &[u8] = b"work";
+
+/// A request to be made again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refresh {
+    /// Which upstream.
+    pub upstream: u64,
+    /// The Host the client named, which decides where it goes if the upstream has several.
+    pub host: String,
+    /// Path and query.
+    pub target: String,
+    /// The request headers that the answer depends on.
+    pub headers: HeaderMap,
+    /// When what is to be replaced was born, by the fleet's clock: if something newer is there, it is done.
+    pub born: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Wire<'a> {
+    upstream: u64,
+    host: &'a str,
+    target: &'a str,
+    #[serde(borrow)]
+    headers: Vec<(&'a str, &'a [u8])>,
+    born: u64,
+}
+
+impl Refresh {
+    /// As it goes into the stream: encrypted.
+    pub fn seal(&self, ring: &Ring, salt: [u8; SALT]) -> Option<Vec<u8>> {
+        let wire = Wire {
+            upstream: self.upstream,
+            host: &self.host,
+            target: &self.target,
+            headers: self.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect(),
+            born: self.born,
+        };
+        let mut body = postcard::to_allocvec(&wire).ok()?;
+        ring.encrypt(ring.first(), &salt, 0, PLACE, &mut body).ok()?;
+        Some([&[VERSION][..], &ring.first(), &salt, &body].concat())
+    }
+
+    /// From what lies in the stream; none if it is not ours to understand.
+    pub fn open(sealed: &[u8], ring: &Ring) -> Option<Refresh> {
+        let (version, rest) = sealed.split_first()?;
+        let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
+        let (salt, rest) = rest.split_first_chunk::<SALT>()?;
+        if *version != VERSION {
+            return None;
+        }
+        let body = ring.decrypt(*id, salt, 0, PLACE, rest).ok()?;
+        let wire: Wire<'_> = postcard::from_bytes(&body).ok()?;
+        let mut headers = HeaderMap::new();
+        for (name, value) in wire.headers {
+            headers.append(HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_bytes(value).ok()?);
+        }
+        let (host, target) = (wire.host.to_owned(), wire.target.to_owned());
+        Some(Refresh { upstream: wire.upstream, host, target, headers, born: wire.born })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_comes_back_as_it_went_or_not_at_all() {
+        let ring = Ring::new([&b"secret"[..]]);
+        let headers = HeaderMap::from_iter([(http::header::ACCEPT, HeaderValue::from_static("*/*"))]);
+        let refresh = Refresh { upstream: 7, host: "a.example".into(), target: "/x?y".into(), headers, born: 9 };
+        let sealed = refresh.seal(&ring, [3; SALT]).expect("sealed");
+        assert!(!sealed.windows(4).any(|w| w == b"/x?y"));
+        assert_eq!(Refresh::open(&sealed, &ring).as_ref(), Some(&refresh));
+        for at in 0..sealed.len() {
+            let mut broken = sealed.clone();
+            broken[at] ^= 1;
+            assert!(Refresh::open(&broken, &ring).is_none(), "byte {at}");
+        }
+    }
+}

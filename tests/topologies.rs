@@ -1,0 +1,197 @@
+//! Redis in all its forms: TLS, a socket, Sentinel, Cluster, and what happens when they fail over.
+
+use redis::Commands;
+
+use crate::support::redis::{Cluster, Sentinels, cli, folder};
+use crate::support::{Origin, Redis, Reply, Sidecar, soon, until};
+
+async fn origin() -> Origin {
+    Origin::start(|ask| Reply::fresh(600, ask.target.clone())).await
+}
+
+async fn member(origin: &Origin, table: &str) -> Sidecar {
+    let sidecar = Sidecar::with_tables(origin, "", table).await;
+    sidecar.in_fleet().await;
+    sidecar
+}
+
+/// What one has stored the other has, and what one purges the other does not serve.
+async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
+    for number in 0..20 {
+        let target = format!("/{name}/{number}");
+        one.get(&target).await;
+        one.written().await;
+        let before = origin.count();
+        assert!(other.get(&target).await.is_hit(), "{target}");
+        assert_eq!(origin.count(), before);
+    }
+    let purge = format!("{{\"prefixes\":[\"/{name}/1\"]}}");
+    one.purge(&purge).await;
+    let target = format!("/{name}/1");
+    soon("the other hears of it", async { while other.get(&target).await.is_hit() {} }).await;
+    assert!(other.get(&format!("/{name}/2")).await.is_hit());
+}
+
+/// Waits until what one stores the other finds.
+async fn together_again(one: &Sidecar, other: &Sidecar, name: &str) {
+    for number in 0.. {
+        let target = format!("/together/{name}/{number}");
+        one.get(&target).await;
+        one.written().await;
+        if soon("an answer", other.get(&target)).await.is_hit() {
+            return;
+        }
+        assert!(number < 1_000, "{name}: never");
+    }
+}
+
+/// Asks for new things until Redis has taken one more of them; every answer must be good.
+async fn used_again(sidecar: &Sidecar, name: &str) {
+    let written = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().queue.written;
+    let before = written();
+    let mut number = 0;
+    soon("redis is used again", async {
+        while written() < before + 20 {
+            number += 1;
+            assert_eq!(sidecar.get(&format!("/again/{name}/{number}")).await.status, 200);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_with_a_ca_of_its_own_and_a_client_certificate() {
+    let folder = folder("tls");
+    let params = |name: &str| {
+        let mut params = rcgen::CertificateParams::new([name.to_owned()]).expect("parameters");
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params
+    };
+    let ca_key = rcgen::KeyPair::generate().expect("a key");
+    let mut ca_params = params("ca.example");
+    ca_params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca = ca_params.self_signed(&ca_key).expect("a certificate");
+    let issuer = rcgen::Issuer::new(ca_params, ca_key);
+    let signed = |name: &str| {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        (params(name).signed_by(&key, &issuer).expect("a certificate").pem(), key.serialize_pem())
+    };
+    let (server, client) = (signed("localhost"), signed("client"));
+    let files = [
+        ("ca.pem", &ca.pem()),
+        ("server.pem", &server.0),
+        ("server.key", &server.1),
+        ("client.pem", &client.0),
+        ("client.key", &client.1),
+    ];
+    for (name, text) in files {
+        std::fs::write(folder.join(name), text).expect("writable");
+    }
+    let path = |name: &str| folder.join(name).display().to_string();
+    let port = crate::support::redis::free_port();
+    let redis = Redis::with(&[
+        "--tls-port",
+        &port.to_string(),
+        "--tls-cert-file",
+        &path("server.pem"),
+        "--tls-key-file",
+        &path("server.key"),
+        "--tls-ca-cert-file",
+        &path("ca.pem"),
+    ]);
+    let table = |identity: &str| {
+        format!("[redis]\nurl = \"rediss://localhost:{port}\"\ntls = {{ ca = \"{}\"{identity} }}\n", path("ca.pem"))
+    };
+    let identity = format!(", cert = \"{}\", key = \"{}\"", path("client.pem"), path("client.key"));
+    let origin = origin().await;
+    let (one, other) = (member(&origin, &table(&identity)).await, member(&origin, &table(&identity)).await);
+    works(&one, &other, &origin, "tls").await;
+    let stranger = Sidecar::with_tables(&origin, "", &table("")).await;
+    until("it is turned away, and says so", || stranger.commons.fleet.as_ref()?.redis.state().trouble).await;
+    assert_eq!(stranger.get("/x").await.status, 200, "and serves all the same");
+    drop(redis);
+    std::fs::remove_dir_all(folder).expect("ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unix_socket() {
+    let folder = folder("socket");
+    let socket = folder.join("redis.sock").display().to_string();
+    let _redis = Redis::with(&["--unixsocket", &socket]);
+    let table = format!("[redis]\nurl = \"redis+unix://{socket}\"\n");
+    let origin = origin().await;
+    let (one, other) = (member(&origin, &table).await, member(&origin, &table).await);
+    works(&one, &other, &origin, "socket").await;
+    std::fs::remove_dir_all(folder).expect("ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sentinel_and_a_failover() {
+    let mut group = Sentinels::start();
+    let origin = origin().await;
+    let (one, other) = (member(&origin, &group.table()).await, member(&origin, &group.table()).await);
+    works(&one, &other, &origin, "sentinel").await;
+    group.servers[0].kill();
+    used_again(&one, "sentinel").await;
+    used_again(&other, "sentinel-too").await;
+    assert!(group.servers[1].info("replication").contains("role:master"), "the other server took over");
+    together_again(&one, &other, "sentinel").await;
+    works(&one, &other, &origin, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cluster_a_failover_and_a_slot_that_moves() {
+    let mut cluster = Cluster::start();
+    let origin = origin().await;
+    let (one, other) = (member(&origin, &cluster.table()).await, member(&origin, &cluster.table()).await);
+    works(&one, &other, &origin, "cluster").await;
+
+    // The slot of all coordination goes to another master, key by key.
+    let log = "{sidecache}:1:log";
+    let from = cluster.owner(log);
+    let to = (0..6).find(|i| *i != from && cluster.nodes[*i].info("replication").contains("role:master"));
+    let to = to.expect("three masters");
+    let slot = cli(&["-p", &cluster.nodes[from].port.to_string(), "CLUSTER", "KEYSLOT", log]).trim().to_owned();
+    let id = |node: usize| cli(&["-p", &cluster.nodes[node].port.to_string(), "CLUSTER", "MYID"]).trim().to_owned();
+    let (from_id, to_id) = (id(from), id(to));
+    let at = |node: usize, words: &[&str]| {
+        let port = cluster.nodes[node].port.to_string();
+        cli(&[&["-p", &port][..], words].concat())
+    };
+    at(to, &["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
+    at(from, &["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
+    for round in 0..50 {
+        let keys = at(from, &["CLUSTER", "GETKEYSINSLOT", &slot, "100"]);
+        if keys.trim().is_empty() {
+            break;
+        }
+        let port = cluster.nodes[to].port.to_string();
+        for key in keys.lines() {
+            at(from, &["MIGRATE", "127.0.0.1", &port, key, "0", "1000"]);
+        }
+        assert_eq!(one.get(&format!("/moving/{round}")).await.status, 200);
+    }
+    at(to, &["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
+    at(from, &["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
+    used_again(&one, "moved").await;
+    together_again(&one, &other, "moved").await;
+    works(&one, &other, &origin, "moved").await;
+
+    // And that master dies.
+    cluster.nodes[to].kill();
+    used_again(&one, "failed-over").await;
+    used_again(&other, "failed-over-too").await;
+    together_again(&one, &other, "failed-over").await;
+    works(&one, &other, &origin, "after").await;
+    one.purge("{\"all\":true}").await;
+    let left = || -> usize {
+        let count = |node: &Redis| -> usize {
+            let Some(mut observer) = node.try_observer() else { return 0 };
+            let keys: Vec<String> = observer.keys("sidecache:1:*").unwrap_or_default();
+            keys.len()
+        };
+        cluster.nodes.iter().map(count).sum()
+    };
+    until("a walk over all nodes has removed everything", || (left() == 0).then_some(())).await;
+}
