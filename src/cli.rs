@@ -59,7 +59,7 @@ struct RunArgs {
     /// Store every GET for so long, whatever the upstream's headers say
     #[arg(long, value_name = "DUR")]
     ttl: Option<String>,
-    /// Share the cache through Redis (not built yet)
+    /// Share the cache with other sidecars through this Redis
     #[arg(long, value_name = "URL")]
     redis: Option<String>,
 }
@@ -148,7 +148,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
     match cli.command {
         None => run::run(cli.run.into()).await,
         Some(Command::Run(args)) => run::run(args.into()).await,
-        Some(Command::Check(args)) => run::check(args.config),
+        Some(Command::Check(args)) => run::check(args.config).await,
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,
         Some(Command::Health(args)) => remote::health(&args).await,

@@ -193,7 +193,7 @@ impl Redis {
         let links = links.into_iter().chain(&self.worker);
         State {
             place: self.place.clone(),
-            trouble: self.herald.trouble(),
+            trouble: self.herald.trouble().map(|why| format!("{why}{}", advice(&why))),
             connections: links.map(|link| (link.name, link.state())).collect(),
         }
     }
@@ -206,8 +206,40 @@ impl Redis {
     }
 }
 
-/// Tries the configuration once: what to tell about the server, or one clear line.
-pub async fn probe(config: &config::Redis) -> Result<String, String> {
-    let _connection = connect::connect(config, config.databases.cache).await?;
-    Ok(format!("redis {}: answers", config.topology))
+/// Why a configuration does not work now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nothing answers.
+    Absent(String),
+    /// What answers refuses us, or is something else.
+    Wrong(String),
+}
+
+/// Tries a configuration once, by reading and writing: one line about the server, or one clear line why not.
+pub async fn probe(config: &config::Redis) -> Result<String, Refusal> {
+    let place = format!("redis {}", config.topology);
+    let connection = connect::connect(config, config.databases.cache).await.map_err(|why| {
+        let line = format!("{place}: {why}{}", advice(&why));
+        if link::is_answer(&why) { Refusal::Wrong(line) } else { Refusal::Absent(line) }
+    })?;
+    match link::try_out(&connection.client, &config.key_prefix).await {
+        Ok(version) => Ok(format!("{place}: ok, version {version}")),
+        Err(why) => Err(Refusal::Wrong(format!("{place}: {why}{}", advice(&why)))),
+    }
+}
+
+/// What to do about an answer of Redis.
+fn advice(why: &str) -> &'static str {
+    let known = [
+        ("WRONGPASS", ": check username and password under [redis]"),
+        ("NOAUTH", ": write username and password under [redis]"),
+        ("ERR AUTH", ": this server has no password: leave password out"),
+        ("NOPERM", ": give the ACL user what config.example.toml says under [redis]"),
+        ("ERR This instance has cluster support disabled", ": this is no cluster: write redis://"),
+        ("MOVED", ": this is a node of a cluster: write redis-cluster://"),
+        ("ERR SELECT", ": a Redis Cluster has database 0 only"),
+        ("ERR DB index", ": this server has fewer databases"),
+        ("READONLY", ": this is a replica: name its master, or write redis-sentinel://"),
+    ];
+    known.into_iter().find(|(begins, _)| why.starts_with(begins)).map_or("", |(_, advice)| advice)
 }

@@ -3,6 +3,11 @@
 use nix::sys::signal::Signal;
 use redis::Commands;
 
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+use crate::support::process::{command, run};
+use crate::support::redis::folder;
+use crate::support::sidecar::text;
 use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, get, soon, until};
 
 async fn before(table: &str) -> (Origin, Sidecar) {
@@ -98,10 +103,16 @@ async fn errors_of_redis_are_not_the_clients() {
     let redis = Redis::start();
     let mut observer = redis.observer();
     let _: () = observer.set("filler", vec![b'x'; 1 << 20]).expect("written");
-    let faults: [(&str, &[&str], &[&str]); 4] = [
+    let faults: [(&str, &[&str], &[&str]); 6] = [
         ("OOM", &["CONFIG SET maxmemory 1", "CONFIG SET maxmemory-policy noeviction"], &["CONFIG SET maxmemory 0"]),
         ("READONLY", &["REPLICAOF 127.0.0.1 1"], &["REPLICAOF NO ONE"]),
         ("NOPERM", &["ACL SETUSER default -@all +acl +hello +select +time"], &["ACL SETUSER default +@all"]),
+        ("NOAUTH", &["CONFIG SET requirepass x", "CLIENT KILL TYPE normal SKIPME yes"], &["CONFIG SET requirepass "]),
+        (
+            "maxclients",
+            &["CONFIG SET maxclients 1", "CLIENT KILL TYPE normal SKIPME yes"],
+            &["CONFIG SET maxclients 10000"],
+        ),
         ("CLIENT KILL", &["CLIENT KILL TYPE normal SKIPME yes"], &[]),
     ];
     let (_origin, sidecar) = before(&redis.table()).await;
@@ -129,7 +140,7 @@ async fn errors_of_redis_are_not_the_clients() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_is_read_again_for_each_connection() {
     let redis = Redis::start();
-    let folder = crate::support::redis::folder("password");
+    let folder = folder("password");
     let file = folder.join("password");
     std::fs::write(&file, "first\n").expect("writable");
     let mut observer = redis.observer();
@@ -183,4 +194,111 @@ async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one
         assert_eq!((answer.status, answer.text()), (200, target.repeat(200)));
     }
     chaos.set(Mood::Fine);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_it_loads_its_data_it_is_not_waited_for() {
+    let mut redis = Redis::with(&[
+        "--rdbcompression",
+        "no",
+        "--key-load-delay",
+        "2000",
+        "--loading-process-events-interval-bytes",
+        "1024",
+    ]);
+    let mut observer = redis.observer();
+    for number in 0..1_000 {
+        let _: () = observer.set(format!("filler:{number}"), vec![b'x'; 100]).expect("written");
+    }
+    let (_origin, sidecar) = before(&redis.table()).await;
+    sidecar.in_fleet().await;
+    redis::cmd("SAVE").exec(&mut observer).expect("saved");
+    redis.kill();
+    redis.restart_loading();
+    until("it is loading", || redis.info("persistence").contains("loading:1").then_some(())).await;
+    for number in 0..20 {
+        assert_eq!(sidecar.get(&format!("/loading/{number}")).await.status, 200);
+    }
+    assert!(redis.info("persistence").contains("loading:1"), "it still was");
+    used_again(&sidecar, "loaded").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trouble_is_one_log_line_a_second_at_most() {
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
+    let file = folder("quiet").join("sidecache.toml");
+    let tables = redis.table() + "[log]\nfilter = \"warn\"\n";
+    std::fs::write(&file, text(origin.address, "", &tables)).expect("writable");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let address = loop {
+        let line = soon("a line", lines.next_line()).await.expect("readable").expect("a line");
+        let named = line.split_once("upstream=api addr=").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        if let Some(address) = named {
+            break address;
+        }
+    };
+    let mut observer = redis.observer();
+    let written = || !redis.keys("sidecache:1:s:*").is_empty();
+    let mut number = 0;
+    let begun = tokio::time::Instant::now();
+    soon("it uses redis", async {
+        while !written() {
+            number += 1;
+            get(address, &format!("/{number}"), &[]).await;
+        }
+    })
+    .await;
+    let user = |rules: &str| format!("ACL SETUSER default {rules}");
+    for rules in ["-@all +acl +hello +select +time", "+@all", "-set", "+@all -get", "+@all -evalsha -eval", "+@all"] {
+        let mut command = redis::Cmd::new();
+        for word in user(rules).split(' ') {
+            command.arg(word);
+        }
+        command.exec(&mut observer).expect("it answers");
+        for _ in 0..150 {
+            number += 1;
+            assert_eq!(get(address, &format!("/{number}"), &[]).await.status, 200);
+        }
+    }
+    let seconds = begun.elapsed().as_secs() + 1;
+    child.start_kill().expect("our own process");
+    let output = soon("it ends", child.wait_with_output()).await.expect("it ran");
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said = log.lines().filter(|line| line.contains("WARN") && line.contains("redis")).count() as u64;
+    assert!(said > 0 && said <= seconds + 1, "{said} lines in {seconds} s:\n{log}");
+    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_it_is_one_clear_line_at_check() {
+    let mut redis = Redis::with(&["--requirepass", "right"]);
+    let folder = folder("check");
+    let path = |name: &str| folder.join(name).display().to_string();
+    std::fs::write(folder.join("right"), "right").expect("writable");
+    std::fs::write(folder.join("wrong"), "wrong").expect("writable");
+    let password = |name: &str| format!("password = {{ file = \"{}\" }}\n", path(name));
+    let cluster = format!("[redis]\nurl = \"redis-cluster://127.0.0.1:{}\"\n", redis.port);
+    let cases = [
+        (redis.table() + &password("right"), 0, ": ok, version "),
+        (redis.table() + &password("wrong"), 1, "check username and password under [redis]"),
+        (redis.table(), 1, "write username and password under [redis]"),
+        (cluster + &password("right"), 1, "write redis://"),
+    ];
+    let check = async |table: &str| {
+        let text = format!("[[upstream]]\nurl = \"http://127.0.0.1:9\"\n{table}");
+        std::fs::write(folder.join("check.toml"), text).expect("writable");
+        run(&["check", "--config", &path("check.toml")]).await
+    };
+    for (table, code, line) in &cases {
+        let (exit, stdout, stderr) = check(table).await;
+        assert_eq!(exit, *code, "{table}: {stdout} {stderr}");
+        assert!(stdout.contains(line) || stderr.contains(line), "{table}: {stdout} {stderr}");
+        assert!(stderr.lines().count() <= 1, "one line: {stderr}");
+    }
+    redis.kill();
+    let (exit, stdout, _) = check(&cases[0].0).await;
+    assert!(exit == 0 && stdout.contains("warning: redis 127.0.0.1"), "{stdout}");
+    std::fs::remove_dir_all(folder).expect("ours");
 }

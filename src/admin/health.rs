@@ -22,7 +22,7 @@ pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'sta
     }
 }
 
-/// Every component; always 200, the verdict in the body: `ok`, `degraded` (an upstream is down: what is
+/// Every component; always 200, the verdict in the body: `ok`, `degraded` (an upstream or Redis is down: what is
 /// cached is still served), `draining`.
 pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     let commons = &admin.commons;
@@ -35,6 +35,8 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
         upstreams.insert(proxy.site.name.to_string(), state);
     }
     let usage = commons.memory.usage();
+    let redis = redis(commons);
+    degraded |= redis["status"] == "down";
     let status = match (admin.draining.load(Ordering::Relaxed), degraded) {
         (true, _) => "draining",
         (false, true) => "degraded",
@@ -46,7 +48,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
         "uptime_ms": millis(commons.clock.uptime()),
         "components": {
             "upstreams": upstreams,
-            "redis": redis(commons),
+            "redis": redis,
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
             "process": { "status": "ok", "rss_bytes": rss_bytes() },
         },

@@ -7,6 +7,7 @@ use crate::app::App;
 use crate::clock::Clock;
 use crate::config::{self, Config, ConfigError, Flags};
 use crate::process::{say, stop_signal};
+use crate::redis::{self, Refusal};
 use crate::telemetry::logs;
 use crate::upstream::http::HttpUpstream;
 
@@ -26,14 +27,24 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says whether a configuration is good.
-pub(super) fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
+/// Says whether a configuration is good. A Redis that does not answer is no fault of the configuration; one that
+/// refuses it is.
+pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
     let flags = Flags { config, ..Flags::default() };
     let config = load(&flags)?;
     logs::filter(&config.log)?;
     for upstream in &config.upstreams {
         HttpUpstream::new(upstream, Clock::start()).map_err(|e| format!("upstream {}: {e}", upstream.name))?;
         say(format!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules));
+    }
+    if let Some(redis) = &config.redis {
+        match redis::probe(redis).await {
+            Ok(line) => say(line),
+            Err(Refusal::Absent(why)) => {
+                say(format!("warning: {why}: until it answers everything is kept in memory"));
+            }
+            Err(Refusal::Wrong(why)) => return Err(why),
+        }
     }
     for note in &config.notes {
         say(format!("note: {note}"));

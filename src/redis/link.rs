@@ -11,9 +11,9 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use fred::clients::{Client, WithOptions};
 use fred::error::{Error, ErrorKind};
-use fred::interfaces::{ClientLike, FredResult};
+use fred::interfaces::{ClientLike, FredResult, KeysInterface};
 use fred::types::config::Options;
-use fred::types::{ClusterHash, CustomCommand};
+use fred::types::{ClusterHash, CustomCommand, Expiration, InfoKind};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
@@ -338,12 +338,31 @@ async fn server_time(client: &Client) -> FredResult<u64> {
     Ok(seconds * 1000 + micros / 1000)
 }
 
-/// Is the connection gone? fred tells of that with several kinds of errors; what a server wrote begins with a word in
-/// capitals.
+/// Reads and writes once: the server's version.
+pub(super) async fn try_out(client: &Client, prefix: &str) -> Result<String, String> {
+    let key = format!("{prefix}:1:probe");
+    let tried = async {
+        let () = client.set(&key, "", Some(Expiration::PX(1000)), None, false).await?;
+        let info: String = client.info(Some(InfoKind::Server)).await.unwrap_or_default();
+        let version = info.lines().find_map(|line| line.strip_prefix("redis_version:")).unwrap_or("unknown");
+        Ok::<_, Error>(version.trim().to_owned())
+    };
+    match timeout(REPLACE, tried).await {
+        Ok(tried) => tried.map_err(|error| first_line(error.details())),
+        Err(_elapsed) => Err("connected, but no answer".into()),
+    }
+}
+
+/// Did a server say this? It begins with a word in capitals.
+pub(super) fn is_answer(text: &str) -> bool {
+    let word = text.split([' ', '\n']).next().unwrap_or_default();
+    word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
+}
+
+/// Is the connection gone? fred tells of that with several kinds of errors.
 fn is_lost(error: &Error) -> bool {
-    let word = error.details().split([' ', '\n']).next().unwrap_or_default();
-    let said = word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit());
-    matches!(error.kind(), ErrorKind::IO | ErrorKind::Canceled) || *error.kind() == ErrorKind::Unknown && !said
+    matches!(error.kind(), ErrorKind::IO | ErrorKind::Canceled)
+        || *error.kind() == ErrorKind::Unknown && !is_answer(error.details())
 }
 
 /// Errors of a server that is no longer the right one, or of credentials that may have changed.

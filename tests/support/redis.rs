@@ -93,6 +93,12 @@ impl Redis {
     pub(crate) fn restart(&mut self) {
         self.child = launch(self.port, &self.folder, &self.arguments).expect("its port is still free");
     }
+
+    /// Starts it again, and does not wait until it has read its data.
+    pub(crate) fn restart_loading(&mut self) {
+        self.child =
+            server(self.port, &self.folder, &self.arguments).stdout(Stdio::null()).spawn().expect("it starts");
+    }
 }
 
 impl Drop for Redis {
@@ -106,13 +112,19 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
 }
 
-/// Starts one, and waits until it listens; none if it ends instead.
-fn launch(port: u16, folder: &std::path::Path, arguments: &[String]) -> Option<Child> {
-    use std::io::{BufRead, BufReader};
+/// How one is started.
+fn server(port: u16, folder: &std::path::Path, arguments: &[String]) -> Command {
     let mut command = Command::new("redis-server");
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
     command.args(["--dir", &folder.display().to_string(), "--logfile", "", "--daemonize", "no"]).args(arguments);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+    command.stderr(Stdio::null());
+    command
+}
+
+/// Starts one, and waits until it listens; none if it ends instead.
+fn launch(port: u16, folder: &std::path::Path, arguments: &[String]) -> Option<Child> {
+    use std::io::{BufRead, BufReader};
+    let mut child = server(port, folder, arguments).stdout(Stdio::piped()).spawn().ok()?;
     let mut lines = BufReader::new(child.stdout.take()?).lines();
     let ready = lines.by_ref().map_while(Result::ok).any(|line| line.contains("eady to accept connections"));
     if !ready {
