@@ -15,6 +15,10 @@ demo:
 faults:
     cargo bench --bench faults
 
+# A fleet before a real Redis: cold keys, Redis away, purges, tampering, processor time: prints asked and measured.
+bench-fleet *PARTS:
+    cargo bench --bench fleet -- {{PARTS}}
+
 # What finding a rule costs, with 5 rules and with 200.
 route:
     cargo bench --bench route

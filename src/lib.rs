@@ -9,6 +9,8 @@
 //! 3. A hit is answered at once ([`proxy::respond`]). A miss boards the one flight for its key
 //!    ([`proxy::wait`], [`proxy::flights`]), which asks the API ([`proxy::fetch`], [`upstream`]), decides
 //!    whether the answer is stored ([`policy::storage`]) and streams it to all who wait ([`body::fanout`]).
+//!    With Redis, a flight first looks at what the fleet has, and asks who fetches ([`proxy::fleet`], [`fleet`],
+//!    [`redis`]).
 //! 4. When nothing comes in time, or nothing good, the request goes down the ladder ([`proxy::fallback`]).
 //! 5. What happened is one [`policy::outcome::Outcome`]: it becomes `Cache-Status`, a log line and counters
 //!    ([`telemetry`]).

@@ -131,30 +131,31 @@ impl Redis {
     pub fn start(config: &config::Redis, works: bool, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
         let herald = Arc::new(Herald::new(clock.clone()));
         let mut supervisors = JoinSet::new();
-        let mut link = |name, database| {
-            let link = Link::new(name, clock.clone(), herald.clone());
+        let mut link = |name, database, waits| {
+            let link = Link::new(name, waits, clock.clone(), herald.clone());
             let time = time.clone();
             let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |now| time.set(now));
             supervisors.spawn(supervise);
             link
         };
         let databases = config.databases;
-        let shared = Pair { reader: link("reader", databases.cache), writer: link("writer", databases.cache) };
+        let shared =
+            Pair { reader: link("reader", databases.cache, false), writer: link("writer", databases.cache, false) };
         let private = if databases.private == databases.cache {
             shared.clone()
         } else {
             Pair {
-                reader: link("private-reader", databases.private),
-                writer: link("private-writer", databases.private),
+                reader: link("private-reader", databases.private, false),
+                writer: link("private-writer", databases.private, false),
             }
         };
         let coordination = if databases.coordination == databases.cache {
             shared.writer.clone()
         } else {
-            link("coordination", databases.coordination)
+            link("coordination", databases.coordination, false)
         };
-        let follower = link("follower", databases.coordination);
-        let worker = works.then(|| link("worker", databases.coordination));
+        let follower = link("follower", databases.coordination, true);
+        let worker = works.then(|| link("worker", databases.coordination, true));
         Redis {
             shared,
             private,

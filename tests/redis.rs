@@ -260,3 +260,44 @@ async fn the_first_line_says_where_redis_is_and_stats_and_health_show_the_tiers_
     assert_eq!(health["components"]["redis"]["status"], "ok", "{health}");
     assert!(health["components"]["redis"]["invalidation_lag_ms"].as_u64().is_some_and(|ms| ms < 5_000), "{health}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acl_user_needs_what_the_documentation_says_and_no_more() {
+    let redis = Redis::start();
+    let page = include_str!("../docs/REDIS.md");
+    let needs = page.split("An ACL user needs `").nth(1).and_then(|rest| rest.split('`').next()).expect("it says");
+    let mut user = redis::cmd("ACL");
+    for word in ["SETUSER", "narrow", "on", ">secret"].into_iter().chain(needs.split(' ')) {
+        user.arg(word);
+    }
+    user.exec(&mut redis.observer()).expect("a user");
+    let folder = crate::support::redis::folder("acl");
+    std::fs::write(folder.join("password"), "secret").expect("writable");
+    let table = format!(
+        "{}username = \"narrow\"\npassword = {{ file = \"{}\" }}\n",
+        redis.table(),
+        folder.join("password").display()
+    );
+    let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nrefresh_ahead = \"40s\"\n";
+    let (one, other) =
+        (Sidecar::with_tables(&origin, rules, &table).await, Sidecar::with_tables(&origin, rules, &table).await);
+    for sidecar in [&one, &other] {
+        sidecar.in_fleet().await;
+    }
+    one.get("/x").await;
+    one.written().await;
+    assert!(other.get("/x").await.is_hit());
+    other.turn_in_fleet(50).await;
+    assert!(other.get("/x").await.is_hit());
+    origin.asked(2).await;
+    one.purge(r#"{"patterns":["/x*"]}"#).await;
+    until("the walk has removed it", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
+    for sidecar in [&one, &other] {
+        let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
+        for (name, link) in state.connections {
+            assert_eq!(link.refused, 0, "{name}: {link:?}");
+        }
+    }
+    std::fs::remove_dir_all(folder).expect("ours");
+}

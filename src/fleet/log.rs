@@ -23,8 +23,11 @@ use crate::redis::{LogEntry, Redis, Trouble};
 use crate::store::seal::Ring;
 use crate::store::wire::salt;
 
-/// So long the server holds a reader that has read everything: and so often the end is looked at.
+/// So long the server holds a reader that has read everything.
 const WAIT: Duration = Duration::from_secs(1);
+
+/// So often, at most, the end of the log is looked at.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// After trouble, before the next attempt.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -106,9 +109,17 @@ impl Log {
                 self.begin().await?;
             }
             self.catch_up().await?;
+            let (mut looked, mut goal) = (None::<Tick>, None);
             loop {
-                self.verify().await?;
+                let now = self.clock.now();
+                if looked.is_none_or(|looked| now.since(looked) >= millis(LOOK)) {
+                    goal = Some((self.end().await?, now));
+                    looked = Some(now);
+                    self.present(now).await;
+                }
+                self.settle(&mut goal);
                 self.wait(inbox).await?;
+                self.settle(&mut goal);
             }
         };
         let Err::<std::convert::Infallible, _>(interrupted) = read.await;
@@ -139,19 +150,18 @@ impl Log {
         }
     }
 
-    /// Is what was read last the end of the log?
-    async fn verify(&self) -> Result<(), Interrupted> {
-        let asked = self.clock.now();
+    /// Where the log ends now: not before what was read of it.
+    async fn end(&self) -> Result<LogId, Interrupted> {
         let (end, read) = (self.redis.log_end().await?, self.invalidations.log_position());
-        if end.is_none() || end < read {
-            return Err(Interrupted::Broken);
-        }
-        if end == read {
-            self.invalidations.verified(asked);
-            self.present(asked).await;
+        end.filter(|end| Some(*end) >= read).ok_or(Interrupted::Broken)
+    }
+
+    /// Once all that was there at some time has been read, everything is verified up to that time.
+    fn settle(&self, goal: &mut Option<(LogId, Tick)>) {
+        if let Some((_, at)) = goal.take_if(|(end, _)| self.invalidations.log_position() >= Some(*end)) {
+            self.invalidations.verified(at);
             self.invalidations.set_caught_up(true);
         }
-        Ok(())
     }
 
     /// Says now and then that this sidecar is there.

@@ -47,6 +47,9 @@ pub(super) type Asking = WithOptions<Client>;
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) name: &'static str,
+    /// How often it is asked for the time when all is well. One that waits at the server is not: the answer would wait
+    /// too, and its own deadline tells as much.
+    heartbeat: Option<Duration>,
     client: ArcSwapOption<Client>,
     breaker: Mutex<Breaker>,
     places: Semaphore,
@@ -98,9 +101,10 @@ pub struct LinkState {
 }
 
 impl Link {
-    pub(super) fn new(name: &'static str, clock: Clock, herald: Arc<Herald>) -> Arc<Link> {
+    pub(super) fn new(name: &'static str, waits: bool, clock: Clock, herald: Arc<Herald>) -> Arc<Link> {
         Arc::new(Link {
             name,
+            heartbeat: (!waits).then_some(HEARTBEAT),
             client: ArcSwapOption::empty(),
             breaker: Mutex::default(),
             places: Semaphore::new(IN_FLIGHT),
@@ -272,7 +276,7 @@ impl Link {
                 why = driver.ended() => break why,
                 () = self.replace.notified() => break "the server asks for another connection".into(),
                 () = self.missed.notified() => true,
-                () = tokio::time::sleep(HEARTBEAT) => false,
+                () = pause(self.heartbeat) => false,
             };
             tokio::select! {
                 why = driver.ended() => break why,
@@ -328,6 +332,14 @@ impl Link {
             p50_ms: counts.latencies.quantile_ms(0.5),
             p99_ms: counts.latencies.quantile_ms(0.99),
         }
+    }
+}
+
+/// So long, or for ever.
+async fn pause(time: Option<Duration>) {
+    match time {
+        Some(time) => tokio::time::sleep(time).await,
+        None => std::future::pending().await,
     }
 }
 
