@@ -6,6 +6,7 @@ pub mod fetch;
 pub mod fleet;
 pub mod flights;
 pub mod forward;
+pub mod job;
 pub mod lookup;
 pub mod relay;
 pub mod respond;

@@ -3,6 +3,7 @@
 mod behind;
 pub mod memory;
 pub mod pack;
+mod records;
 pub mod seal;
 pub mod shared;
 mod walk;

@@ -140,8 +140,9 @@ impl Parts {
             let mut work = JoinSet::new();
             work.spawn(follower.follow());
             work.spawn(teller.tell());
-            work.spawn(shared.clone().clear_purged());
-            work.spawn(shared.write_behind(seen_at));
+            let walking = shared.clone();
+            work.spawn(async move { walking.clear_purged().await });
+            work.spawn(async move { shared.write_behind(seen_at).await });
             work.spawn(labour(fleet.clone(), proxies));
             match seed {
                 Some(seed) => loop {

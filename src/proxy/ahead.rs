@@ -13,9 +13,8 @@ use http::header::{HOST, HeaderMap, HeaderValue};
 use tracing::debug;
 
 use super::Proxy;
-use super::fetch::Job;
-use super::fleet::Help;
 use super::flights::{Landing, Seat, Waited};
+use super::job::{Help, Job};
 use super::lookup::{Lookup, variant_key};
 use super::site::Place;
 use crate::body::Body;

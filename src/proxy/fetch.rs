@@ -1,62 +1,34 @@
 //! A flight: sends the request, decides whether the answer may be stored, and brings it home.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AGE, CONTENT_LENGTH, HeaderMap};
-use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 use super::Proxy;
-use super::fleet::{Help, Next};
+use super::fleet::Next;
 use super::flights::{Arrival, Content, Landing, Lead};
 use super::forward::{outgoing, readable_codings_only};
-use super::site::{Place, tags};
+use super::job::Job;
+use super::site::tags;
 use crate::body::fanout::{Ending, Fanout, Held};
 use crate::body::{Body, BodyError};
-use crate::fleet::lease::Lease;
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
 use crate::policy::headers::{add_date, compact, make_room, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
-use crate::policy::invalidation::{Address, Position, Standing};
+use crate::policy::invalidation::Standing;
 use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
-use crate::policy::plan::Plan;
 use crate::policy::revalidate::{condition, freshen, of_another};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
-
-/// What a flight is to bring.
-#[derive(Debug)]
-pub(super) struct Job {
-    pub(super) asked: Arc<Parts>,
-    pub(super) place: Place,
-    pub(super) plan: Arc<Plan>,
-    pub(super) key: Box<[u8]>,
-    pub(super) address: Address,
-    /// The ledger's position before the fetch began.
-    pub(super) position: Position,
-    /// What is stored: validated, if it can be.
-    pub(super) stale: Option<Arc<Entry>>,
-    /// How much of the fleet's help it wants.
-    pub(super) help: Help,
-    /// It refreshes, ahead of its time, something born then.
-    pub(super) ahead: Option<Tick>,
-    /// The lease under which it is fetched.
-    pub(super) lease: Mutex<Option<Lease>>,
-}
-
-impl Job {
-    pub(super) fn lease(&self) -> MutexGuard<'_, Option<Lease>> {
-        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// An answer's head, with the time of its arrival.
 struct Came {

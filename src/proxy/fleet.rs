@@ -11,8 +11,8 @@ use http::header::HeaderName;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
-use super::fetch::Job;
 use super::flights::{Landing, Lead};
+use super::job::{Help, Job};
 use super::lookup::Miss;
 use super::visit::{Quest, Visit};
 use super::{Handled, Proxy, site};
@@ -38,19 +38,6 @@ const FUTURE: Duration = Duration::from_secs(5);
 
 /// One record's date, read by two sidecars, differs by less than this.
 const SAME: Duration = Duration::from_millis(250);
-
-/// How much of the fleet's help a flight wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Help {
-    /// Look, and fetch once in the fleet.
-    All,
-    /// That it is fetched once: it has looked.
-    Claim,
-    /// Look only: the answer can't be stored.
-    Look,
-    /// None: the client insists on its own answer, or answers can't be shared anyway.
-    None,
-}
 
 /// What to do then.
 pub(super) enum Next {

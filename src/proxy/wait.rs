@@ -7,9 +7,8 @@ use http::{Method, Request, Response};
 use tokio::time::{Instant, timeout_at};
 
 use super::fallback::Instead;
-use super::fetch::Job;
-use super::fleet::Help;
 use super::flights::{Arrival, Landing, Lead, Seat, Waited, Waiter};
+use super::job::{Help, Job};
 use super::lookup::{Lookup, Miss, variant_key};
 use super::site::Place;
 use super::visit::{Quest, Visit};

@@ -10,7 +10,7 @@ use http::header::HeaderName;
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tracing::debug;
 
-use super::shared::{Shared, encode};
+use super::records::Records;
 use super::wire::salt;
 use crate::policy::chain::LogId;
 use crate::policy::entry::Entry;
@@ -167,37 +167,46 @@ enum Tried {
     Later,
 }
 
-impl Shared {
+impl Behind {
     /// Writes what waits, for ever. `seen_at` says which log entry something fetched at a position had seen.
-    pub async fn write_behind(self: Arc<Self>, seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static) {
+    pub(super) async fn write(
+        self: Arc<Self>,
+        records: Arc<Records>,
+        seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static,
+    ) {
         let (places, seen_at) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(seen_at));
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return };
-            let task = self.behind().next().await;
-            let (shared, seen_at) = (self.clone(), seen_at.clone());
+            let task = self.next().await;
+            let (behind, records, seen_at) = (self.clone(), records.clone(), seen_at.clone());
             tokio::spawn(async move {
-                shared.carry_out(task, &*seen_at).await;
+                behind.carry_out(task, &records, &*seen_at).await;
                 drop(place);
             });
         }
     }
 
     /// Tries until Redis has it or does not want it.
-    async fn carry_out(&self, task: Task, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) {
+    async fn carry_out(
+        &self,
+        task: Task,
+        records: &Records,
+        seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized),
+    ) {
         loop {
             if self.superseded(&task) {
-                return self.behind().lock().leaves(&task);
+                return self.lock().leaves(&task);
             }
-            match self.attempt(&task, seen_at).await {
+            match attempt(&task, records, seen_at).await {
                 Tried::Later => tokio::time::sleep(PAUSE).await,
                 Tried::Refused => {
-                    self.behind().failed.fetch_add(1, Relaxed);
-                    self.behind().lock().leaves(&task);
+                    self.failed.fetch_add(1, Relaxed);
+                    self.lock().leaves(&task);
                     return;
                 }
                 Tried::Done => {
-                    self.behind().written.fetch_add(1, Relaxed);
-                    self.behind().lock().leaves(&task);
+                    self.written.fetch_add(1, Relaxed);
+                    self.lock().leaves(&task);
                     if let Task::Write(writing) = task {
                         // Most don't wait for it.
                         let _ = writing.written.send(());
@@ -211,42 +220,44 @@ impl Shared {
     /// Has a newer entry, or a removal, come for the same key since?
     fn superseded(&self, task: &Task) -> bool {
         let Task::Write(writing) = task else { return false };
-        !self.behind().waiting(&writing.key).is_some_and(|entry| Arc::ptr_eq(&entry, &writing.entry))
+        !self.waiting(&writing.key).is_some_and(|entry| Arc::ptr_eq(&entry, &writing.entry))
     }
+}
 
-    async fn attempt(&self, task: &Task, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) -> Tried {
-        let done = match task {
-            Task::Remove { class, key } => self.redis().remove(*class, key).await,
-            Task::Write(writing) => {
-                let (Some(born), Some(seen)) =
-                    (self.redis().time().at(writing.entry.born), seen_at(writing.entry.position))
-                else {
-                    // It has seen a log that is no more; or none yet.
-                    return if self.redis().time().at(writing.entry.born).is_none() {
-                        Tried::Later
-                    } else {
-                        Tried::Refused
-                    };
+async fn attempt(task: &Task, records: &Records, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) -> Tried {
+    let done = match task {
+        Task::Remove { class, key } => records.redis.remove(*class, key).await,
+        Task::Write(writing) => {
+            let (Some(born), Some(seen)) =
+                (records.redis.time().at(writing.entry.born), seen_at(writing.entry.position))
+            else {
+                // It has seen a log that is no more; or none yet.
+                return if records.redis.time().at(writing.entry.born).is_none() {
+                    Tried::Later
+                } else {
+                    Tried::Refused
                 };
-                let sealing = self.sealing();
-                let Some(record) = encode(&sealing, writing, born, seen, salt()) else { return Tried::Refused };
-                let written = self.redis().write(writing.class, &writing.key, record, writing.ttl).await;
-                match (&writing.signpost, written) {
-                    (Some((plain, names)), Ok(())) => match sealing.signpost(names, plain, salt()) {
-                        Some(post) => self.redis().write(writing.class, plain, post.into(), writing.ttl).await,
-                        None => Ok(()),
-                    },
-                    (_, written) => written,
-                }
+            };
+            let sealing = records.sealing();
+            let Some(record) = sealing.answer(&writing.entry, born, seen, &writing.key, salt()) else {
+                return Tried::Refused;
+            };
+            let written = records.redis.write(writing.class, &writing.key, record.into(), writing.ttl).await;
+            match (&writing.signpost, written) {
+                (Some((plain, names)), Ok(())) => match sealing.signpost(names, plain, salt()) {
+                    Some(post) => records.redis.write(writing.class, plain, post.into(), writing.ttl).await,
+                    None => Ok(()),
+                },
+                (_, written) => written,
             }
-        };
-        match done {
-            Ok(()) => Tried::Done,
-            Err(trouble) if trouble.why == Why::Refused => {
-                debug!(%trouble, "a record was not written");
-                Tried::Refused
-            }
-            Err(_) => Tried::Later,
         }
+    };
+    match done {
+        Ok(()) => Tried::Done,
+        Err(trouble) if trouble.why == Why::Refused => {
+            debug!(%trouble, "a record was not written");
+            Tried::Refused
+        }
+        Err(_) => Tried::Later,
     }
 }

@@ -9,17 +9,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName};
 use tracing::debug;
 
 use super::behind::{Behind, Task, Writing};
+use super::records::Records;
 use super::walk::Walks;
 use super::wire::{Answer, HEAD, Record, Sealing, Unreadable};
+use crate::policy::chain::LogId;
 use crate::policy::entry::{Entry, Variant};
-use crate::policy::key::is_private;
-use crate::redis::{Class, Redis, Trouble};
+use crate::policy::invalidation::{Position, Selector};
+use crate::redis::{Redis, Trouble};
 
 /// Beyond all windows of a record, before Redis collects it.
 const MARGIN: Duration = Duration::from_mins(1);
@@ -27,14 +27,13 @@ const MARGIN: Duration = Duration::from_mins(1);
 /// No record lives longer than this in Redis.
 const LONGEST: Duration = Duration::from_hours(31 * 24);
 
+pub use super::records::Place;
+
 /// The tier.
 #[derive(Debug)]
 pub struct Shared {
-    redis: Arc<Redis>,
-    /// `{prefix}:1`.
-    prefix: Box<str>,
-    sealing: ArcSwap<Sealing>,
-    behind: Behind,
+    records: Arc<Records>,
+    behind: Arc<Behind>,
     walks: Walks,
     counts: Counts,
 }
@@ -64,14 +63,6 @@ pub struct State {
     pub walks: super::walk::State,
 }
 
-/// Which record is meant: what a request's key and headers say.
-#[derive(Debug, Clone)]
-pub struct Place {
-    class: Class,
-    /// The plain key.
-    plain: Box<str>,
-}
-
 /// A record that was found.
 #[derive(Debug)]
 pub enum Found {
@@ -81,29 +72,12 @@ pub enum Found {
     Waiting(Arc<Entry>),
 }
 
-impl Place {
-    /// A name for it, without prefix.
-    pub fn name(&self) -> &str {
-        self.plain.rsplit(':').next().unwrap_or_default()
-    }
-
-    /// The key of what these requests headers select.
-    fn of(&self, variant: &Variant) -> String {
-        if variant.0.is_empty() {
-            return self.plain.to_string();
-        }
-        format!("{}:{}", self.plain, &variant.digest().to_hex()[..32])
-    }
-}
-
 impl Shared {
     /// The tier in this Redis, below this prefix.
     pub fn new(redis: Arc<Redis>, prefix: &str, sealing: Sealing, max_waiting: u64) -> Shared {
         Shared {
-            redis,
-            prefix: format!("{prefix}:1").into(),
-            sealing: ArcSwap::from_pointee(sealing),
-            behind: Behind::new(max_waiting),
+            records: Arc::new(Records::new(redis, prefix, sealing)),
+            behind: Arc::new(Behind::new(max_waiting)),
             walks: Walks::default(),
             counts: Counts::default(),
         }
@@ -111,15 +85,12 @@ impl Shared {
 
     /// From now on records are sealed so.
     pub fn seal_with(&self, change: impl FnOnce(&Sealing) -> Sealing) {
-        let changed = change(&self.sealing.load());
-        self.sealing.store(Arc::new(changed));
+        self.records.seal_with(change);
     }
 
     /// Where the record for a key lies.
     pub fn place(&self, key: &[u8]) -> Place {
-        let class = if is_private(key) { Class::Private } else { Class::Shared };
-        let plain = format!("{}:{}:{}", self.prefix, class.token(), blake3::hash(key).to_hex()).into();
-        Place { class, plain }
+        self.records.place(key)
     }
 
     /// Looks for the record of a request. `usual`: the request headers that its answers probably depend on.
@@ -167,11 +138,11 @@ impl Shared {
             self.counts.hits.fetch_add(1, Relaxed);
             return Ok(Some(Read::Found(Found::Waiting(entry))));
         }
-        let read = self.redis.read(place.class, key).await.inspect_err(|_| {
+        let read = self.records.redis.read(place.class, key).await.inspect_err(|_| {
             self.counts.errors.fetch_add(1, Relaxed);
         })?;
         let Some(bytes) = read else { return Ok(None) };
-        match self.sealing.load().open(&bytes, key) {
+        match self.records.sealing().open(&bytes, key) {
             Ok(Record::Answer(answer)) => {
                 self.counts.hits.fetch_add(1, Relaxed);
                 Ok(Some(Read::Found(Found::Answer(answer))))
@@ -183,7 +154,7 @@ impl Shared {
                 debug!(key, "a record does not verify: removed");
                 let start = bytes.slice(..bytes.len().min(HEAD));
                 // If it can't be removed now, its TTL does it, or the next reader.
-                let _ = self.redis.remove_unchanged(place.class, key, start).await;
+                let _ = self.records.redis.remove_unchanged(place.class, key, start).await;
                 Ok(None)
             }
         }
@@ -226,26 +197,19 @@ impl Shared {
         }
     }
 
-    /// The queue of what waits to be written.
-    pub(super) fn behind(&self) -> &Behind {
-        &self.behind
+    /// Writes what waits, for ever. `seen_at` says which log entry something fetched at a position had seen.
+    pub async fn write_behind(&self, seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static) {
+        self.behind.clone().write(self.records.clone(), seen_at).await;
     }
 
-    pub(super) fn walks(&self) -> &Walks {
-        &self.walks
+    /// Removes, behind the caller's back, what these selectors name by the look of the URL, or with everything.
+    pub fn clear(&self, selectors: Vec<Selector>) {
+        self.walks.ask(selectors);
     }
 
-    /// All keys of a class begin so.
-    pub(super) fn keys_of(&self, class: Class) -> String {
-        format!("{}:{}:", self.prefix, class.token())
-    }
-
-    pub(super) fn redis(&self) -> &Redis {
-        &self.redis
-    }
-
-    pub(super) fn sealing(&self) -> Arc<Sealing> {
-        self.sealing.load_full()
+    /// Makes the walks that are asked for, for ever.
+    pub async fn clear_purged(&self) {
+        self.walks.make(&self.records).await;
     }
 }
 
@@ -253,15 +217,4 @@ impl Shared {
 enum Read {
     Found(Found),
     Signpost(Vec<HeaderName>),
-}
-
-/// A record's bytes, made off the path of any request.
-pub(super) fn encode(
-    sealing: &Sealing,
-    writing: &Writing,
-    born: u64,
-    seen: crate::policy::chain::LogId,
-    salt: [u8; super::seal::SALT],
-) -> Option<Bytes> {
-    sealing.answer(&writing.entry, born, seen, &writing.key, salt).map(Bytes::from)
 }

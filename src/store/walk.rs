@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tracing::{debug, info};
 
-use super::shared::Shared;
+use super::records::Records;
 use super::wire::{HEAD, meta_end};
 use crate::policy::invalidation::{Address, Selector};
 use crate::redis::{Class, Cursor, Trouble};
@@ -58,6 +58,30 @@ impl Default for Walks {
 }
 
 impl Walks {
+    /// Asks for one.
+    pub(super) fn ask(&self, mut selectors: Vec<Selector>) {
+        selectors.retain(|selector| matches!(selector, Selector::Matching(_) | Selector::Everything));
+        if !selectors.is_empty() && self.queue.try_send(selectors).is_ok() {
+            self.running.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Makes them, one after the other, for ever.
+    pub(super) async fn make(&self, records: &Arc<Records>) {
+        let mut waiting = self.waiting.lock().await;
+        while let Some(selectors) = waiting.recv().await {
+            let selectors: Arc<[Selector]> = selectors.into();
+            for class in [Class::Shared, Class::Private] {
+                if let Err(trouble) = self.walk(records, class, &selectors).await {
+                    debug!(%trouble, "a walk was given up: what it did not reach goes with its TTL");
+                }
+            }
+            self.running.fetch_sub(1, Relaxed);
+            let State { scanned, removed, .. } = self.state();
+            info!(scanned, removed, "removed from redis what was purged");
+        }
+    }
+
     pub(super) fn state(&self) -> State {
         State {
             running: self.running.load(Relaxed),
@@ -65,37 +89,11 @@ impl Walks {
             removed: self.removed.load(Relaxed),
         }
     }
-}
 
-impl Shared {
-    /// Removes, behind the caller's back, what these selectors name by the look of the URL, or with everything.
-    pub fn clear(&self, mut selectors: Vec<Selector>) {
-        selectors.retain(|selector| matches!(selector, Selector::Matching(_) | Selector::Everything));
-        if !selectors.is_empty() && self.walks().queue.try_send(selectors).is_ok() {
-            self.walks().running.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// Makes the walks that are asked for, one after the other, for ever.
-    pub async fn clear_purged(self: Arc<Self>) {
-        let mut waiting = self.walks().waiting.lock().await;
-        while let Some(selectors) = waiting.recv().await {
-            let selectors: Arc<[Selector]> = selectors.into();
-            for class in [Class::Shared, Class::Private] {
-                if let Err(trouble) = self.walk(class, &selectors).await {
-                    debug!(%trouble, "a walk was given up: what it did not reach goes with its TTL");
-                }
-            }
-            self.walks().running.fetch_sub(1, Relaxed);
-            let State { scanned, removed, .. } = self.walks().state();
-            info!(scanned, removed, "removed from redis what was purged");
-        }
-    }
-
-    async fn walk(self: &Arc<Self>, class: Class, selectors: &Arc<[Selector]>) -> Result<(), Trouble> {
-        let (prefix, mut cursor, mut failures) = (self.keys_of(class), Some(Cursor::default()), 0);
+    async fn walk(&self, records: &Arc<Records>, class: Class, selectors: &Arc<[Selector]>) -> Result<(), Trouble> {
+        let (prefix, mut cursor, mut failures) = (records.keys_of(class), Some(Cursor::default()), 0);
         while let Some(at) = cursor.take() {
-            let (keys, next) = match self.redis().walk(class, &prefix, at.clone()).await {
+            let (keys, next) = match records.redis.walk(class, &prefix, at.clone()).await {
                 Ok(step) => step,
                 Err(trouble) if failures >= PATIENCE => return Err(trouble),
                 Err(_) => {
@@ -106,45 +104,54 @@ impl Shared {
                 }
             };
             (failures, cursor) = (0, next);
-            self.walks().scanned.fetch_add(keys.len() as u64, Relaxed);
+            self.scanned.fetch_add(keys.len() as u64, Relaxed);
             let mut looking = JoinSet::new();
             for key in keys {
                 if looking.len() >= AT_ONCE {
-                    looking.join_next().await;
+                    self.note(looking.join_next().await.as_ref());
                 }
-                let (shared, selectors) = (self.clone(), selectors.clone());
-                looking.spawn(async move {
-                    // What can't be looked at goes with its TTL.
-                    if let Ok(true) = shared.remove_if_named(class, &key, &selectors).await {
-                        shared.walks().removed.fetch_add(1, Relaxed);
-                    }
-                });
+                let (records, selectors) = (records.clone(), selectors.clone());
+                looking.spawn(async move { remove_if_named(&records, class, &key, &selectors).await });
             }
-            while looking.join_next().await.is_some() {}
+            while let Some(looked) = looking.join_next().await {
+                self.note(Some(&looked));
+            }
         }
         Ok(())
     }
 
-    async fn remove_if_named(&self, class: Class, key: &str, selectors: &[Selector]) -> Result<bool, Trouble> {
-        let everything = selectors.iter().any(|selector| matches!(selector, Selector::Everything));
-        let mut start = self.redis().read_start(class, key, FIRST).await?;
-        if !everything {
-            if let Some(end) = meta_end(&start).filter(|end| *end > start.len() && start.len() == FIRST) {
-                start = self.redis().read_start(class, key, end).await?;
-            }
-            let Some(glimpse) = self.sealing().glimpse(&start, key) else { return Ok(false) };
-            let address = Address {
-                upstream: glimpse.address.upstream,
-                authority: glimpse.address.authority.into(),
-                target: glimpse.address.target.into(),
-                subjects: Box::default(),
-            };
-            let named = |selector: &Selector| matches!(selector, Selector::Matching(m) if m.matches(&address));
-            if !selectors.iter().any(named) {
-                return Ok(false);
-            }
+    /// What can't be looked at goes with its TTL.
+    fn note(&self, looked: Option<&Result<Result<bool, Trouble>, JoinError>>) {
+        if let Some(Ok(Ok(true))) = looked {
+            self.removed.fetch_add(1, Relaxed);
         }
-        let unchanged = start.slice(..start.len().min(HEAD));
-        self.redis().remove_unchanged(class, key, unchanged).await
     }
+}
+
+async fn remove_if_named(
+    records: &Records,
+    class: Class,
+    key: &str,
+    selectors: &[Selector],
+) -> Result<bool, Trouble> {
+    let everything = selectors.iter().any(|selector| matches!(selector, Selector::Everything));
+    let mut start = records.redis.read_start(class, key, FIRST).await?;
+    if !everything {
+        if let Some(end) = meta_end(&start).filter(|end| *end > start.len() && start.len() == FIRST) {
+            start = records.redis.read_start(class, key, end).await?;
+        }
+        let Some(glimpse) = records.sealing().glimpse(&start, key) else { return Ok(false) };
+        let address = Address {
+            upstream: glimpse.address.upstream,
+            authority: glimpse.address.authority.into(),
+            target: glimpse.address.target.into(),
+            subjects: Box::default(),
+        };
+        let named = |selector: &Selector| matches!(selector, Selector::Matching(m) if m.matches(&address));
+        if !selectors.iter().any(named) {
+            return Ok(false);
+        }
+    }
+    let unchanged = start.slice(..start.len().min(HEAD));
+    records.redis.remove_unchanged(class, key, unchanged).await
 }
