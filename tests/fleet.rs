@@ -33,15 +33,6 @@ fn counting() -> impl Fn(&crate::support::origin::Ask) -> Reply + Send + Sync + 
     |ask| Reply::new(200, ask.number.to_string())
 }
 
-/// Waits until a sidecar has read the log to where it ends now.
-async fn level(redis: &Redis, sidecar: &Sidecar) {
-    let end: redis::streams::StreamRangeReply =
-        redis.observer().xrevrange_count("{sidecache}:1:log", "+", "-", 1).expect("a log");
-    let end = end.ids[0].id.clone();
-    let read = || sidecar.commons.invalidations.log_position().is_some_and(|id| id.to_string() == end);
-    until("the log is read", || read().then_some(())).await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_one_purges_none_serves() {
     let redis = Redis::start();
@@ -95,7 +86,7 @@ async fn a_soft_purge_is_soft_everywhere() {
     sidecars[0].written().await;
     sidecars[1].get("/products/1").await;
     sidecars[0].purge(r#"{"tags":["product:1"],"soft":true}"#).await;
-    level(&redis, &sidecars[1]).await;
+    sidecars[1].level_with(&redis).await;
     let stale = sidecars[1].get("/products/1").await;
     assert!(stale.cache_status().contains("stale-while-revalidate"), "{}", stale.cache_status());
 }
@@ -119,7 +110,7 @@ async fn a_write_through_one_is_read_through_all() {
             sidecar.written().await;
         }
         assert_eq!(sidecars[0].send("PUT", "/products/1", "x").await.status, 200);
-        level(&redis, &sidecars[1]).await;
+        sidecars[1].level_with(&redis).await;
         for sidecar in &sidecars {
             assert_eq!(sidecar.get("/products/1").await.text(), round.to_string());
         }
@@ -141,7 +132,7 @@ async fn nothing_purged_is_stored_or_waited_for_from_a_fetch_that_began_before()
     let first = tokio::spawn(async move { get(address, "/products/1", &[]).await });
     origin.asked(1).await;
     sidecars[0].purge(r#"{"tags":["product:1"]}"#).await;
-    level(&redis, &sidecars[1]).await;
+    sidecars[1].level_with(&redis).await;
     // The lease is still the first one's, but nobody waits for that.
     assert_eq!(sidecars[1].get("/products/1").await.text(), "1");
     gate.open();
@@ -165,7 +156,7 @@ async fn a_cut_connection_loses_no_purge() {
         one.purge(r#"{"tags":["product:1"]}"#).await;
         let before = origin.count();
         chaos.set(Mood::Fine);
-        level(&redis, &other).await;
+        other.level_with(&redis).await;
         assert!(!other.get("/products/1").await.is_hit(), "{round}");
         assert_eq!(origin.count(), before + 1);
     }
@@ -182,6 +173,7 @@ async fn a_purge_made_while_redis_is_away_holds_here_at_once_and_there_later() {
         sidecar.written().await;
     }
     chaos.set(Mood::Refuses);
+    one.lost_redis().await;
     let answer = one.purge(r#"{"tags":["product:1"]}"#).await;
     assert_eq!(answer["logged"], false, "{answer}");
     assert!(!one.get("/products/1").await.is_hit());
@@ -200,11 +192,7 @@ async fn what_cannot_be_verified_for_long_is_not_served() {
     let sidecar = member(&origin, &chaos.table()).await;
     sidecar.get("/products/1").await;
     chaos.set(Mood::Refuses);
-    until("it has noticed", || {
-        let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
-        state.trouble.is_some().then_some(())
-    })
-    .await;
+    sidecar.lost_redis().await;
     assert!(sidecar.get("/products/1").await.is_hit());
     sidecar.turn(29);
     assert!(sidecar.get("/products/1").await.is_hit(), "max_unverified is 30 s");

@@ -99,6 +99,26 @@ impl Sidecar {
         super::soon("the fleet's log is read", self.commons.invalidations.caught_up()).await;
     }
 
+    /// Waits until it has read the log to where it ends now.
+    pub(crate) async fn level_with(&self, redis: &super::Redis) {
+        let mut observer = redis.observer();
+        let mut end = || {
+            let last: redis::streams::StreamRangeReply =
+                redis::Commands::xrevrange_count(&mut observer, "{sidecache}:1:log", "+", "-", 1)
+                    .expect("it answers");
+            last.ids.first().map(|entry| entry.id.clone())
+        };
+        let read = || self.commons.invalidations.log_position().map(|id| id.to_string());
+        super::until("the log is read", || end().filter(|end| read().as_ref() == Some(end))).await;
+    }
+
+    /// Waits until it has lost Redis.
+    pub(crate) async fn lost_redis(&self) {
+        let state = || self.commons.fleet.as_ref().expect("a fleet").redis.state();
+        super::until("it has noticed", || state().connections.values().all(|link| !link.connected).then_some(()))
+            .await;
+    }
+
     /// Waits until everything stored is written to Redis.
     pub(crate) async fn written(&self) {
         let queue = || self.commons.fleet.as_ref().expect("a fleet").shared.state().queue;
