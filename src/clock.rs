@@ -80,6 +80,11 @@ impl FleetClock {
         self.ahead.store(server.cast_signed() - here.cast_signed(), Ordering::Relaxed);
     }
 
+    /// The fleet's time now; none while nothing is known.
+    pub fn now(&self) -> Option<u64> {
+        self.at(self.clock.now())
+    }
+
     /// The fleet's time at a tick of ours; none while nothing is known.
     pub fn at(&self, tick: Tick) -> Option<u64> {
         let ahead = self.ahead.load(Ordering::Relaxed);

@@ -131,8 +131,10 @@ impl Redis {
     pub fn start(config: &config::Redis, works: bool, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
         let herald = Arc::new(Herald::new(clock.clone()));
         let mut supervisors = JoinSet::new();
+        let coordinates: Box<str> = format!("{{{}}}:1", config.key_prefix).into();
+        let slot = scripts::slot_of(&coordinates);
         let mut link = |name, database, waits| {
-            let link = Link::new(name, waits, clock.clone(), herald.clone());
+            let link = Link::new(name, slot, waits, clock.clone(), herald.clone());
             let time = time.clone();
             let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |now| time.set(now));
             supervisors.spawn(supervise);
@@ -162,7 +164,7 @@ impl Redis {
             coordination,
             follower,
             worker,
-            coordinates: format!("{{{}}}:1", config.key_prefix).into(),
+            coordinates,
             command_timeout: config.command_timeout,
             herald,
             time: time.clone(),

@@ -20,13 +20,13 @@ fn redis_state(sidecar: &Sidecar) -> sidecache::redis::State {
     sidecar.commons.fleet.as_ref().expect("a fleet").redis.state()
 }
 
-/// Asks for something new until it was found in, or written to, Redis again.
+/// Asks for something new until Redis is written to, and looked into, again.
 async fn used_again(sidecar: &Sidecar, name: &str) {
-    let written = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().queue.written;
-    let before = written();
+    let state = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state();
+    let before = state();
     let mut number = 0;
     soon("redis is used again", async {
-        while written() == before {
+        while state().queue.written == before.queue.written || state().misses == before.misses {
             number += 1;
             assert_eq!(sidecar.get(&format!("/again/{name}/{number}")).await.status, 200);
         }

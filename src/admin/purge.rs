@@ -1,5 +1,6 @@
 //! `POST /purge`: from what a person names to selectors of the ledger.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,16 +118,15 @@ async fn spread(commons: &Commons, selectors: Vec<Selector>, strength: Strength,
     let applied = match (&mut answers, wait) {
         (Some(answers), Some(wait)) => {
             let sidecars = fleet.redis.present(None, GONE).await.unwrap_or(1).max(1);
-            let mut applied = 0;
+            let mut who = HashSet::new();
             let all = async {
-                while applied < sidecars {
-                    answers.message().await;
-                    applied += 1;
+                while (who.len() as u64) < sidecars {
+                    who.insert(answers.message().await);
                 }
             };
             // Whoever has not answered by then has not.
             let _ = tokio::time::timeout(wait, all).await;
-            Some((applied.max(1), sidecars))
+            Some(((who.len() as u64).max(1), sidecars))
         }
         (_, _) => None,
     };

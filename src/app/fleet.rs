@@ -15,6 +15,7 @@ use crate::fleet::log::Log;
 use crate::fleet::work::Refresh;
 use crate::fleet::{Fleet, SidecarId};
 use crate::policy::key::KeySecret;
+use crate::policy::millis;
 use crate::proxy::{Commons, Proxy};
 use crate::redis::{Message, Redis, Trouble};
 use crate::store::Shared;
@@ -23,13 +24,16 @@ use crate::store::seal::Ring;
 use crate::store::wire::Sealing;
 
 /// Is the secret in common still there?
-const LOOK_AT_SECRET: Duration = Duration::from_secs(10);
+const LOOK_AT_SECRET: Duration = Duration::from_secs(2);
 
 /// Refreshes for the fleet at once.
 const WORK_AT_ONCE: u64 = 4;
 
 /// Work that nobody has finished for so long is taken over.
 const LEFT_BEHIND: Duration = Duration::from_secs(3);
+
+/// Work that nobody could do for so long is dropped.
+const USELESS_AFTER: Duration = Duration::from_mins(1);
 
 /// So long the server holds a worker that has nothing to do.
 const WAIT_FOR_WORK: Duration = Duration::from_secs(1);
@@ -130,7 +134,8 @@ impl Parts {
         let commons = commons.clone();
         tasks.spawn(async move {
             // Nothing is read or written with a secret that the fleet may not have.
-            if let Some(seed) = &seed {
+            let mut seed = seed;
+            if let Some(seed) = &mut seed {
                 warn!(
                     "no [security] secret: the fleet's is kept in Redis, where whoever can read it can forge records"
                 );
@@ -145,9 +150,9 @@ impl Parts {
             work.spawn(async move { shared.write_behind(seen_at).await });
             work.spawn(labour(fleet.clone(), proxies));
             match seed {
-                Some(seed) => loop {
+                Some(mut seed) => loop {
                     tokio::time::sleep(LOOK_AT_SECRET).await;
-                    adopt(&fleet, &commons, &seed).await;
+                    adopt(&fleet, &commons, &mut seed).await;
                 },
                 None => std::future::pending().await,
             }
@@ -189,15 +194,22 @@ async fn work_off(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>, message: Message)
     match mine {
         Some((proxy, refresh)) => proxy.work_off(&fleet, refresh).await,
         // Of another configuration, or another secret: those who have that find it when it is left behind.
-        None => return debug!("work that is not for this sidecar"),
+        None if !is_old(&fleet, &message) => return debug!("work that is not for this sidecar"),
+        None => debug!("work that nobody can do"),
     }
     if let Err(trouble) = fleet.redis.work_done(message.id).await {
         debug!(%trouble, "work is done, and will be done again");
     }
 }
 
+/// Has it lain there for so long that nobody needs it any more?
+fn is_old(fleet: &Fleet, message: &Message) -> bool {
+    let now = fleet.redis.time().now();
+    now.is_some_and(|now| now.saturating_sub(message.id.ms) > millis(USELESS_AFTER))
+}
+
 /// Makes the secret in common ours, or ours the one in common. Tries until Redis says which.
-async fn adopt(fleet: &Fleet, commons: &Commons, seed: &[u8]) {
+async fn adopt(fleet: &Fleet, commons: &Commons, seed: &mut Vec<u8>) {
     let theirs = loop {
         match fleet.redis.common_secret(seed).await {
             Ok(secret) => break secret,
@@ -211,5 +223,7 @@ async fn adopt(fleet: &Fleet, commons: &Commons, seed: &[u8]) {
         commons.secret.store(Arc::new(KeySecret::of(&theirs)));
         fleet.shared.seal_with(|sealing| Sealing { ring: adopted.clone(), ..sealing.clone() });
         fleet.ring.store(Arc::new(adopted));
+        // Should Redis lose it, this is what it gets back.
+        *seed = theirs.to_vec();
     }
 }

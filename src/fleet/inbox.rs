@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 /// Messages that nobody has taken yet, for one subject.
-const MAX_WAITING: usize = 64;
+const MAX_WAITING: usize = 4096;
 
 /// The inbox of a sidecar.
 #[derive(Debug, Default)]

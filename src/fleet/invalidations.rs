@@ -5,7 +5,7 @@
 //! come with the log ([`super::log`]). As long as the log can't be read, an entry is trusted for `max_unverified`
 //! beyond the last time it could, or beyond its own birth.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::SidecarId;
 use super::purge::Purge;
-use crate::policy::chain::{Broken, Chain, LogId};
+use crate::policy::chain::{Broken, Chain, LogId, Seen};
 use crate::policy::entry::Entry;
 use crate::policy::invalidation::{Address, Ledger, Position, Selector, Standing, Strength};
 use crate::policy::{Tick, millis};
@@ -25,6 +25,12 @@ const MAX_MATCHERS: usize = 1_000;
 
 /// So many entries of the log are known by their id.
 const MAX_LINKS: usize = 60_000;
+
+/// So many of our own are told again when the log was lost, or lost its end.
+const MAX_RECENT: usize = 1_000;
+
+/// So many sidecars are known by the last purge that was read of them.
+const MAX_TOLD: usize = 10_000;
 
 /// More purges than this don't wait for the log one by one: one of everything stands for them.
 const MAX_OUTBOX: usize = 10_000;
@@ -59,6 +65,10 @@ struct Book {
     chain: Chain,
     /// Ours that were not read back from the log yet, with their positions.
     unread: VecDeque<(u64, Position)>,
+    /// The last of ours: another log may lack them.
+    recent: VecDeque<Purge>,
+    /// The last purge that was read of each sidecar: one that is told twice counts once.
+    told: HashMap<SidecarId, u64>,
     /// Ours that the log does not have yet.
     outbox: VecDeque<Purge>,
     /// How many we have made.
@@ -88,7 +98,15 @@ impl Default for Invalidations {
         let ledger = Ledger::new(MAX_SUBJECTS, MAX_MATCHERS);
         let epoch = AtomicU64::new(ledger.position().0);
         let (unread, outbox) = (VecDeque::new(), VecDeque::new());
-        let book = RwLock::new(Book { ledger, chain: Chain::new(MAX_LINKS), unread, outbox, made: 0 });
+        let book = RwLock::new(Book {
+            ledger,
+            chain: Chain::new(MAX_LINKS),
+            unread,
+            recent: VecDeque::new(),
+            told: HashMap::new(),
+            outbox,
+            made: 0,
+        });
         Invalidations { epoch, trusted_until: AtomicU64::new(u64::MAX), book, fleet: None }
     }
 }
@@ -129,8 +147,13 @@ impl Invalidations {
             }
             book.made += 1;
             let number = book.made;
+            let purge = Purge { from: fleet.me, number, strength, selectors, answer };
             book.unread.push_back((number, position));
-            book.outbox.push_back(Purge { from: fleet.me, number, strength, selectors, answer });
+            book.recent.push_back(purge.clone());
+            if book.recent.len() > MAX_RECENT {
+                book.recent.pop_front();
+            }
+            book.outbox.push_back(purge);
             fleet.waiting.send_replace(number);
         }
         self.epoch.store(position.0, Ordering::Release);
@@ -169,9 +192,14 @@ impl Invalidations {
         book.chain.position_of(id, now).unwrap_or(Position(0))
     }
 
-    /// The log entry that something fetched at `position` had seen; none if the fleet can't be told.
-    pub fn seen_at(&self, position: Position) -> Option<LogId> {
-        self.read().chain.seen_at(position)
+    /// The log entry that something fetched at `position` had seen.
+    pub fn seen_at(&self, position: Position) -> Seen {
+        let book = self.read();
+        match book.chain.seen_at(position) {
+            Some(id) => Seen::UpTo(id),
+            None if book.chain.last().is_none() => Seen::NotYet,
+            None => Seen::Forgotten,
+        }
     }
 
     /// The last entry of the log that was read.
@@ -185,9 +213,14 @@ impl Invalidations {
         if book.chain.last().is_some() {
             let position = book.ledger.doubt();
             self.epoch.store(position.0, Ordering::Release);
+            book.tell_again(position);
+            if let (Some(fleet), Some(last)) = (&self.fleet, book.outbox.back()) {
+                fleet.waiting.send_replace(last.number);
+            }
         }
         let position = book.ledger.position();
         book.chain.begin(origin, position);
+        book.told.clear();
     }
 
     /// Applies the next entry of the log; `None` is one that can't be understood, and an empty one says nothing.
@@ -199,6 +232,7 @@ impl Invalidations {
         let at = match said {
             None => book.ledger.position(),
             Some(None) => book.ledger.doubt(),
+            Some(Some(purge)) if book.was_told(&purge) => book.ledger.position(),
             Some(Some(purge)) => match self.ours(&mut book, &purge) {
                 Some(position) => position,
                 None => book.ledger.record(purge.selectors, purge.strength),
@@ -294,15 +328,36 @@ impl Invalidations {
 }
 
 impl Book {
+    /// Puts the last of ours into the outbox once more, in their order. Here they count from `at` on: everything before is
+    /// in doubt anyway.
+    fn tell_again(&mut self, at: Position) {
+        let first = self.recent.front().map_or(u64::MAX, |purge| purge.number);
+        self.outbox.retain(|purge| purge.number < first);
+        self.outbox.extend(self.recent.iter().cloned());
+        self.unread = self.outbox.iter().map(|purge| (purge.number, at)).collect();
+    }
+
+    /// Notes that a purge was read. True if it was before.
+    fn was_told(&mut self, purge: &Purge) -> bool {
+        if self.told.len() > MAX_TOLD {
+            self.told.clear();
+        }
+        let last = self.told.entry(purge.from).or_insert(0);
+        let before = purge.number <= *last;
+        *last = purge.number.max(*last);
+        before
+    }
+
     /// Too many wait for the log: one of everything stands for them.
     fn collapse(&mut self) {
         if let Some(last) = self.outbox.pop_back() {
             self.outbox.clear();
-            self.outbox.push_back(Purge { strength: Strength::Hard, selectors: vec![Selector::Everything], ..last });
-            let first = self.unread.front().copied();
-            self.unread.clear();
+            let everything = Purge { strength: Strength::Hard, selectors: vec![Selector::Everything], ..last };
             // When it comes back, it counts from where the first of them did.
-            self.unread.extend(first.map(|(_, position)| (last.number, position)));
+            let first = self.unread.front().map(|(_, position)| *position);
+            self.unread.clear();
+            self.unread.extend(first.map(|position| (everything.number, position)));
+            self.outbox.push_back(everything);
         }
     }
 }

@@ -62,6 +62,17 @@ enum End {
 #[derive(Debug)]
 pub struct Lease(Option<oneshot::Sender<End>>);
 
+/// Who has a lease.
+#[derive(Debug, Clone)]
+pub struct Holder(String);
+
+impl Holder {
+    /// The last log entry that it had seen when it began.
+    pub fn seen(&self) -> LogId {
+        self.0.rsplit(' ').next().and_then(LogId::parse).unwrap_or_default()
+    }
+}
+
 /// What comes of asking for one.
 #[derive(Debug)]
 pub enum Claimed {
@@ -71,16 +82,22 @@ pub enum Claimed {
     Theirs {
         /// For so long, unless it is kept.
         left: Duration,
-        /// The last log entry that the holder had seen when it began.
-        seen: LogId,
+        /// Its holder.
+        holder: Holder,
     },
 }
 
-/// Asks for the lease of a name. `seen`: the last log entry that we have seen.
-pub async fn claim(redis: &Arc<Redis>, name: &str, me: SidecarId, seen: LogId) -> Result<Claimed, Trouble> {
+/// Asks for the lease of a name, also if this holder still has it. `seen`: the last log entry that we have seen.
+pub async fn claim(
+    redis: &Arc<Redis>,
+    name: &str,
+    me: SidecarId,
+    seen: LogId,
+    instead_of: Option<&Holder>,
+) -> Result<Claimed, Trouble> {
     let token = format!("{me} {:016x} {seen}", getrandom::u64().unwrap_or(0));
-    match redis.claim(name, &token, TTL, &me.to_string()).await? {
-        Claim::Theirs { left, seen } => Ok(Claimed::Theirs { left, seen }),
+    match redis.claim(name, &token, TTL, &me.to_string(), instead_of.map(|holder| holder.0.as_str())).await? {
+        Claim::Theirs { left, holder } => Ok(Claimed::Theirs { left, holder: Holder(holder) }),
         Claim::Ours => {
             let (end, ended) = oneshot::channel();
             tokio::spawn(hold(redis.clone(), name.to_owned(), token, ended));

@@ -38,6 +38,9 @@ const PRESENT: Duration = Duration::from_secs(5);
 /// One that has not said so for so long is taken for gone.
 pub const GONE: Duration = Duration::from_secs(15);
 
+/// Nobody waits longer to hear that a purge was applied.
+const RECENT: Duration = Duration::from_secs(30);
+
 /// Entries read at once.
 const BATCH: u64 = 1_000;
 
@@ -95,8 +98,9 @@ impl Log {
                     );
                     if let Err(trouble) = self.begin().await {
                         debug!(%trouble, "the invalidation log can't be read");
-                        tokio::time::sleep(PAUSE).await;
                     }
+                    // A log that breaks again and again is not read as fast as it can be.
+                    tokio::time::sleep(PAUSE * 4).await;
                 }
             }
         }
@@ -143,7 +147,7 @@ impl Log {
         loop {
             let entries = self.redis.log_after(self.invalidations.log_position(), BATCH).await?;
             let done = (entries.len() as u64) < BATCH;
-            self.apply(entries).await?;
+            self.apply(entries)?;
             if done {
                 return Ok(());
             }
@@ -177,7 +181,7 @@ impl Log {
     async fn wait(&self, inbox: &mut LogId) -> Result<(), Interrupted> {
         let last = self.invalidations.log_position().unwrap_or_default();
         let news = self.redis.news(last, (&self.me.to_string(), *inbox), WAIT).await?;
-        self.apply(news.log).await?;
+        self.apply(news.log)?;
         for message in news.inbox {
             *inbox = message.id;
             self.inbox.deliver(&message.body);
@@ -185,24 +189,31 @@ impl Log {
         Ok(())
     }
 
-    async fn apply(&self, entries: Vec<LogEntry>) -> Result<(), Broken> {
+    fn apply(&self, entries: Vec<LogEntry>) -> Result<(), Broken> {
+        let mut forged = 0;
         for LogEntry { id, previous, body } in entries {
             let said = (!body.is_empty()).then(|| Purge::open(&body, &self.ring.load()));
             let answer =
                 said.as_ref().and_then(|purge| purge.as_ref().filter(|purge| purge.answer.is_some()).cloned());
-            if matches!(said, Some(None)) {
-                warn!(%id, "an entry of the invalidation log does not verify: all that is stored is taken for stale");
-            }
+            forged += u64::from(matches!(said, Some(None)));
             self.invalidations.apply(previous, id, said)?;
-            if let Some(purge) = answer {
-                self.confirm(&purge).await;
+            if let Some(purge) = answer.filter(|_| self.is_recent(id)) {
+                tokio::spawn(self.clone().confirm(purge));
             }
+        }
+        if forged > 0 {
+            warn!(entries = forged, "of the invalidation log do not verify: all that is stored is taken for stale");
         }
         Ok(())
     }
 
+    /// Does anybody still wait to hear of this entry?
+    fn is_recent(&self, id: LogId) -> bool {
+        self.redis.time().now().is_some_and(|now| now.saturating_sub(id.ms) < millis(RECENT))
+    }
+
     /// Tells the sidecar that made a purge that it holds here.
-    async fn confirm(&self, purge: &Purge) {
+    async fn confirm(self, purge: Purge) {
         let message = Bytes::from(format!("{} {}", applied(purge.answer.unwrap_or(0)), self.me));
         if purge.from == self.me {
             self.inbox.deliver(&message);

@@ -20,7 +20,7 @@ pub struct Refresh {
     pub host: String,
     /// Path and query.
     pub target: String,
-    /// The request headers that the answer depends on.
+    /// Its headers, without Host.
     pub headers: HeaderMap,
     /// When what is to be replaced was born, by the fleet's clock: if something newer is there, it is done.
     pub born: u64,

@@ -55,6 +55,15 @@ impl Breaker {
         }
     }
 
+    /// Would something be let through now?
+    pub fn would_admit(&self, now: Tick) -> bool {
+        match self.state {
+            State::Closed => true,
+            State::Silent => false,
+            State::Refusing { until } => now >= until,
+        }
+    }
+
     /// It answered.
     pub fn succeeded(&mut self) {
         *self = Breaker::default();
@@ -131,6 +140,7 @@ mod tests {
         breaker.heard();
         assert!(!breaker.admits(NOW), "that it answers is no news");
         let later = NOW.plus(PAUSE);
+        assert!(!breaker.would_admit(NOW) && breaker.would_admit(later));
         assert!(breaker.admits(later) && !breaker.admits(later), "one");
         breaker.failed(Fault::Refusal, later);
         assert!(!breaker.admits(later));

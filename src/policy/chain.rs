@@ -36,6 +36,17 @@ impl fmt::Display for LogId {
     }
 }
 
+/// What something fetched here had seen of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// All entries up to this one.
+    UpTo(LogId),
+    /// The log was not read yet.
+    NotYet,
+    /// Too long ago to be told.
+    Forgotten,
+}
+
 /// The log is not the continuation of what was read: purges may have been missed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Broken;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
-use http::header::{HOST, HeaderMap, HeaderValue};
+use http::header::{HOST, HeaderValue};
 use tracing::debug;
 
 use super::Proxy;
@@ -54,13 +54,9 @@ impl Proxy {
     /// Makes it work for the fleet.
     fn offer(self: &Arc<Self>, fleet: Arc<Fleet>, request: &Request<Body>, entry: &Arc<Entry>, ahead: Duration) {
         let Some(born) = fleet.redis.time().at(entry.born) else { return };
-        let mut headers = HeaderMap::new();
-        let depends = entry.variant.0.iter().map(|(name, _)| name);
-        for name in depends.chain(self.site.keyed_headers()) {
-            for value in request.headers().get_all(name) {
-                headers.append(name, value.clone());
-            }
-        }
+        // All of them: what the upstream makes of which is not for us to know.
+        let mut headers = request.headers().clone();
+        headers.remove(HOST);
         let refresh = Refresh {
             upstream: self.site.id.0,
             host: client_authority(request.uri(), request.headers()).unwrap_or_default().to_owned(),

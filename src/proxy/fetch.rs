@@ -234,7 +234,7 @@ impl Proxy {
                 self.keep(job, &Arc::new(entry(job, head.clone(), body, &store, born)));
             }
         };
-        self.pump(&mut lead, came.response.into_body(), &fanout, by, &keep).await;
+        self.pump(&mut lead, job, came.response.into_body(), &fanout, by, &keep).await;
     }
 
     /// Moves the body over. It is stored, and the flight left, before the last of it goes out: a client that has
@@ -242,6 +242,7 @@ impl Proxy {
     async fn pump(
         &self,
         lead: &mut Lead,
+        job: &Job,
         mut body: Body,
         fanout: &Fanout,
         by: Instant,
@@ -251,6 +252,7 @@ impl Proxy {
             // Once it is too large to be stored, only standing still ends it.
             let next = if fanout.outgrown() {
                 lead.leave();
+                self.outgrown(job);
                 timeout(self.site.timeouts.idle, body.next()).await
             } else {
                 timeout_at(by, body.next()).await

@@ -31,7 +31,7 @@ use crate::policy::links;
 use crate::policy::plan::Plan;
 use crate::policy::tags::{Scope, subjects};
 use crate::store::shared::{Found, Place};
-use crate::store::wire::Answer;
+use crate::store::wire::{Answer, WireAddress};
 
 /// A record from further in the future than this has a wrong date.
 const FUTURE: Duration = Duration::from_secs(5);
@@ -65,6 +65,14 @@ impl Looked {
         match self {
             Looked::Fresh(entry) => Some(entry),
             Looked::WhileRevalidate(_) | Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
+        }
+    }
+
+    /// Something that was stored just now may have come stale.
+    fn servable(self) -> Option<Arc<Entry>> {
+        match self {
+            Looked::Fresh(entry) | Looked::WhileRevalidate(entry) => Some(entry),
+            Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
         }
     }
 }
@@ -105,9 +113,10 @@ impl Proxy {
     async fn claim(&self, fleet: &Fleet, place: &Place, job: &mut Job) -> Next {
         let name = lease_name(place, job);
         let mut news = fleet.inbox.expect(&subject(&name));
+        let mut instead_of = None;
         loop {
             let seen = self.commons.invalidations.log_position().unwrap_or_default();
-            match claim(&fleet.redis, &name, fleet.me, seen).await {
+            match claim(&fleet.redis, &name, fleet.me, seen, instead_of.take().as_ref()).await {
                 Err(trouble) => {
                     debug!(%trouble, "no lease: this sidecar fetches for itself");
                     return Next::Fetch(None);
@@ -117,12 +126,14 @@ impl Proxy {
                     let found = self.look_there(fleet, place, job).await.fresh().filter(|entry| is_news(job, entry));
                     return found.map_or_else(|| Next::Fetch(Some(lease)), Next::Found);
                 }
-                // Nobody waits for a fetch that is older than a purge.
-                Ok(Claimed::Theirs { seen, .. }) if self.is_outdated(job, seen) => return Next::Fetch(None),
+                // Nobody waits for a fetch that is older than a purge: one takes its place.
+                Ok(Claimed::Theirs { holder, .. }) if self.is_outdated(job, holder.seen()) => {
+                    instead_of = Some(holder);
+                }
                 Ok(Claimed::Theirs { left, .. }) => match timeout(left, news.message()).await {
                     Ok(word) if Word::read(&word) == Word::Unshared => return Next::Fetch(None),
                     Ok(word) if Word::read(&word) == Word::Stored => {
-                        let found = self.look_there(fleet, place, job).await.fresh();
+                        let found = self.look_there(fleet, place, job).await.servable();
                         if let Some(entry) = found.filter(|entry| is_news(job, entry)) {
                             return Next::Found(entry);
                         }
@@ -135,8 +146,10 @@ impl Proxy {
 
     /// Has anything been purged that a fetch is about which had seen the log up to here?
     fn is_outdated(&self, job: &Job, seen: LogId) -> bool {
-        let position = self.commons.invalidations.position_of(seen);
-        self.commons.invalidations.outdated(&job.address, position)
+        let invalidations = &self.commons.invalidations;
+        // Who has read further than we have has missed nothing that we know of.
+        Some(seen) <= invalidations.log_position()
+            && invalidations.outdated(&job.address, invalidations.position_of(seen))
     }
 
     /// Looks for the record, and keeps in memory what is found.
@@ -157,7 +170,10 @@ impl Proxy {
             return Looked::Nothing;
         };
         let verdict = judge(&entry, self.commons.invalidations.standing(&entry, now), &Demands::default(), now);
-        if verdict != Verdict::Gone {
+        let newer = |known: &Arc<Entry>| known.born > entry.born.plus(SAME);
+        let known = self.commons.memory.get(&job.key);
+        let has_newer = known.is_some_and(|known| known.select(&job.asked.headers).is_some_and(newer));
+        if verdict != Verdict::Gone && !has_newer {
             self.commons.memory.put(&job.key, entry.clone());
         }
         match verdict {
@@ -178,12 +194,15 @@ impl Proxy {
         let casing = self.site.upstream.casing(&casing).await;
         make_room(&mut headers);
         let links = links::find(&headers, &job.place.host);
-        let address = if tags == site::tags(&job.plan, job.asked.uri.path()) {
+        // The record may be of another target with the same key: one that differs in parameters that don't count.
+        let same = *address.target == *job.address.target && tags == site::tags(&job.plan, job.asked.uri.path());
+        let address = if same {
             job.address.clone()
         } else {
             let scope = Scope { upstream: address.upstream, authority: job.place.keyed.as_deref() };
             let subjects = subjects(scope, &address.target, &tags).into();
-            Address { subjects, ..job.address.clone() }
+            let WireAddress { upstream, authority, target } = address;
+            Address { upstream, authority: authority.into(), target: target.into(), subjects }
         };
         let rule = if *rule == *job.plan.name { job.plan.name.clone() } else { rule.into() };
         let about = About { key_name: short_name(&job.key).into(), tags: tags.into(), rule };
@@ -248,7 +267,15 @@ impl Proxy {
         let resident = entry.resident(self.commons.clock.now());
         let written = fleet.shared.keep(&job.key, entry, job.plan.usual_vary(), resident);
         if let Some(lease) = job.lease().as_mut() {
-            lease.stored(written);
+            if entry.terms.for_others() { lease.stored(written) } else { lease.unshared() }
+        }
+    }
+
+    /// The answer has become too large to be stored: nobody should wait for it.
+    pub(super) fn outgrown(&self, job: &Job) {
+        if let Some(mut lease) = job.lease().take() {
+            lease.unshared();
+            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
         }
     }
 

@@ -86,11 +86,6 @@ impl Site {
         self.keyed.contains(name)
     }
 
-    /// All of those.
-    pub fn keyed_headers(&self) -> impl Iterator<Item = &HeaderName> {
-        self.keyed.iter()
-    }
-
     /// Where a request goes, from its target, `X-Forwarded-Host` and `Host`.
     pub fn locate(&self, uri: &Uri, headers: &HeaderMap) -> Result<Cow<'_, Place>, Misdirected> {
         if let (Target::Origin { authority, .. }, Some(named)) = (&self.target, uri.authority()) {

@@ -44,7 +44,7 @@ pub struct News {
 }
 
 /// What comes of asking for a lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
     /// It is ours.
     Ours,
@@ -52,8 +52,8 @@ pub enum Claim {
     Theirs {
         /// For so long, unless it is kept.
         left: Duration,
-        /// The last log entry that the holder had seen when it began.
-        seen: LogId,
+        /// Its holder's token.
+        holder: String,
     },
 }
 
@@ -122,11 +122,6 @@ impl Redis {
         self.follower.connected().await;
     }
 
-    /// The connection that follows the log is of no use.
-    pub fn give_up_following(&self) {
-        self.follower.give_up();
-    }
-
     fn inbox(&self, name: &str) -> String {
         format!("{}:inbox:{name}", self.coordinates)
     }
@@ -142,15 +137,22 @@ impl Redis {
         self.coordination.run(self.command_timeout, command).await
     }
 
-    /// Asks for the lease of a name. The token ends with the id of the last log entry that we have seen.
-    pub async fn claim(&self, name: &str, token: &str, ttl: Duration, inbox: &str) -> Result<Claim, Trouble> {
-        let arguments = vec![Value::from(token), millis(ttl), Value::from(inbox)];
+    /// Asks for the lease of a name, also if this holder still has it.
+    pub async fn claim(
+        &self,
+        name: &str,
+        token: &str,
+        ttl: Duration,
+        inbox: &str,
+        instead_of: Option<&str>,
+    ) -> Result<Claim, Trouble> {
+        let arguments =
+            vec![Value::from(token), millis(ttl), Value::from(inbox), instead_of.unwrap_or_default().into()];
         let (left, holder): (i64, String) =
             self.coordination.script(self.command_timeout, CLAIM, self.lease_keys(name), arguments).await?;
-        let seen = holder.rsplit(' ').next().and_then(LogId::parse).unwrap_or_default();
         Ok(match u64::try_from(left) {
             Ok(0) | Err(_) => Claim::Ours,
-            Ok(left) => Claim::Theirs { left: Duration::from_millis(left), seen },
+            Ok(left) => Claim::Theirs { left: Duration::from_millis(left), holder },
         })
     }
 

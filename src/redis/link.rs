@@ -47,6 +47,8 @@ pub(super) type Asking = WithOptions<Client>;
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) name: &'static str,
+    /// The slot whose node tells the time, in a cluster.
+    slot: u16,
     /// How often it is asked for the time when all is well. One that waits at the server is not: the answer would wait
     /// too, and its own deadline tells as much.
     heartbeat: Option<Duration>,
@@ -101,9 +103,10 @@ pub struct LinkState {
 }
 
 impl Link {
-    pub(super) fn new(name: &'static str, waits: bool, clock: Clock, herald: Arc<Herald>) -> Arc<Link> {
+    pub(super) fn new(name: &'static str, slot: u16, waits: bool, clock: Clock, herald: Arc<Herald>) -> Arc<Link> {
         Arc::new(Link {
             name,
+            slot,
             heartbeat: (!waits).then_some(HEARTBEAT),
             client: ArcSwapOption::empty(),
             breaker: Mutex::default(),
@@ -165,9 +168,9 @@ impl Link {
         Some((place, deadline.checked_sub(begun.elapsed())?))
     }
 
-    /// Is there a connection, and an end to silence?
+    /// Is there a connection, and would a command be sent?
     pub(super) fn answers(&self) -> bool {
-        self.client.load().is_some() && !self.breaker().is_open()
+        self.client.load().is_some() && self.breaker().would_admit(self.clock.now())
     }
 
     /// Waits until there is a connection.
@@ -181,11 +184,6 @@ impl Link {
             }
             connected.await;
         }
-    }
-
-    /// This client's connection is of no use: make another.
-    pub(super) fn give_up(&self) {
-        self.replace.notify_one();
     }
 
     fn silent(&self, client: &Arc<Client>) -> Trouble {
@@ -207,15 +205,19 @@ impl Link {
         }
         self.counts.refused.fetch_add(1, Relaxed);
         self.note(client, Fault::Refusal, &message);
-        if must_reconnect(&message) {
-            self.give_up();
+        if must_reconnect(&message) && self.is_current(client) {
+            self.replace.notify_one();
         }
         Trouble { why: Why::Refused, message }
     }
 
+    fn is_current(&self, client: &Arc<Client>) -> bool {
+        self.client.load().as_ref().is_some_and(|current| Arc::ptr_eq(current, client))
+    }
+
     /// Counts against the breaker what a client that is still the current one did.
     fn note(&self, client: &Arc<Client>, fault: Fault, message: &str) {
-        if !self.client.load().as_ref().is_some_and(|current| Arc::ptr_eq(current, client)) {
+        if !self.is_current(client) {
             return;
         }
         if self.breaker().failed(fault, self.clock.now()) {
@@ -254,12 +256,16 @@ impl Link {
         on_time: &impl Fn(u64),
     ) -> Result<(Connection, Instant), String> {
         let connection = connect(config, database).await?;
-        let now = match timeout(REPLACE, server_time(&connection.client)).await {
+        let now = match timeout(REPLACE, server_time(&connection.client, self.slot)).await {
             Ok(Ok(now)) => now,
             Ok(Err(error)) => return Err(first_line(error.details())),
             Err(_elapsed) => return Err("connected, but no answer".into()),
         };
         on_time(now);
+        // What was said of the last one does not concern this one.
+        for told in [&self.replace, &self.missed] {
+            let _ = timeout(Duration::ZERO, told.notified()).await;
+        }
         self.counts.connections.fetch_add(1, Relaxed);
         self.breaker().succeeded();
         self.client.store(Some(Arc::new(connection.client.clone())));
@@ -294,7 +300,7 @@ impl Link {
 
     /// Asks for the time once, and waits for the answer until the client has to be replaced.
     async fn listen(&self, client: &Client, suspicious: bool, on_time: &impl Fn(u64)) -> Result<(), String> {
-        let asked = server_time(client);
+        let asked = server_time(client, self.slot);
         tokio::pin!(asked);
         let patience = if suspicious { SUSPICION } else { HEARTBEAT };
         let answer = match timeout(patience, &mut asked).await {
@@ -344,8 +350,8 @@ async fn pause(time: Option<Duration>) {
 }
 
 /// TIME: milliseconds since the epoch.
-async fn server_time(client: &Client) -> FredResult<u64> {
-    let command = CustomCommand::new_static("TIME", ClusterHash::Random, false);
+async fn server_time(client: &Client, slot: u16) -> FredResult<u64> {
+    let command = CustomCommand::new_static("TIME", ClusterHash::Custom(slot), false);
     let (seconds, micros): (u64, u64) = client.custom(command, Vec::<String>::new()).await?;
     Ok(seconds * 1000 + micros / 1000)
 }

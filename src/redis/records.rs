@@ -22,12 +22,8 @@ pub struct Cursor {
 }
 
 impl Redis {
-    /// What lies under a key. The bytes are part of the connection's read buffer: copy what is to stay.
-    pub async fn read(&self, class: Class, key: &str) -> Result<Option<Bytes>, Trouble> {
-        self.pair(class).reader.run(self.command_timeout, |client| async move { client.get(key).await }).await
-    }
-
-    /// The first bytes of what lies under a key; none if there is nothing.
+    /// What lies under a key, at most so many bytes of it; none if there is nothing. They are part of the connection's
+    /// read buffer: copy what is to stay.
     pub async fn read_start(&self, class: Class, key: &str, bytes: usize) -> Result<Bytes, Trouble> {
         let last = bytes.saturating_sub(1);
         let command = |client: Asking| async move { client.getrange(key, 0, last).await };
@@ -36,11 +32,14 @@ impl Redis {
 
     /// Stores bytes for so long.
     pub async fn write(&self, class: Class, key: &str, value: Bytes, ttl: Duration) -> Result<(), Trouble> {
+        let size = value.len() as u64;
         let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX).max(1);
         let command = |client: Asking| async move {
             client.set::<(), _, _>(key, value, Some(Expiration::PX(ttl)), None, false).await
         };
-        self.pair(class).writer.run(self.command_timeout, command).await
+        // What is large takes its time.
+        let more = Duration::from_millis(size / 10_000);
+        self.pair(class).writer.run(self.command_timeout + more, command).await
     }
 
     /// Removes what lies under a key, if it still begins so.

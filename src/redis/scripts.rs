@@ -23,9 +23,11 @@ elseif ARGV[2] == '' then
 end
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'p', previous, 'b', ARGV[2])";
 
-/// Takes a lease, or gets in line for the news of its end. KEYS: lease, line. ARGV: token, milliseconds, my inbox.
+/// Takes a lease, or gets in line for the news of its end. KEYS: lease, line. ARGV: token, milliseconds, my inbox, and
+/// the token of a holder who is to be replaced.
 /// Returns the milliseconds it has left, 0 if it is ours, and its holder's token.
 pub(super) const CLAIM: &str = "
+if ARGV[4] ~= '' and redis.call('GET', KEYS[1]) == ARGV[4] then redis.call('DEL', KEYS[1]) end
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return {0, ''} end
 redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], 60000)
@@ -81,6 +83,11 @@ pub(super) const REMOVE: &str = "
 if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
 return redis.call('UNLINK', KEYS[1])";
 
+/// The slot of a key.
+pub(super) fn slot_of(key: &str) -> u16 {
+    ClusterRouting::hash_key(key.as_bytes())
+}
+
 impl Link {
     /// Runs a script by its digest, or, where the server does not know it, by its text. All keys are in one slot.
     pub(super) async fn script<R: FromValue>(
@@ -91,7 +98,7 @@ impl Link {
         arguments: Vec<Value>,
     ) -> Result<R, Trouble> {
         self.run(deadline, |client| async move {
-            let slot = ClusterRouting::hash_key(keys.first().map_or(&b""[..], String::as_bytes));
+            let slot = slot_of(keys.first().map_or("", String::as_str));
             let mut values = vec![Value::from(sha1_hash(text)), Value::from(i64::try_from(keys.len()).unwrap_or(0))];
             values.extend(keys.into_iter().map(Value::from));
             values.extend(arguments);

@@ -12,7 +12,7 @@ use tracing::debug;
 
 use super::records::Records;
 use super::wire::salt;
-use crate::policy::chain::LogId;
+use crate::policy::chain::Seen;
 use crate::policy::entry::Entry;
 use crate::policy::invalidation::Position;
 use crate::redis::{Class, Why};
@@ -22,6 +22,9 @@ const MAX_TASKS: usize = 10_000;
 
 /// Writes under way at once.
 const AT_ONCE: usize = 8;
+
+/// A write that was not answered so often is given up.
+const SILENCES: u32 = 3;
 
 /// After a write that could not be tried.
 const PAUSE: Duration = Duration::from_millis(25);
@@ -58,8 +61,8 @@ pub(super) struct Behind {
 #[derive(Debug, Default)]
 struct Queue {
     tasks: VecDeque<Task>,
-    /// By key: what is queued or being written, and how often.
-    waiting: HashMap<String, (Arc<Entry>, usize)>,
+    /// By key: what is to be written last.
+    waiting: HashMap<String, Arc<Entry>>,
     bytes: u64,
 }
 
@@ -105,7 +108,7 @@ impl Behind {
 
     /// What waits under a key.
     pub(super) fn waiting(&self, key: &str) -> Option<Arc<Entry>> {
-        self.lock().waiting.get(key).map(|(entry, _)| entry.clone())
+        self.lock().waiting.get(key).cloned()
     }
 
     async fn next(&self) -> Task {
@@ -135,10 +138,7 @@ impl Queue {
         match &task {
             Task::Write(writing) => {
                 self.bytes += writing.entry.weight();
-                let (entry, count) =
-                    self.waiting.entry(writing.key.clone()).or_insert_with(|| (writing.entry.clone(), 0));
-                entry.clone_from(&writing.entry);
-                *count += 1;
+                self.waiting.insert(writing.key.clone(), writing.entry.clone());
             }
             Task::Remove { key, .. } => drop(self.waiting.remove(key)),
         }
@@ -149,11 +149,8 @@ impl Queue {
     fn leaves(&mut self, task: &Task) {
         let Task::Write(writing) = task else { return };
         self.bytes = self.bytes.saturating_sub(writing.entry.weight());
-        if let Some((_, count)) = self.waiting.get_mut(&writing.key) {
-            *count -= 1;
-            if *count == 0 {
-                self.waiting.remove(&writing.key);
-            }
+        if self.waiting.get(&writing.key).is_some_and(|entry| Arc::ptr_eq(entry, &writing.entry)) {
+            self.waiting.remove(&writing.key);
         }
     }
 }
@@ -165,6 +162,8 @@ enum Tried {
     Refused,
     /// Redis could not be asked.
     Later,
+    /// Redis did not answer in time: it may be too much to write.
+    Silent,
 }
 
 impl Behind {
@@ -172,7 +171,7 @@ impl Behind {
     pub(super) async fn write(
         self: Arc<Self>,
         records: Arc<Records>,
-        seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static,
+        seen_at: impl Fn(Position) -> Seen + Send + Sync + 'static,
     ) {
         let (places, seen_at) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(seen_at));
         loop {
@@ -187,27 +186,33 @@ impl Behind {
     }
 
     /// Tries until Redis has it or does not want it.
-    async fn carry_out(
-        &self,
-        task: Task,
-        records: &Records,
-        seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized),
-    ) {
+    async fn carry_out(&self, task: Task, records: &Records, seen_at: &(impl Fn(Position) -> Seen + ?Sized)) {
+        let mut silences = 0;
         loop {
             if self.superseded(&task) {
                 return self.lock().leaves(&task);
             }
             match attempt(&task, records, seen_at).await {
                 Tried::Later => tokio::time::sleep(PAUSE).await,
-                Tried::Refused => {
+                Tried::Silent if silences < SILENCES => {
+                    silences += 1;
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Tried::Refused | Tried::Silent => {
                     self.failed.fetch_add(1, Relaxed);
                     self.lock().leaves(&task);
                     return;
                 }
                 Tried::Done => {
                     self.written.fetch_add(1, Relaxed);
+                    let removed = matches!(&task, Task::Write(writing) if self.waiting(&writing.key).is_none());
                     self.lock().leaves(&task);
                     if let Task::Write(writing) = task {
+                        if removed {
+                            // A removal that came meanwhile may have overtaken it.
+                            self.push(Task::Remove { class: writing.class, key: writing.key });
+                            return;
+                        }
                         // Most don't wait for it.
                         let _ = writing.written.send(());
                     }
@@ -224,19 +229,14 @@ impl Behind {
     }
 }
 
-async fn attempt(task: &Task, records: &Records, seen_at: &(impl Fn(Position) -> Option<LogId> + ?Sized)) -> Tried {
+async fn attempt(task: &Task, records: &Records, seen_at: &(impl Fn(Position) -> Seen + ?Sized)) -> Tried {
     let done = match task {
         Task::Remove { class, key } => records.redis.remove(*class, key).await,
         Task::Write(writing) => {
-            let (Some(born), Some(seen)) =
-                (records.redis.time().at(writing.entry.born), seen_at(writing.entry.position))
-            else {
-                // It has seen a log that is no more; or none yet.
-                return if records.redis.time().at(writing.entry.born).is_none() {
-                    Tried::Later
-                } else {
-                    Tried::Refused
-                };
+            let (born, seen) = match (records.redis.time().at(writing.entry.born), seen_at(writing.entry.position)) {
+                (Some(born), Seen::UpTo(seen)) => (born, seen),
+                (None, _) | (_, Seen::NotYet) => return Tried::Later,
+                (Some(_), Seen::Forgotten) => return Tried::Refused,
             };
             let sealing = records.sealing();
             let Some(record) = sealing.answer(&writing.entry, born, seen, &writing.key, salt()) else {
@@ -258,6 +258,7 @@ async fn attempt(task: &Task, records: &Records, seen_at: &(impl Fn(Position) ->
             debug!(%trouble, "a record was not written");
             Tried::Refused
         }
+        Err(trouble) if trouble.why == Why::Silent => Tried::Silent,
         Err(_) => Tried::Later,
     }
 }

@@ -16,7 +16,7 @@ use super::behind::{Behind, Task, Writing};
 use super::records::Records;
 use super::walk::Walks;
 use super::wire::{Answer, HEAD, Record, Sealing, Unreadable};
-use crate::policy::chain::LogId;
+use crate::policy::chain::Seen;
 use crate::policy::entry::{Entry, Variant};
 use crate::policy::invalidation::{Position, Selector};
 use crate::redis::{Redis, Trouble};
@@ -138,17 +138,18 @@ impl Shared {
             self.counts.hits.fetch_add(1, Relaxed);
             return Ok(Some(Read::Found(Found::Waiting(entry))));
         }
-        let read = self.records.redis.read(place.class, key).await.inspect_err(|_| {
+        let most = self.records.sealing().longest();
+        let read = self.records.redis.read_start(place.class, key, most).await.inspect_err(|_| {
             self.counts.errors.fetch_add(1, Relaxed);
         })?;
-        let Some(bytes) = read else { return Ok(None) };
+        let Some(bytes) = Some(read).filter(|bytes| !bytes.is_empty()) else { return Ok(None) };
         match self.records.sealing().open(&bytes, key) {
             Ok(Record::Answer(answer)) => {
                 self.counts.hits.fetch_add(1, Relaxed);
                 Ok(Some(Read::Found(Found::Answer(answer))))
             }
             Ok(Record::Signpost(names)) => Ok(Some(Read::Signpost(names))),
-            Err(Unreadable::OtherVersion) => Ok(None),
+            Err(Unreadable::NotForUs) => Ok(None),
             Err(Unreadable::Forged) => {
                 self.counts.forged.fetch_add(1, Relaxed);
                 debug!(key, "a record does not verify: removed");
@@ -198,7 +199,7 @@ impl Shared {
     }
 
     /// Writes what waits, for ever. `seen_at` says which log entry something fetched at a position had seen.
-    pub async fn write_behind(&self, seen_at: impl Fn(Position) -> Option<LogId> + Send + Sync + 'static) {
+    pub async fn write_behind(&self, seen_at: impl Fn(Position) -> Seen + Send + Sync + 'static) {
         self.behind.clone().write(self.records.clone(), seen_at).await;
     }
 

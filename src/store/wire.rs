@@ -116,8 +116,8 @@ pub struct WireAddress {
 /// Why a record did not open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreadable {
-    /// Of a version that this program does not know: leave it alone.
-    OtherVersion,
+    /// Of a version that this program does not know, or larger than what it takes: leave it alone.
+    NotForUs,
     /// Not a record of ours, broken, or not for this key.
     Forged,
 }
@@ -172,6 +172,11 @@ impl Sealing {
         self.seal(SIGNPOST, meta, &[], 0, place, salt)
     }
 
+    /// No record that this program takes is longer, in bytes.
+    pub fn longest(&self) -> usize {
+        HEAD + MAX_META + 2 * TAG + usize::try_from(self.max_body).unwrap_or(usize::MAX / 2)
+    }
+
     fn seal(
         &self,
         flags: u8,
@@ -210,7 +215,7 @@ impl Sealing {
         let head = Head::read(record)?;
         let parts = record.get(HEAD..).ok_or(Unreadable::Forged)?;
         if head.size as u64 > self.max_body {
-            return Err(Unreadable::Forged);
+            return Err(Unreadable::NotForUs);
         }
         let (meta, rest) = parts.split_at_checked(head.meta).ok_or(Unreadable::Forged)?;
         let (body, tag) = rest.split_at_checked(head.body).ok_or(Unreadable::Forged)?;
@@ -276,7 +281,7 @@ impl Head {
             return Err(Unreadable::Forged);
         }
         if head[1] != VERSION {
-            return Err(Unreadable::OtherVersion);
+            return Err(Unreadable::NotForUs);
         }
         let number = |at: usize| {
             let mut bytes = [0; 4];
@@ -401,7 +406,7 @@ mod tests {
         let sealing = sealing(false, Packing::None);
         let mut record = sealing.answer(&entry(&[], b"", &[]), 1, SEEN, PLACE, salt()).expect("a record");
         record[1] = 2;
-        assert!(matches!(sealing.open(&record, PLACE), Err(Unreadable::OtherVersion)));
+        assert!(matches!(sealing.open(&record, PLACE), Err(Unreadable::NotForUs)));
         let post = sealing.signpost(&[http::header::ACCEPT], PLACE, salt()).expect("a record");
         assert!(matches!(sealing.open(&post, PLACE), Ok(Record::Signpost(names)) if names == [http::header::ACCEPT]));
         assert!(sealing.glimpse(&post, PLACE).is_none());

@@ -87,6 +87,12 @@ impl Reply {
         reply
     }
 
+    /// These bytes, then the gate, then those, and the connection is closed.
+    pub(crate) fn raw_halfway(first: impl Into<Vec<u8>>, gate: &Gate, rest: impl Into<Vec<u8>>) -> Reply {
+        let steps = vec![Step::Send(first.into()), Step::Wait(gate.clone()), Step::Send(rest.into()), Step::Close];
+        Reply { raw: Some(steps), ..Reply::new(0, "") }
+    }
+
     /// No answer: closed, reset, or never.
     pub(crate) fn close() -> Reply {
         Reply { raw: Some(vec![Step::Close]), ..Reply::new(0, "") }
