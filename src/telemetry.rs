@@ -11,7 +11,7 @@ use http::{Method, StatusCode};
 use tracing::{Level, debug, enabled, info, warn};
 
 pub use counters::{Counters, Snapshot};
-pub use latencies::Latencies;
+pub use latencies::{Latencies, Quantiles};
 pub use signals::{News, Signals, State};
 
 use crate::policy::asked::Asked;
@@ -66,6 +66,11 @@ impl Telemetry {
     /// An answer was stored.
     pub fn stored(&self) {
         self.counters.stored();
+    }
+
+    /// A request was answered from what another sidecar has stored.
+    pub fn found_in_fleet(&self) {
+        self.counters.found_in_fleet();
     }
 
     /// A write was relayed, and what it may have changed is invalidated.

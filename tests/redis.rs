@@ -249,6 +249,16 @@ async fn the_first_line_says_where_redis_is_and_stats_and_health_show_the_tiers_
     let sidecar = member(&origin, &redis).await;
     sidecar.get("/x").await;
     sidecar.written().await;
+    let other = member(&origin, &redis).await;
+    for _ in 0..3 {
+        other.get("/x").await;
+    }
+    let stats = other.stats().await;
+    assert_eq!(
+        (stats["requests"]["from_memory"].as_u64(), stats["requests"]["from_fleet"].as_u64()),
+        (Some(2), Some(1))
+    );
+    assert!(stats["requests"]["latency_ms"]["stored"]["p99"].as_f64().is_some_and(|ms| ms > 0.0), "{stats}");
     let stats = sidecar.stats().await;
     assert_eq!(
         (stats["redis"]["records"]["misses"].as_u64(), stats["redis"]["records"]["hits"].as_u64()),

@@ -26,7 +26,7 @@ use crate::policy::entry::{About, Entry, Head, Variant};
 use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::headers::make_room;
 use crate::policy::invalidation::Address;
-use crate::policy::key::{KeyBuf, short_name};
+use crate::policy::key::KeyBuf;
 use crate::policy::links;
 use crate::policy::plan::Plan;
 use crate::policy::tags::{Scope, subjects};
@@ -163,7 +163,7 @@ impl Proxy {
             Err(_trouble) => return Looked::Trouble,
             Ok(None) => return Looked::Nothing,
             Ok(Some(Found::Waiting(entry))) => Some(entry),
-            Ok(Some(Found::Answer(answer))) => self.adopt(fleet, job, *answer).await.map(Arc::new),
+            Ok(Some(Found::Answer(answer))) => self.adopt(fleet, place, job, *answer).await.map(Arc::new),
         };
         let now = self.commons.clock.now();
         let Some(entry) = found.filter(|entry| entry.variant.selected_by(&job.asked.headers)) else {
@@ -185,7 +185,7 @@ impl Proxy {
     }
 
     /// An entry of ours from a record: with our own times and positions.
-    async fn adopt(&self, fleet: &Fleet, job: &Job, answer: Answer) -> Option<Entry> {
+    async fn adopt(&self, fleet: &Fleet, place: &Place, job: &Job, answer: Answer) -> Option<Entry> {
         let Answer { address, status, mut headers, casing, body, born, seen, terms, vary, tags, rule } = answer;
         let born: Tick = fleet.redis.time().tick(born)?;
         if born > self.commons.clock.now().plus(FUTURE) {
@@ -205,7 +205,7 @@ impl Proxy {
             Address { upstream, authority: authority.into(), target: target.into(), subjects }
         };
         let rule = if *rule == *job.plan.name { job.plan.name.clone() } else { rule.into() };
-        let about = About { key_name: short_name(&job.key).into(), tags: tags.into(), rule };
+        let about = About { key_name: place.name()[..16].into(), tags: tags.into(), rule };
         let head = Arc::new(Head { status, headers, casing, links });
         let variant = Variant::of(vary, &job.asked.headers);
         let position = self.commons.invalidations.position_of(seen);

@@ -215,8 +215,12 @@ impl Proxy {
         let demands = Demands::of(quest.plan, &quest.asked.headers);
         let standing = self.commons.invalidations.standing(entry, now);
         match judge(entry, standing, &demands, now) {
-            Verdict::Fresh => Some(self.hit(&*quest.asked, entry, quest.plan, quest.visit)),
+            Verdict::Fresh => {
+                self.commons.telemetry.found_in_fleet();
+                Some(self.hit(&*quest.asked, entry, quest.plan, quest.visit))
+            }
             Verdict::WhileRevalidate => {
+                self.commons.telemetry.found_in_fleet();
                 let reason = StaleReason::WhileRevalidate;
                 Some(self.stale(&*quest.asked, entry, reason, quest.plan, quest.visit))
             }

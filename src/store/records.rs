@@ -55,7 +55,8 @@ impl Records {
 }
 
 impl Place {
-    /// A name for it, without prefix.
+    /// A name for it, without prefix: the digest of its key in hex, whose beginning is what `Cache-Status` shows
+    /// ([`crate::policy::key::short_name`]).
     pub fn name(&self) -> &str {
         self.plain.rsplit(':').next().unwrap_or_default()
     }

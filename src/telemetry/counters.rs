@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::latencies::{Latencies, Quantiles};
 use crate::policy::outcome::{Bypass, Failure, Forward, Outcome, Skip};
-
-/// Upper bounds of the latency buckets, in milliseconds; the last one is open.
-const BOUNDS_MS: [u64; 12] = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000];
 
 /// Why a GET was not stored: the reasons of [`Skip`] and [`Bypass`] that the hint speaks of, and the rest.
 const REASONS: [&str; 7] =
@@ -25,7 +23,10 @@ pub struct Counters {
     upstream_failed: AtomicU64,
     stored: AtomicU64,
     writes: AtomicU64,
-    latency: [AtomicU64; BOUNDS_MS.len() + 1],
+    /// Of answers from what is stored, and of all others.
+    hits: Latencies,
+    others: Latencies,
+    from_fleet: AtomicU64,
     unstored: [AtomicU64; REASONS.len()],
     unstored_gets: AtomicU64,
 }
@@ -51,8 +52,12 @@ pub struct Snapshot {
     pub stored: u64,
     /// Writes relayed.
     pub writes: u64,
-    /// Requests by time to the response head: upper bound in milliseconds → count.
-    pub latency_ms: BTreeMap<String, u64>,
+    /// Answers from what is stored, in the memory of this process.
+    pub from_memory: u64,
+    /// Answers from what another sidecar has stored.
+    pub from_fleet: u64,
+    /// Time to the response head, in milliseconds: of answers from what is stored, and of all others.
+    pub latency_ms: BTreeMap<&'static str, Quantiles>,
 }
 
 impl Counters {
@@ -64,14 +69,18 @@ impl Counters {
         if let Outcome::Fallback { failure, .. } = outcome {
             count(&self.fallbacks, &Failure::CAUSES, failure.cause());
         }
-        let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-        let bucket = BOUNDS_MS.iter().position(|bound| ms < *bound).unwrap_or(BOUNDS_MS.len());
-        self.latency[bucket].fetch_add(1, Relaxed);
+        let stored = matches!(outcome, Outcome::Hit { .. } | Outcome::Stale { .. });
+        let latencies = if stored { &self.hits } else { &self.others };
+        latencies.add(took);
     }
 
     pub(super) fn upstream(&self, failure: Option<Failure>, _took: Duration) {
         let counter = if failure.is_none() { &self.upstream_ok } else { &self.upstream_failed };
         counter.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn found_in_fleet(&self) {
+        self.from_fleet.fetch_add(1, Relaxed);
     }
 
     pub(super) fn stored(&self) {
@@ -111,7 +120,6 @@ impl Counters {
         let served = of("hit") + of("stale");
         let cacheable = served + of("miss") + of("collapsed") + of("fallback") + of("failed");
         let (ok, failed) = (self.upstream_ok.load(Relaxed), self.upstream_failed.load(Relaxed));
-        let bounds = BOUNDS_MS.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
         #[allow(clippy::cast_precision_loss)]
         let hit_ratio = if cacheable == 0 { 0.0 } else { served as f64 / cacheable as f64 };
         Snapshot {
@@ -123,7 +131,9 @@ impl Counters {
             upstream_failures: failed,
             stored: self.stored.load(Relaxed),
             writes: self.writes.load(Relaxed),
-            latency_ms: bounds.zip(self.latency.iter().map(|n| n.load(Relaxed))).collect(),
+            from_memory: served.saturating_sub(self.from_fleet.load(Relaxed)),
+            from_fleet: self.from_fleet.load(Relaxed),
+            latency_ms: [("stored", self.hits.quantiles()), ("others", self.others.quantiles())].into(),
             outcomes,
         }
     }

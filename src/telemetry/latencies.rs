@@ -6,6 +6,17 @@ use std::time::Duration;
 /// Four buckets for each doubling, from 1 µs to over a minute.
 const BUCKETS: usize = 4 * 27;
 
+/// Milliseconds that half, nine in ten, and all but one in a hundred took at most.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Quantiles {
+    /// Half.
+    pub p50: f64,
+    /// Nine in ten.
+    pub p90: f64,
+    /// All but one in a hundred.
+    pub p99: f64,
+}
+
 /// A histogram.
 #[derive(Debug)]
 pub struct Latencies([AtomicU64; BUCKETS]);
@@ -23,6 +34,11 @@ impl Latencies {
         let power = micros.ilog2() as usize;
         let quarter = if power < 2 { 0 } else { usize::try_from(micros >> (power - 2) & 3).unwrap_or(0) };
         self.0[(power * 4 + quarter).min(BUCKETS - 1)].fetch_add(1, Relaxed);
+    }
+
+    /// The quantiles that people ask for.
+    pub fn quantiles(&self) -> Quantiles {
+        Quantiles { p50: self.quantile_ms(0.5), p90: self.quantile_ms(0.9), p99: self.quantile_ms(0.99) }
     }
 
     /// Milliseconds that this part of all took at most; 0 if there were none.
