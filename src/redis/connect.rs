@@ -20,6 +20,9 @@ use crate::tls;
 /// How long connecting may take: name, TCP, TLS, HELLO, SELECT; in a cluster, all of its masters.
 const CONNECT: Duration = Duration::from_secs(2);
 
+/// Between looks at whether a client has connected.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// The kernel gives up on what it can't deliver for so long.
 const USER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -58,11 +61,16 @@ pub(super) async fn connect(config: &Redis, database: u8) -> Result<Connection, 
     tokio::select! {
         biased;
         why = driver.ended() => Err(why),
-        connected = client.wait_for_connect() => match connected {
-            Ok(()) => Ok(Connection { client, driver }),
-            Err(error) => Err(error.details().to_owned()),
-        },
+        () = connected(&client) => Ok(Connection { client, driver }),
         () = tokio::time::sleep(CONNECT) => Err(format!("no answer within {} s", CONNECT.as_secs())),
+    }
+}
+
+/// Until the client has connected. fred's own `wait_for_connect` misses it, for ever, if that happens between its look at
+/// the state and its subscription.
+async fn connected(client: &Client) {
+    while !client.is_connected() {
+        tokio::time::sleep(LOOK).await;
     }
 }
 
