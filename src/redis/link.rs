@@ -96,7 +96,8 @@ pub struct LinkState {
     pub unasked: u64,
     /// Connections made.
     pub connections: u64,
-    /// Milliseconds that half, and all but one in a hundred, of the commands took at most.
+    /// Milliseconds that half, and all but one in a hundred, of the commands took at most. Not counted where commands
+    /// wait at the server.
     pub p50_ms: f64,
     /// See `p50_ms`.
     pub p99_ms: f64,
@@ -142,7 +143,9 @@ impl Link {
         // The deadline is ours to keep: a second timer would only cost.
         let options = Options { timeout: Some(Duration::ZERO), fail_fast: true, ..Options::default() };
         let result = timeout(deadline, command(client.with_options(&options))).await;
-        self.counts.latencies.add(self.clock.instant().saturating_duration_since(begun));
+        if self.heartbeat.is_some() {
+            self.counts.latencies.add(self.clock.instant().saturating_duration_since(begun));
+        }
         match result {
             Ok(Ok(value)) => {
                 self.breaker().succeeded();
