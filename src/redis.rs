@@ -1,6 +1,6 @@
 //! Redis, as far as the rest of the house knows it: a few narrow commands, each with a deadline, none that blocks.
 //!
-//! Behind it stands fred, and between the two a guard of ours ([`link`]): fred is never trusted to say that it is
+//! Behind it stands fred, and between the two a guard of ours (`link.rs`): fred is never trusted to say that it is
 //! connected, to give up in time, or to bound what it queues. Reading and writing have connections of their own, so
 //! that a stalled write does not hold up reads; following the log has another, because it waits on the server.
 //!

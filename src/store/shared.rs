@@ -1,5 +1,5 @@
 //! The tier that a fleet shares: records in Redis. Reading is part of a flight; writing waits in a bounded queue
-//! behind it ([`super::behind`]).
+//! behind it (`behind.rs`).
 //!
 //! Keys are made of digests: `{prefix}:1:{s|p}:{digest of the key}`, and, where an answer depends on request headers,
 //! `:{digest of these}` behind it. A rule suggests which headers that are; where an answer depends on others, a

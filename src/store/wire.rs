@@ -13,7 +13,7 @@
 //! 36  meta, body, and (unless encrypted) a MAC of 16 bytes
 //! ```
 //!
-//! Numbers are big-endian. Meta is a postcard record ([`Meta`]) that begins with the address, so that a walk needs to
+//! Numbers are big-endian. Meta is a postcard record (`wire/meta.rs`) that begins with the address, so that a walk needs to
 //! read no more. All of it is bound to the key it lies under. Request headers are not in here: those an answer
 //! depends on are in the key, as a digest.
 //!
