@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::config::{self, Config};
 use crate::policy::entry::Entry;
 use crate::policy::invalidation::Standing;
+use crate::process;
 use crate::proxy::flights::Flights;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
@@ -38,11 +39,10 @@ const ADMIN_GRACE: Duration = Duration::from_secs(1);
 /// A program with its listeners bound, ready to run.
 #[derive(Debug)]
 pub struct App {
-    sites: Vec<(TcpListener, Arc<Proxy>)>,
+    sites: Vec<server::Listener>,
     admin: Option<(TcpListener, Arc<Admin>)>,
     commons: Arc<Commons>,
     fleet: Option<fleet::Parts>,
-    limits: config::Limits,
     grace: Duration,
     lines: Vec<String>,
 }
@@ -70,13 +70,16 @@ impl App {
         )];
         let (commons, fleet) = commons(&config, clock)?;
         let commons = Arc::new(commons);
+        let limits = within_open_files(config.limits, config.upstreams.len(), &mut lines);
         let mut sites = Vec::new();
         for upstream in config.upstreams {
             let listener = server::bind(upstream.listen, &format!("upstream {}", upstream.name)).await?;
             lines.push(listening(&upstream, local(&listener)?));
             let real = make(&upstream, &commons.clock)?;
+            let tls = upstream.listen_tls.as_ref().map(server::acceptor).transpose()?;
             let site = Site::new(upstream, real, local(&listener)?.port());
-            sites.push((listener, Arc::new(Proxy { commons: commons.clone(), site })));
+            let proxy = Arc::new(Proxy { commons: commons.clone(), site });
+            sites.push(server::Listener { socket: listener, tls, proxy, limits });
         }
         let admin = match config.admin {
             None => None,
@@ -85,12 +88,12 @@ impl App {
                 let address = local(&listener)?;
                 let token = if admin.token.is_some() { "set" } else { "none" };
                 lines.push(format!("listening admin addr={address} token={token}"));
-                let proxies = sites.iter().map(|(_, proxy)| proxy.clone()).collect();
+                let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
                 Some((listener, Arc::new(Admin::new(commons.clone(), proxies, admin.token, address))))
             }
         };
         lines.extend(config.notes);
-        Ok(App { sites, admin, commons, fleet, limits: config.limits, grace: config.grace, lines })
+        Ok(App { sites, admin, commons, fleet, grace: config.grace, lines })
     }
 
     /// What to print at start, one line each.
@@ -100,7 +103,7 @@ impl App {
 
     /// Where the upstreams' listeners are, in the order of the configuration.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.sites.iter().filter_map(|(listener, _)| listener.local_addr().ok()).collect()
+        self.sites.iter().filter_map(|site| site.socket.local_addr().ok()).collect()
     }
 
     /// Where the admin listener is.
@@ -116,17 +119,17 @@ impl App {
     /// Runs until `stop` turns true (or its sender is gone), then drains. Returns how many connections had to
     /// be cut.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> usize {
-        let App { sites, admin, commons, fleet, limits, grace, .. } = self;
+        let App { sites, admin, commons, fleet, grace, .. } = self;
         let mut background = JoinSet::new();
         if let Some(fleet) = fleet {
-            let proxies = sites.iter().map(|(_, proxy)| proxy.clone()).collect();
+            let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
             fleet.start(&commons, proxies, &mut background);
         }
         let (drain, draining) = watch::channel(false);
         let (close_admin, admin_closes) = watch::channel(false);
         let mut serving = JoinSet::new();
-        for (listener, proxy) in sites {
-            serving.spawn(server::serve(listener, proxy, limits, draining.clone(), grace));
+        for site in sites {
+            serving.spawn(server::serve(site, draining.clone(), grace));
         }
         let admin_state = admin.as_ref().map(|(_, state)| state.clone());
         let admin = admin.map(|(listener, state)| tokio::spawn(admin::serve(listener, state, admin_closes)));
@@ -162,6 +165,20 @@ fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Part
         telemetry: Telemetry::default(),
     };
     Ok((commons, fleet))
+}
+
+/// Clients may take three quarters of the files this process may open: the rest is for upstreams, Redis and us.
+fn within_open_files(mut limits: config::Limits, listeners: usize, lines: &mut Vec<String>) -> config::Limits {
+    let files = process::open_files();
+    let most = usize::try_from(files / 4 * 3).unwrap_or(usize::MAX) / listeners.max(1);
+    if limits.connections > most {
+        lines.push(format!(
+            "limits.connections = {} is lowered to {most}: this process may open {files} files (ulimit -n)",
+            limits.connections
+        ));
+        limits.connections = most;
+    }
+    limits
 }
 
 fn local(listener: &TcpListener) -> Result<SocketAddr, String> {

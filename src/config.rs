@@ -96,6 +96,10 @@ pub struct Upstream {
     pub retry: Retry,
     /// TLS towards the upstream.
     pub tls: Tls,
+    /// TLS towards the clients.
+    pub listen_tls: Option<ListenTls>,
+    /// Speak HTTP/2 to the upstream.
+    pub http2: bool,
 }
 
 /// Where requests go.
@@ -166,6 +170,17 @@ pub struct Tls {
     pub ca: Option<PathBuf>,
     /// Client certificate chain and key (PEM).
     pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// TLS towards clients.
+#[derive(Debug, Clone)]
+pub struct ListenTls {
+    /// Certificate chain (PEM).
+    pub cert: PathBuf,
+    /// Its key (PEM).
+    pub key: PathBuf,
+    /// Only clients with a certificate that these (PEM) vouch for.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// Sizes of the memory tier, in bytes.

@@ -23,3 +23,8 @@ pub fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
     });
     Ok(stopped)
 }
+
+/// Lets this process open as many files as it may, and says how many that are.
+pub fn open_files() -> u64 {
+    rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024)
+}

@@ -1,13 +1,15 @@
-//! TLS of our own connections, to upstreams and to Redis: rustls with ring; the system's roots, or Mozilla's where the system has none.
+//! TLS of our own connections, to upstreams and to Redis, and of clients': rustls with ring; the system's roots, or
+//! Mozilla's where the system has none.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-use crate::config::Tls;
+use crate::config::{ListenTls, Tls};
 
 /// The client's side of TLS. The error is one clear line.
 pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
@@ -25,6 +27,29 @@ pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
                 .map_err(|e| format!("tls.cert {}: {e}", cert.display()))
         }
     }
+}
+
+/// The server's side of TLS: HTTP/2 or HTTP/1.1, as the client likes (ALPN). The error is one clear line.
+pub fn server_config(tls: &ListenTls) -> Result<ServerConfig, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?;
+    let builder = match &tls.client_ca {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots(Some(ca))?), provider).build();
+            let fail = |e| format!("listen_tls.client_ca {}: {e}", ca.display());
+            builder.with_client_cert_verifier(verifier.map_err(fail)?)
+        }
+    };
+    let key =
+        PrivateKeyDer::from_pem_file(&tls.key).map_err(|e| format!("listen_tls.key {}: {e}", tls.key.display()))?;
+    let mut config = builder
+        .with_single_cert(certificates(&tls.cert)?, key)
+        .map_err(|e| format!("listen_tls.cert {}: {e}", tls.cert.display()))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 fn roots(ca: Option<&Path>) -> Result<RootCertStore, String> {

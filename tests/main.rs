@@ -10,6 +10,7 @@ mod config;
 mod deadline;
 mod fallback;
 mod fleet;
+mod framing;
 mod limits;
 mod malformed;
 mod redis;

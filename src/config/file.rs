@@ -40,6 +40,8 @@ pub(super) struct Upstream {
     pub(super) timeouts: Timeouts,
     pub(super) retry: Retry,
     pub(super) tls: Tls,
+    pub(super) listen_tls: ListenTls,
+    pub(super) http2: bool,
     pub(super) defaults: Rule,
     pub(super) rule: Vec<Spanned<Rule>>,
     /// `--ttl`, not from the file.
@@ -74,6 +76,14 @@ pub(super) struct Tls {
     pub(super) ca: Option<Spanned<String>>,
     pub(super) cert: Option<Spanned<String>>,
     pub(super) key: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct ListenTls {
+    pub(super) cert: Option<Spanned<String>>,
+    pub(super) key: Option<Spanned<String>>,
+    pub(super) client_ca: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::file;
 use super::rules::{Surroundings, inherit, partition};
 use super::validate::{Validator, address, from_flags};
 use super::values::OneOrMany;
-use super::{HostPattern, Target, Timeouts, Tls, Upstream};
+use super::{HostPattern, ListenTls, Target, Timeouts, Tls, Upstream};
 use crate::policy::glob::Glob;
 use crate::policy::key::Partition;
 use crate::policy::plan::Plan;
@@ -76,8 +77,11 @@ impl Validator<'_> {
         // What nothing else matched is decided by the upstream's headers.
         plans.extend(own.compile(&rule_for_all("default", None), &file::Rule::default(), &mut self.errors));
         let router = Router::new(plans.into_iter().map(Arc::new).collect());
-        let (timeouts, retry, tls) = (timeouts(&given.timeouts), retry(&given.retry), self.tls(&given.tls));
-        Some(Upstream { name, listen: listen?, target: target?, profile, router, rules, timeouts, retry, tls })
+        let (timeouts, retry) = (timeouts(&given.timeouts), retry(&given.retry));
+        let (tls, http2) = (self.tls(&given.tls), given.http2);
+        let listen_tls = self.listen_tls(&given.listen_tls);
+        let (listen, target) = (listen?, target?);
+        Some(Upstream { name, listen, target, profile, router, rules, timeouts, retry, tls, listen_tls, http2 })
     }
 
     fn refuse_in_defaults(&mut self, defaults: &file::Rule) {
@@ -181,13 +185,33 @@ impl Validator<'_> {
                 None
             }
         };
-        let ca = given.ca.as_ref().map(|ca| self.folder.join(ca.get_ref()));
-        for (path, span) in ca.iter().zip(given.ca.iter().map(Spanned::span)) {
-            if let Err(why) = std::fs::metadata(path) {
-                self.fault(&span, format!("tls.ca {}: {why}", path.display()));
+        let ca = given.ca.as_ref().map(|ca| self.readable("tls.ca", ca));
+        Tls { ca, identity }
+    }
+
+    fn listen_tls(&mut self, given: &file::ListenTls) -> Option<ListenTls> {
+        let file::ListenTls { cert, key, client_ca } = given;
+        match (cert, key, client_ca) {
+            (Some(cert), Some(key), _) => {
+                let client_ca = client_ca.as_ref().map(|ca| self.readable("listen_tls.client_ca", ca));
+                let (cert, key) = (self.readable("listen_tls.cert", cert), self.readable("listen_tls.key", key));
+                Some(ListenTls { cert, key, client_ca })
+            }
+            (None, None, None) => None,
+            (Some(one), None, _) | (None, Some(one), _) | (None, None, Some(one)) => {
+                self.fault(&one.span(), "[upstream.listen_tls] needs both: cert = \"…\" and key = \"…\"");
+                None
             }
         }
-        Tls { ca, identity }
+    }
+
+    /// A path relative to the file, of something that is there.
+    fn readable(&mut self, what: &str, given: &Spanned<String>) -> PathBuf {
+        let path = self.folder.join(given.get_ref());
+        if let Err(why) = std::fs::metadata(&path) {
+            self.fault(&given.span(), format!("{what} {}: {why}", path.display()));
+        }
+        path
     }
 }
 

@@ -95,9 +95,9 @@ fn uri(asked: &Parts, place: &Place) -> Uri {
 }
 
 fn via(version: Version) -> HeaderValue {
-    if version == Version::HTTP_10 {
-        HeaderValue::from_static("1.0 sidecache")
-    } else {
-        HeaderValue::from_static("1.1 sidecache")
-    }
+    HeaderValue::from_static(match version {
+        Version::HTTP_10 => "1.0 sidecache",
+        Version::HTTP_2 => "2 sidecache",
+        _ => "1.1 sidecache",
+    })
 }

@@ -1,93 +1,164 @@
-//! A client's connection under two clocks of ours: a head that has begun must end within `limits.header_time`,
-//! and a client that takes nothing for `limits.write_stall` is cut. Timers exist only while something waits.
+//! A client's connection, read strictly and under clocks of ours: what it sends is scanned before the HTTP library
+//! sees it, a head that has begun must end within `limits.header_time`, and a client that takes nothing for
+//! `limits.write_stall` is cut. Timers exist only while something waits.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio::time::Sleep;
+use tokio::time::{Sleep, sleep};
 
-use crate::body::{Body, BodyError};
+use super::framing::{Scanned, Scanner};
+use super::frames::Meter;
+use crate::config::Limits;
+use crate::proxy::respond::Rejection;
 
-/// What a connection is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// Between requests: the keep-alive limit holds.
-    Idle,
-    /// Bytes of a head have come.
-    Head,
-    /// A request is being answered.
-    Busy,
+/// What the HTTP library is given to read in place of a head that was refused: in its turn, behind requests that
+/// came before it. Nobody else has this method.
+pub(super) const REFUSED: &str = "~refused~";
+const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
+
+/// After a refusal so much, and for so long, is read and thrown away: closing a connection with unread bytes
+/// resets it, and takes our answer from the client.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// What the one who serves a connection and its wire tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Word {
+    refused: OnceLock<Rejection>,
+    lingers: AtomicBool,
+    tunnel: AtomicBool,
 }
 
-/// The phase, set by the one who serves and read by the wire.
-#[derive(Debug, Clone)]
-pub(super) struct Shared(Arc<AtomicU8>);
-
-impl Shared {
-    pub(super) fn set(&self, phase: Phase) {
-        self.0.store(phase as u8, Ordering::Relaxed);
+impl Word {
+    /// Why the head was refused that [`REFUSED`] stands for.
+    pub(super) fn refused(&self) -> Option<&Rejection> {
+        self.refused.get()
     }
 
-    fn is(&self, phase: Phase) -> bool {
-        self.0.load(Ordering::Relaxed) == phase as u8
+    /// The client is sent away while it may still be sending.
+    pub(super) fn linger(&self) {
+        self.lingers.store(true, Ordering::Relaxed);
+    }
+
+    /// What comes from now on is another protocol.
+    pub(super) fn tunnel(&self) {
+        self.tunnel.store(true, Ordering::Relaxed);
     }
 }
 
-/// The body of an answer: while it lives, the connection is busy.
+/// What the bytes are.
 #[derive(Debug)]
-pub(super) struct Answering {
-    pub(super) body: Body,
-    pub(super) phase: Shared,
-}
-
-impl Drop for Answering {
-    fn drop(&mut self) {
-        self.phase.set(Phase::Idle);
-    }
-}
-
-impl HttpBody for Answering {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
+pub(super) enum Speech {
+    Http1(Scanner),
+    Http2(Meter),
 }
 
 /// The connection.
 #[derive(Debug)]
-pub(super) struct Wire {
-    stream: TcpStream,
-    phase: Shared,
+pub(super) struct Wire<S> {
+    stream: S,
+    speech: Speech,
+    word: Arc<Word>,
+    /// What came, and was not given on yet.
+    held: BytesMut,
+    /// So much of it may be.
+    passed: usize,
+    /// Some of the rest was not looked at.
+    unseen: bool,
+    /// What follows them is refused.
+    refusal: Option<Rejection>,
     header_time: Duration,
     write_stall: Duration,
     head_due: Option<Pin<Box<Sleep>>>,
     write_due: Option<Pin<Box<Sleep>>>,
+    lingering: Option<(Pin<Box<Sleep>>, usize)>,
 }
 
-impl Wire {
-    pub(super) fn new(stream: TcpStream, header_time: Duration, write_stall: Duration) -> (Wire, Shared) {
-        let phase = Shared(Arc::new(AtomicU8::new(Phase::Idle as u8)));
-        let wire = Wire { stream, phase: phase.clone(), header_time, write_stall, head_due: None, write_due: None };
-        (wire, phase)
+impl<S> Wire<S> {
+    /// A connection of which the `first` bytes were read already.
+    pub(super) fn new(stream: S, speech: Speech, first: BytesMut, limits: &Limits) -> (Wire<S>, Arc<Word>) {
+        let word = Arc::new(Word::default());
+        let unseen = !first.is_empty();
+        let (header_time, write_stall) = (limits.header_time, limits.write_stall);
+        let wire = Wire {
+            stream,
+            speech,
+            word: word.clone(),
+            held: first,
+            passed: 0,
+            unseen,
+            refusal: None,
+            header_time,
+            write_stall,
+            head_due: None,
+            write_due: None,
+            lingering: None,
+        };
+        (wire, word)
+    }
+
+    fn look(&mut self, bytes: &[u8]) -> io::Result<Scanned> {
+        match &mut self.speech {
+            Speech::Http1(_) if self.word.tunnel.load(Ordering::Relaxed) => {
+                Ok(Scanned { passed: bytes.len(), refused: None })
+            }
+            Speech::Http1(scanner) => Ok(scanner.scan(bytes)),
+            Speech::Http2(meter) => {
+                meter.count(bytes).map(|()| Scanned { passed: bytes.len(), refused: None }).map_err(invalid)
+            }
+        }
+    }
+
+    /// Instead of a head, its refusal is read. A body just ends: its request is being answered already.
+    fn refuse(&mut self, rejection: Rejection) -> io::Result<()> {
+        self.word.linger();
+        let in_body = matches!(&self.speech, Speech::Http1(scanner) if scanner.in_body());
+        self.held.clear();
+        let code = rejection.code;
+        let first = self.word.refused.set(rejection).is_ok();
+        if in_body || !first {
+            return Err(invalid(code));
+        }
+        self.held.extend_from_slice(REFUSED_HEAD);
+        self.passed = self.held.len();
+        Ok(())
+    }
+
+    /// Looks at what is held.
+    fn look_at_held(&mut self) -> io::Result<()> {
+        self.unseen = false;
+        let held = std::mem::take(&mut self.held);
+        let scanned = self.look(&held);
+        self.held = held;
+        let Scanned { passed, refused } = scanned?;
+        self.passed = passed;
+        self.refusal = refused;
+        Ok(())
+    }
+
+    fn head_is_partial(&self) -> bool {
+        match &self.speech {
+            Speech::Http1(scanner) => !self.held.is_empty() && !scanner.in_body(),
+            Speech::Http2(meter) => meter.in_head(),
+        }
+    }
+
+    fn nothing_comes(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.head_is_partial() {
+            self.head_due = None;
+            return Poll::Pending;
+        }
+        let limit = self.header_time;
+        let due = self.head_due.get_or_insert_with(|| Box::pin(sleep(limit)));
+        due.as_mut().poll(cx).map(|()| Err(timed_out("the request head took too long")))
     }
 
     fn wrote<T>(&mut self, polled: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
@@ -96,8 +167,38 @@ impl Wire {
             return polled;
         }
         let limit = self.write_stall;
-        let due = self.write_due.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        let due = self.write_due.get_or_insert_with(|| Box::pin(sleep(limit)));
         due.as_mut().poll(cx).map(|()| Err(timed_out("the client takes nothing")))
+    }
+}
+
+impl<S: AsyncRead + Unpin> Wire<S> {
+    /// The usual way: into the reader's own buffer, all of which passes. What does not is held. True once there is
+    /// something for the reader, or nothing more at all.
+    fn poll_straight(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        let came = &buf.filled()[before..];
+        if came.is_empty() {
+            return Poll::Ready(Ok(true));
+        }
+        let scanned = self.look(came)?;
+        if scanned.passed < came.len() {
+            self.held.extend_from_slice(&came[scanned.passed..]);
+            buf.set_filled(before + scanned.passed);
+        }
+        self.refusal = scanned.refused;
+        Poll::Ready(Ok(buf.filled().len() > before))
+    }
+
+    /// Reads what a line or head still lacks. False at the end.
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let mut space = [0; 4096];
+        let mut came = ReadBuf::new(&mut space);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut came))?;
+        self.held.extend_from_slice(came.filled());
+        self.unseen = true;
+        Poll::Ready(Ok(!came.filled().is_empty()))
     }
 }
 
@@ -105,37 +206,79 @@ fn timed_out(message: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, message)
 }
 
-impl AsyncRead for Wire {
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if polled.is_ready() {
-            if self.phase.is(Phase::Idle) {
-                self.phase.set(Phase::Head);
+        let this = &mut *self;
+        loop {
+            if this.passed > 0 {
+                let given = this.passed.min(buf.remaining());
+                buf.put_slice(&this.held[..given]);
+                this.held.advance(given);
+                this.passed -= given;
+                return Poll::Ready(Ok(()));
             }
-            return polled;
+            if let Some(rejection) = this.refusal.take() {
+                this.refuse(rejection)?;
+                continue;
+            }
+            if this.unseen {
+                this.look_at_held()?;
+                continue;
+            }
+            if this.word.refused.get().is_some() {
+                // What follows a refused head is nobody's request.
+                return Poll::Pending;
+            }
+            let read = if this.held.is_empty() {
+                this.poll_straight(cx, buf).map_ok(|done| (done, true))
+            } else {
+                this.poll_more(cx).map_ok(|more| (!more, more))
+            };
+            match read {
+                Poll::Pending => return this.nothing_comes(cx),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok((true, _))) => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok((false, _))) => {}
+            }
         }
-        if !self.phase.is(Phase::Head) {
-            self.head_due = None;
-            return Poll::Pending;
-        }
-        let limit = self.header_time;
-        let due = self.head_due.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
-        due.as_mut().poll(cx).map(|()| Err(timed_out("the request head took too long")))
     }
 }
 
-impl AsyncWrite for Wire {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.wrote(polled, cx)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        self.wrote(polled, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        let this = &mut *self;
+        if this.lingering.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+            if !this.word.lingers.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let (due, left) = this.lingering.get_or_insert_with(|| (Box::pin(sleep(LINGER)), LINGER_BYTES));
+        let mut space = [0; 4096];
+        loop {
+            let mut came = ReadBuf::new(&mut space);
+            match Pin::new(&mut this.stream).poll_read(cx, &mut came) {
+                Poll::Ready(Ok(())) if !came.filled().is_empty() && *left > 0 => {
+                    *left = left.saturating_sub(came.filled().len());
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => return due.as_mut().poll(cx).map(Ok),
+            }
+        }
     }
 
     fn poll_write_vectored(
@@ -148,6 +291,6 @@ impl AsyncWrite for Wire {
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        self.stream.is_write_vectored()
     }
 }

@@ -1,0 +1,520 @@
+//! Where a client's requests begin and end: RFC 9112 §2 to §7, read strictly, before the HTTP library reads a
+//! byte. What is ambiguous is refused here, so that nobody further on can take it for something else.
+//!
+//! A [`Scanner`] gets the bytes as they come and says how many of them may pass. A line is held back until it is
+//! whole, and a head until all of its lines are. States:
+//!
+//! * **head**: the request line and the fields; ends in one of the others, or in a new head;
+//! * **length**: so many bytes of a body with a Content-Length are to come;
+//! * **chunk size**, **chunk**, **chunk end**, **trailers**: a body in chunks.
+
+use http::StatusCode;
+use memchr::{memchr, memchr3_iter};
+
+use crate::proxy::respond::Rejection;
+
+/// All chunk extensions of a body together: beyond this they are an attack.
+const MAX_EXTENSIONS: usize = 4 << 10;
+
+/// Hexadecimal digits of a chunk's size: more can't be counted.
+const MAX_DIGITS: usize = 15;
+
+/// Empty lines before a request line, which RFC 9112 §2.2 lets pass.
+const MAX_EMPTY_LINES: usize = 4;
+
+/// Reads one connection's requests.
+#[derive(Debug)]
+pub(super) struct Scanner {
+    state: State,
+    /// How far into the bytes that are held back the whole lines reach.
+    checked: usize,
+    /// What the head said so far.
+    head: Head,
+    /// Bytes of chunk extensions in this body.
+    extensions: usize,
+    max_head: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Head,
+    Length(u64),
+    ChunkSize,
+    /// With the line end after it.
+    Chunk(u64),
+    Trailers,
+}
+
+#[derive(Debug, Default)]
+struct Head {
+    begun: bool,
+    empty_lines: usize,
+    http_10: bool,
+    length: Option<u64>,
+    chunked: bool,
+}
+
+/// What came of a look at some bytes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Scanned {
+    /// So many of them may pass. What follows is not whole yet, and has to be shown again with what comes next.
+    pub(super) passed: usize,
+    /// What follows them is refused.
+    pub(super) refused: Option<Rejection>,
+}
+
+type Checked<T> = Result<T, Rejection>;
+
+impl Scanner {
+    /// For a new connection. Heads beyond `max_head` bytes are refused.
+    pub(super) fn new(max_head: usize) -> Scanner {
+        Scanner { state: State::Head, checked: 0, head: Head::default(), extensions: 0, max_head }
+    }
+
+    /// Is a body under way?
+    pub(super) fn in_body(&self) -> bool {
+        self.state != State::Head
+    }
+
+    /// Looks at bytes: all that have come and not passed.
+    pub(super) fn scan(&mut self, bytes: &[u8]) -> Scanned {
+        let mut passed = 0;
+        loop {
+            let rest = &bytes[passed..];
+            let step = match self.state {
+                State::Head => self.read_head(rest),
+                State::Length(left) => Ok(self.read_length(left, rest)),
+                State::ChunkSize => self.read_chunk_size(rest),
+                State::Chunk(left) => self.read_chunk(left, rest),
+                State::Trailers => self.read_trailers(rest),
+            };
+            match step {
+                Ok(Some(taken)) => passed += taken,
+                Ok(None) => return Scanned { passed, refused: None },
+                Err(refused) => return Scanned { passed, refused: Some(refused) },
+            }
+            if passed == bytes.len() {
+                return Scanned { passed, refused: None };
+            }
+        }
+    }
+
+    /// A whole head, or `None` if it is not whole yet.
+    fn read_head(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
+        let mut lines = Lines::from(bytes, self.checked);
+        while let Some((line, end)) = lines.next()? {
+            self.checked = end;
+            if !line.is_empty() {
+                self.head.take_line(line)?;
+            } else if self.head.begun {
+                let head = std::mem::take(&mut self.head);
+                self.checked = 0;
+                self.extensions = 0;
+                self.state = match head.length {
+                    _ if head.chunked => State::ChunkSize,
+                    Some(length) if length > 0 => State::Length(length),
+                    _ => State::Head,
+                };
+                return Ok(Some(end));
+            } else {
+                self.head.empty_lines += 1;
+                if self.head.empty_lines > MAX_EMPTY_LINES {
+                    return Err(bad("bad_request_line", "Empty lines stand where a request should."));
+                }
+            }
+        }
+        if bytes.len() > self.max_head {
+            return Err(if self.head.begun { HEADERS_TOO_LARGE } else { URL_TOO_LONG });
+        }
+        Ok(None)
+    }
+
+    fn read_length(&mut self, left: u64, bytes: &[u8]) -> Option<usize> {
+        let taken = clamp(left, bytes.len());
+        let left = left - taken as u64;
+        self.state = if left == 0 { State::Head } else { State::Length(left) };
+        (taken > 0).then_some(taken)
+    }
+
+    fn read_chunk_size(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
+        let Some((line, end)) = Lines::from(bytes, 0).next()? else {
+            if bytes.len() > MAX_EXTENSIONS {
+                return Err(EXTENSIONS_TOO_LARGE);
+            }
+            return Ok(None);
+        };
+        let digits = line.iter().take_while(|b| b.is_ascii_hexdigit()).count();
+        let (size, extension) = line.split_at(digits);
+        if digits == 0 || digits > MAX_DIGITS || !is_extension(extension) {
+            return Err(bad("bad_chunk", "A chunk's size is not a hexadecimal number, or its extension is broken."));
+        }
+        self.extensions += extension.len();
+        if self.extensions > MAX_EXTENSIONS {
+            return Err(EXTENSIONS_TOO_LARGE);
+        }
+        let size = size.iter().fold(0, |sum, digit| sum << 4 | u64::from(hex(*digit)));
+        self.state = if size == 0 { State::Trailers } else { State::Chunk(size + 2) };
+        Ok(Some(end))
+    }
+
+    /// The data, and the line end that closes it.
+    fn read_chunk(&mut self, left: u64, bytes: &[u8]) -> Checked<Option<usize>> {
+        let taken = clamp(left, bytes.len());
+        // How far the last two bytes of the chunk are in what came.
+        for (expected, from_end) in [(b'\r', 2), (b'\n', 1)] {
+            let at = left.checked_sub(from_end).and_then(|at| usize::try_from(at).ok());
+            if at.and_then(|at| bytes.get(at)).is_some_and(|byte| *byte != expected) {
+                return Err(bad("bad_chunk", "A chunk is longer than it said."));
+            }
+        }
+        let left = left - taken as u64;
+        self.state = if left == 0 { State::ChunkSize } else { State::Chunk(left) };
+        Ok((taken > 0).then_some(taken))
+    }
+
+    fn read_trailers(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
+        let mut lines = Lines::from(bytes, self.checked);
+        while let Some((line, end)) = lines.next()? {
+            self.checked = end;
+            if line.is_empty() {
+                self.checked = 0;
+                self.state = State::Head;
+                return Ok(Some(end));
+            }
+            field(line)?;
+        }
+        if bytes.len() > self.max_head {
+            return Err(HEADERS_TOO_LARGE);
+        }
+        Ok(None)
+    }
+}
+
+impl Head {
+    fn take_line(&mut self, line: &[u8]) -> Checked<()> {
+        if !self.begun {
+            self.begun = true;
+            self.http_10 = line.ends_with(b"HTTP/1.0");
+            return request_line(line);
+        }
+        let (name, value) = field(line)?;
+        match name.len() {
+            14 if name.eq_ignore_ascii_case(b"content-length") => self.take_length(value),
+            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => self.take_encoding(value),
+            _ => Ok(()),
+        }
+    }
+
+    fn take_length(&mut self, value: &[u8]) -> Checked<()> {
+        let value = trim(value);
+        let digits = !value.is_empty() && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
+        let twice = self.length.is_some();
+        if !digits || twice {
+            return Err(bad("bad_framing", "Content-Length is not one number."));
+        }
+        self.length = Some(value.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0')));
+        self.one_framing()
+    }
+
+    fn take_encoding(&mut self, value: &[u8]) -> Checked<()> {
+        if self.chunked || self.http_10 || !trim(value).eq_ignore_ascii_case(b"chunked") {
+            return Err(bad("bad_framing", "Transfer-Encoding is not exactly chunked."));
+        }
+        self.chunked = true;
+        self.one_framing()
+    }
+
+    fn one_framing(&self) -> Checked<()> {
+        if self.chunked && self.length.is_some() {
+            return Err(bad("bad_framing", "Content-Length stands beside Transfer-Encoding."));
+        }
+        Ok(())
+    }
+}
+
+/// `method SP target SP HTTP/1.x`: RFC 9112 §3. The parts themselves are the guard's and the HTTP library's.
+fn request_line(line: &[u8]) -> Checked<()> {
+    let fault = bad("bad_request_line", "The request line is not method, target and HTTP/1.0 or HTTP/1.1.");
+    let (Some(first), Some(last)) = (memchr(b' ', line), line.len().checked_sub(9)) else { return Err(fault) };
+    let version = &line[last..];
+    if first >= last || (version != b" HTTP/1.1" && version != b" HTTP/1.0") {
+        return Err(fault);
+    }
+    let (method, target) = (&line[..first], &line[first + 1..last]);
+    let visible = target.iter().all(|b| (0x21..=0x7e).contains(b) && *b != b'#');
+    if target.is_empty() || !visible {
+        return Err(bad("bad_target", "The request target has bytes that do not belong there."));
+    }
+    if !is_token(method) { Err(fault) } else { Ok(()) }
+}
+
+/// `name ":" value`: RFC 9112 §5. No space before the colon, no folded line, no field without a name.
+fn field(line: &[u8]) -> Checked<(&[u8], &[u8])> {
+    let colon = memchr(b':', line).unwrap_or(0);
+    let (name, value) = line.split_at(colon);
+    if !is_token(name) {
+        return Err(bad("bad_header", "A header line has no proper name, or is folded."));
+    }
+    Ok((name, value.get(1..).unwrap_or_default()))
+}
+
+/// `*( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] )`: RFC 9112 §7.1.1.
+fn is_extension(mut rest: &[u8]) -> bool {
+    while !rest.is_empty() {
+        let Some(after) = blank(rest).strip_prefix(b";") else { return false };
+        let (name, after) = split_token(blank(after));
+        if name.is_empty() {
+            return false;
+        }
+        rest = after;
+        if let Some(value) = blank(after).strip_prefix(b"=") {
+            let value = blank(value);
+            let after = if value.first() == Some(&b'"') { after_quoted(value) } else { after_token(value) };
+            let Some(after) = after else { return false };
+            rest = after;
+        }
+    }
+    true
+}
+
+fn after_token(text: &[u8]) -> Option<&[u8]> {
+    let (token, rest) = split_token(text);
+    (!token.is_empty()).then_some(rest)
+}
+
+fn after_quoted(text: &[u8]) -> Option<&[u8]> {
+    let mut escaped = false;
+    for (at, byte) in text.iter().enumerate().skip(1) {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => return text.get(at + 1..),
+            0..=8 | 10..=31 | 127 => return None,
+            _ => {}
+        }
+    }
+    None
+}
+
+fn split_token(text: &[u8]) -> (&[u8], &[u8]) {
+    text.split_at(text.iter().take_while(|b| TOKEN[usize::from(**b)]).count())
+}
+
+fn is_token(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(|b| TOKEN[usize::from(*b)])
+}
+
+/// `tchar`: RFC 9110 §5.6.2.
+const TOKEN: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut byte = 0;
+    while byte < 128 {
+        table[byte] = (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let others = b"!#$%&'*+-.^_`|~";
+    let mut i = 0;
+    while i < others.len() {
+        table[others[i] as usize] = true;
+        i += 1;
+    }
+    table
+};
+
+fn blank(text: &[u8]) -> &[u8] {
+    text.trim_ascii_start()
+}
+
+fn trim(value: &[u8]) -> &[u8] {
+    value.trim_ascii()
+}
+
+fn hex(digit: u8) -> u8 {
+    match digit {
+        b'0'..=b'9' => digit - b'0',
+        _ => (digit | 0x20) - b'a' + 10,
+    }
+}
+
+fn clamp(left: u64, have: usize) -> usize {
+    usize::try_from(left).unwrap_or(usize::MAX).min(have)
+}
+
+const fn bad(code: &'static str, message: &'static str) -> Rejection {
+    Rejection { status: StatusCode::BAD_REQUEST, code, message }
+}
+
+const EXTENSIONS_TOO_LARGE: Rejection = bad("bad_chunk", "The chunk extensions are larger than 4 KiB.");
+
+const HEADERS_TOO_LARGE: Rejection = Rejection {
+    status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+    code: "headers_too_large",
+    message: "The header section is larger than limits.headers.",
+};
+
+const URL_TOO_LONG: Rejection = Rejection {
+    status: StatusCode::URI_TOO_LONG,
+    code: "url_too_long",
+    message: "The request target is longer than limits.url.",
+};
+
+/// Whole lines, each ended by CR LF: a CR or LF that stands alone, or a NUL, is an error.
+struct Lines<'b> {
+    bytes: &'b [u8],
+    start: usize,
+    hits: memchr::Memchr3<'b>,
+    offset: usize,
+}
+
+impl<'b> Lines<'b> {
+    fn from(bytes: &'b [u8], start: usize) -> Lines<'b> {
+        Lines { bytes, start, hits: memchr3_iter(b'\r', b'\n', 0, &bytes[start..]), offset: start }
+    }
+
+    /// The next whole line without its end, and where the one after it starts.
+    fn next(&mut self) -> Checked<Option<(&'b [u8], usize)>> {
+        let alone = bad("bad_line_end", "A line does not end in CR LF, or holds a CR, LF or NUL.");
+        let Some(at) = self.hits.next().map(|at| at + self.offset) else { return Ok(None) };
+        match (self.bytes[at], self.bytes.get(at + 1)) {
+            (b'\r', Some(b'\n')) => {
+                // The LF is the next hit.
+                self.hits.next();
+                let line = &self.bytes[self.start..at];
+                self.start = at + 2;
+                Ok(Some((line, self.start)))
+            }
+            (b'\r', None) => Ok(None),
+            _ => Err(alone),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn scanner() -> Scanner {
+        Scanner::new(64 << 10)
+    }
+
+    fn code(text: &str) -> Option<&'static str> {
+        scanner().scan(text.as_bytes()).refused.map(|r| r.code)
+    }
+
+    #[test]
+    fn what_is_refused() {
+        let table = [
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", None),
+            ("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", None),
+            ("GET / HTTP/1.1\nHost: a\r\n\r\n", Some("bad_line_end")),
+            ("GET / HTTP/1.1\r\nHost: a\n\r\n", Some("bad_line_end")),
+            ("GET / HTTP/1.1\r\nHost: a\rb\r\n\r\n", Some("bad_line_end")),
+            ("GET / HTTP/1.1\r\nX: a\0b\r\n\r\n", Some("bad_line_end")),
+            ("GET / HTTP/1.1\r\nX: a\r\n b\r\n\r\n", Some("bad_header")),
+            ("GET / HTTP/1.1\r\nX : a\r\n\r\n", Some("bad_header")),
+            ("GET / HTTP/1.1\r\n: a\r\n\r\n", Some("bad_header")),
+            ("GET / HTTP/1.1\r\nX\r\n\r\n", Some("bad_header")),
+            ("GET /#a HTTP/1.1\r\n\r\n", Some("bad_target")),
+            ("GET /a b HTTP/1.1\r\n\r\n", Some("bad_target")),
+            ("GET /\u{e9} HTTP/1.1\r\n\r\n", Some("bad_target")),
+            ("GET  / HTTP/1.1\r\n\r\n", Some("bad_target")),
+            ("GET / HTTP/1.2\r\n\r\n", Some("bad_request_line")),
+            ("GET / http/1.1\r\n\r\n", Some("bad_request_line")),
+            ("GET /\r\n\r\n", Some("bad_request_line")),
+            ("G,T / HTTP/1.1\r\n\r\n", Some("bad_request_line")),
+            ("POST / HTTP/1.1\r\nContent-Length: 1\r\ncontent-length: 1\r\n\r\nx", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nContent-Length: 1,1\r\n\r\nx", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nContent-Length: 0x1\r\n\r\nx", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nContent-Length:\r\n\r\nx", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", Some("bad_framing")),
+            ("POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n", Some("bad_framing")),
+            ("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", Some("bad_framing")),
+        ];
+        for (text, expected) in table {
+            assert_eq!(code(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn chunks() {
+        let table = [
+            ("5\r\nhello\r\n0\r\n\r\n", None),
+            ("5;a=b; c = \"d;\\\"e\" ;f\r\nhello\r\n0\r\nX: y\r\n\r\n", None),
+            ("5 \r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("5;\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("5;a=\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("5;a=\"b\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("0x5\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("+5\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("\r\nhello\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("5\nhello\r\n0\r\n\r\n", Some("bad_line_end")),
+            ("5\r\nhello!\r\n0\r\n\r\n", Some("bad_chunk")),
+            ("5\r\nhello\n0\r\n\r\n", Some("bad_chunk")),
+            ("10000000000000000\r\n", Some("bad_chunk")),
+            ("0\r\nX y\r\n\r\n", Some("bad_header")),
+        ];
+        for (body, expected) in table {
+            let text = format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{body}");
+            assert_eq!(code(&text), expected, "{body:?}");
+        }
+        let many = format!("1;{}\r\nx\r\n", "a".repeat(1500)).repeat(3);
+        assert_eq!(code(&format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{many}")), Some("bad_chunk"));
+    }
+
+    #[test]
+    fn what_never_ends_is_refused() {
+        let mut scanner = Scanner::new(100);
+        assert_eq!(scanner.scan(&[b'a'; 101]).refused.map(|r| r.status.as_u16()), Some(414));
+        let mut scanner = Scanner::new(100);
+        let head = format!("GET / HTTP/1.1\r\nX: {}", "a".repeat(100));
+        assert_eq!(scanner.scan(head.as_bytes()).refused.map(|r| r.status.as_u16()), Some(431));
+    }
+
+    /// Requests back to back, cut anywhere: the same bytes pass.
+    fn feed(bytes: &[u8], cuts: &[usize]) -> (Vec<u8>, Option<Rejection>) {
+        let (mut scanner, mut held, mut passed) = (scanner(), Vec::new(), Vec::new());
+        let mut last = 0;
+        for cut in cuts.iter().copied().chain([bytes.len()]) {
+            held.extend_from_slice(&bytes[last..cut]);
+            last = cut;
+            let scanned = scanner.scan(&held);
+            passed.extend(held.drain(..scanned.passed));
+            if scanned.refused.is_some() {
+                return (passed, scanned.refused);
+            }
+        }
+        assert!(held.is_empty(), "everything was whole");
+        (passed, None)
+    }
+
+    proptest! {
+        #[test]
+        fn however_it_is_cut_the_same_passes(mut cuts in prop::collection::vec(0usize..300, 0..12), broken: bool) {
+            let mut text = "POST /a HTTP/1.1\r\nContent-Length: 10\r\n\r\n0123456789\
+                GET /b HTTP/1.1\r\nHost: a\r\n\r\n\
+                POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nT: u\r\n\r\n\
+                GET /d HTTP/1.1\r\nHost: a\r\n\r\n".to_owned();
+            let whole = text.len();
+            if broken {
+                text.push_str("GET /e HTTP/1.1\nHost: a\r\n\r\n");
+            }
+            for cut in &mut cuts {
+                *cut = (*cut).min(text.len());
+            }
+            cuts.sort_unstable();
+            let (passed, refused) = feed(text.as_bytes(), &cuts);
+            prop_assert_eq!(passed, &text.as_bytes()[..whole]);
+            prop_assert_eq!(refused.is_some(), broken);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let mut scanner = scanner();
+            let first = scanner.scan(&bytes);
+            prop_assert!(first.passed <= bytes.len());
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! One request at the door: what the scanner refused, the guard, the body, the proxy; and the other protocol that
+//! may follow an upgrade.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use http::header::{CONNECTION, HeaderValue, UPGRADE};
+use http::{Method, Request, Response, StatusCode};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tracing::debug;
+
+use super::normalise::normalise;
+use super::wire::{REFUSED, Word};
+use super::{guard, intake};
+use crate::body::Body;
+use crate::body::tunnel::Tunnel;
+use crate::config::Limits;
+use crate::policy::headers::{add_date, strip_nominated};
+use crate::proxy::respond::body_rejection;
+use crate::proxy::{Handled, Proxy};
+
+/// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
+pub(super) type Meeting = Arc<Mutex<Option<(OnUpgrade, Tunnel)>>>;
+
+/// What requests of one connection have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Desk {
+    pub(super) proxy: Arc<Proxy>,
+    pub(super) limits: Limits,
+    pub(super) word: Arc<Word>,
+    pub(super) meeting: Meeting,
+}
+
+impl Desk {
+    /// One request: guard, body, proxy.
+    pub(super) fn receive(&self, mut request: Request<Incoming>) -> Handled {
+        if let (Some(rejection), REFUSED) = (self.word.refused(), request.method().as_str()) {
+            return self.refuse(request.into_parts().0, rejection);
+        }
+        normalise(&mut request);
+        let proxy = &self.proxy;
+        let guarded = guard::check(&request, &self.limits, |name| proxy.site.is_keyed(name));
+        let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
+        let (mut parts, incoming) = request.into_parts();
+        if let Err(rejection) = guarded {
+            return self.refuse(parts, &rejection);
+        }
+        // Key, variant and upstream must see the same headers.
+        strip_nominated(&mut parts.headers);
+        if parts.method == Method::OPTIONS && parts.uri.path() == "*" {
+            return Handled::Now(self.no_content());
+        }
+        if !incoming.is_end_stream() {
+            return self.with_body(parts, incoming);
+        }
+        let handled = proxy.handle(Request::from_parts(parts, Body::Empty));
+        match upgrade {
+            None => handled,
+            Some(upgrade) => self.may_upgrade(handled, upgrade),
+        }
+    }
+
+    fn with_body(&self, parts: http::request::Parts, incoming: Incoming) -> Handled {
+        let desk = self.clone();
+        Handled::later(async move {
+            match intake::body(incoming, &desk.limits).await {
+                Ok(body) => desk.proxy.handle(Request::from_parts(parts, body)).response().await,
+                Err(fault) => desk.refuse(parts, &body_rejection(fault)).response().await,
+            }
+        })
+    }
+
+    /// A request that asked for another protocol, and may have got it.
+    fn may_upgrade(&self, handled: Handled, client: OnUpgrade) -> Handled {
+        let desk = self.clone();
+        Handled::later(async move {
+            let mut response = handled.response().await;
+            if let Some(tunnel) = response.extensions_mut().remove::<Tunnel>() {
+                desk.word.tunnel();
+                *desk.meeting.lock().unwrap_or_else(PoisonError::into_inner) = Some((client, tunnel));
+            }
+            response
+        })
+    }
+
+    /// After a refusal nothing more is read from the connection: what follows may be part of what was refused.
+    fn refuse(&self, parts: http::request::Parts, rejection: &crate::proxy::respond::Rejection) -> Handled {
+        self.word.linger();
+        let mut response = self.proxy.rejected(&parts, rejection);
+        if parts.version < http::Version::HTTP_2 {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Handled::Now(response)
+    }
+
+    fn no_content(&self) -> Response<Body> {
+        let mut response = Response::new(Body::Empty);
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        add_date(response.headers_mut(), self.proxy.commons.clock.wall());
+        response
+    }
+}
+
+/// Carries bytes both ways until one side ends, if the connection has become a tunnel.
+pub(super) async fn tunnel(meeting: &Meeting) {
+    let met = meeting.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some((client, tunnel)) = met else { return };
+    let ended = async {
+        let mut upstream = tunnel.open().await?;
+        let mut client = TokioIo::new(client.await.map_err(std::io::Error::other)?);
+        tokio::io::copy_bidirectional(&mut client, &mut upstream).await
+    };
+    match ended.await {
+        Ok((up, down)) => debug!(up, down, "a tunnel has ended"),
+        Err(error) => debug!(%error, "a tunnel broke"),
+    }
+}

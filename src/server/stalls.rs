@@ -1,0 +1,100 @@
+//! HTTP/2 clients that open no window: their streams wait for room while the connection itself moves on, so no
+//! write ever stalls. Each body that had a piece taken from it and is not asked for the next one is noted here.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::time::Instant;
+
+use crate::body::{Body, BodyError};
+
+/// The bodies of one connection that wait for their client.
+#[derive(Debug, Default)]
+pub(super) struct Stalls {
+    since: Mutex<HashMap<u64, Instant>>,
+    next: AtomicU64,
+    open: AtomicU64,
+    /// Nothing was asked for a long time.
+    pub(super) idle: AtomicBool,
+    /// It has been asked to end.
+    pub(super) closing: AtomicBool,
+}
+
+impl Stalls {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Instant>> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has one of them waited for so long?
+    pub(super) fn any(&self, limit: Duration) -> bool {
+        self.lock().values().any(|since| since.elapsed() >= limit)
+    }
+
+    /// Is anything being answered?
+    pub(super) fn busy(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0
+    }
+
+    /// Was nothing asked for a long time?
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::Relaxed)
+    }
+
+    /// From the request's coming to its answer's end.
+    pub(super) fn begin(self: &Arc<Self>) -> Open {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Open { stalls: self.clone(), id: self.next.fetch_add(1, Ordering::Relaxed) }
+    }
+}
+
+/// A request that is being answered.
+#[derive(Debug)]
+pub(super) struct Open {
+    stalls: Arc<Stalls>,
+    id: u64,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.stalls.open.fetch_sub(1, Ordering::Relaxed);
+        self.stalls.lock().remove(&self.id);
+    }
+}
+
+/// Its answer's body.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) body: Body,
+    pub(super) open: Open,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let mut waiting = self.open.stalls.lock();
+        if matches!(polled, Poll::Ready(Some(Ok(_)))) {
+            waiting.insert(self.open.id, Instant::now());
+        } else {
+            waiting.remove(&self.open.id);
+        }
+        drop(waiting);
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,92 @@
+//! Every request of a public collection of raw HTTP/1.1 requests gets the answer it should.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::{Client, Origin, Reply, Sidecar};
+
+/// Statuses that refuse as well as 400 does.
+const REFUSALS: [u16; 9] = [400, 405, 413, 414, 417, 421, 431, 501, 505];
+
+/// Does an answer (none: the connection was closed) meet what was expected?
+fn meets(expected: &str, status: Option<u16>, closed: bool) -> bool {
+    match expected {
+        "!101" => return status != Some(101),
+        "2xx + close" => return status.is_some_and(|s| (200..300).contains(&s)) && closed,
+        _ => {}
+    }
+    let words = expected.split(|c: char| !c.is_ascii_alphanumeric());
+    words.filter(|word| !word.is_empty()).any(|word| match word {
+        "close" => status.is_none() && closed,
+        // We say so: 408.
+        "timeout" => closed && status.is_none_or(|s| s == 408),
+        "2xx" => status.is_some_and(|s| (200..300).contains(&s)),
+        "400" => status.is_some_and(|s| REFUSALS.contains(&s)),
+        code => status.is_some() && status == code.parse().ok(),
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn raw_requests_get_what_they_should() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/http1-requests.json");
+    let Ok(text) = std::fs::read_to_string(&path) else {
+        eprintln!("skipped: the collection of raw requests is not here ({})", path.display());
+        return;
+    };
+    let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
+    let origin = Origin::start(|_| Reply::new(200, "ok")).await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"500ms\"\nkeep_alive = \"500ms\"").await;
+    let mut wrong = Vec::new();
+    let mut scored = 0;
+    for request in requests.iter().filter(|r| r["scored"] == true) {
+        scored += 1;
+        let raw = request["raw"].as_str().expect("text").replace("localhost:8080", &sidecar.address.to_string());
+        let bytes: Vec<u8> = raw.chars().map(|c| u8::try_from(u32::from(c)).expect("Latin-1")).collect();
+        let mut client = Client::connect(sidecar.address).await;
+        client.write(bytes).await;
+        let status = client.answer_to("GET").await.map(|answer| answer.status);
+        let may_stay = status.is_some_and(|s| s < 300) && request["expected"] != "2xx + close";
+        let closed = !may_stay && client.closed().await;
+        let expected = request["expected"].as_str().expect("text");
+        if !meets(expected, status, closed) {
+            wrong.push(format!("{}: {status:?}, expected {expected}", request["id"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {scored}:\n{}", wrong.len(), wrong.join("\n"));
+    assert_eq!(scored, 125);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_waits_for_its_turn_and_what_follows_it_is_nobodys_request() {
+    let origin = Origin::start(|_| Reply::new(200, "fine")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    let (good, evil) = ("GET /good HTTP/1.1\r\nHost: a\r\n\r\n", "GET /evil HTTP/1.1\r\nHost: a\r\n\r\n");
+    client.write(format!("{good}GET /bad HTTP/1.1\nHost: a\r\n\r\n{evil}")).await;
+    assert_eq!(client.answer_to("GET").await.expect("an answer").text(), "fine");
+    let refusal = client.answer_to("GET").await.expect("an answer");
+    assert_eq!((refusal.status, refusal.header("connection")), (400, Some("close")));
+    assert_eq!(refusal.json()["error"]["code"], "bad_line_end");
+    assert!(client.closed().await);
+    assert_eq!(origin.count(), 1, "only the good one went on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_breaks_after_its_first_mebibyte_cuts_its_request() {
+    let origin = Origin::start(|ask| Reply::new(200, format!("{}", ask.body.len()))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    for (chunks, served) in [(3, 0), (40, 0)] {
+        let mut client = Client::connect(sidecar.address).await;
+        client.write(format!("{head}{}5\nhello\r\n0\r\n\r\n", chunk.repeat(chunks))).await;
+        let status = client.answer_to("POST").await.map(|answer| answer.status);
+        assert!(status.is_none_or(|s| s == 400 || s == 502), "{chunks}: {status:?}");
+        assert!(client.closed().await);
+        assert_eq!(origin.count(), served, "no whole request came");
+    }
+    let mut client = Client::connect(sidecar.address).await;
+    client.write(format!("{head}{}0;a=\"b\"\r\nX-Trailer: y\r\n\r\n", chunk.repeat(40))).await;
+    assert_eq!(client.answer_to("POST").await.expect("an answer").text(), (40 * 0x10000).to_string());
+}
