@@ -1,8 +1,10 @@
 //! Every request of a public collection of raw HTTP/1.1 requests gets the answer it should.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use serde_json::Value;
+use tokio::task::JoinSet;
 
 use crate::support::{Client, Origin, Reply, Sidecar};
 
@@ -36,25 +38,29 @@ async fn raw_requests_get_what_they_should() {
     };
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
     let origin = Origin::start(|_| Reply::new(200, "ok")).await;
-    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"500ms\"\nkeep_alive = \"500ms\"").await;
-    let mut wrong = Vec::new();
-    let mut scored = 0;
-    for request in requests.iter().filter(|r| r["scored"] == true) {
-        scored += 1;
-        let raw = request["raw"].as_str().expect("text").replace("localhost:8080", &sidecar.address.to_string());
-        let bytes: Vec<u8> = raw.chars().map(|c| u8::try_from(u32::from(c)).expect("Latin-1")).collect();
-        let mut client = Client::connect(sidecar.address).await;
-        client.write(bytes).await;
-        let status = client.answer_to("GET").await.map(|answer| answer.status);
-        let may_stay = status.is_some_and(|s| s < 300) && request["expected"] != "2xx + close";
-        let closed = !may_stay && client.closed().await;
-        let expected = request["expected"].as_str().expect("text");
-        if !meets(expected, status, closed) {
-            wrong.push(format!("{}: {status:?}, expected {expected}", request["id"]));
-        }
+    let sidecar =
+        Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"500ms\"\nkeep_alive = \"500ms\"").await;
+    let scored: Vec<Value> = requests.into_iter().filter(|request| request["scored"] == true).collect();
+    assert_eq!(scored.len(), 125);
+    let mut asking = JoinSet::new();
+    for request in scored {
+        asking.spawn(fault(request, sidecar.address));
     }
-    assert!(wrong.is_empty(), "{} of {scored}:\n{}", wrong.len(), wrong.join("\n"));
-    assert_eq!(scored, 125);
+    let wrong: Vec<String> = asking.join_all().await.into_iter().flatten().collect();
+    assert!(wrong.is_empty(), "{} of 125:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What is wrong with the answer to a request.
+async fn fault(request: Value, address: SocketAddr) -> Option<String> {
+    let raw = request["raw"].as_str().expect("text").replace("localhost:8080", &address.to_string());
+    let bytes: Vec<u8> = raw.chars().map(|c| u8::try_from(u32::from(c)).expect("Latin-1")).collect();
+    let expected = request["expected"].as_str().expect("text");
+    let mut client = Client::connect(address).await;
+    client.write(bytes).await;
+    let status = client.answer_to("GET").await.map(|answer| answer.status);
+    let may_stay = status.is_some_and(|s| s < 300) && expected != "2xx + close";
+    let closed = !may_stay && client.closed().await;
+    (!meets(expected, status, closed)).then(|| format!("{}: {status:?}, expected {expected}", request["id"]))
 }
 
 #[tokio::test(flavor = "multi_thread")]

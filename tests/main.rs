@@ -13,6 +13,7 @@ mod fleet;
 mod framing;
 mod limits;
 mod malformed;
+mod protocols;
 mod redis;
 mod redis_outage;
 mod shopify;

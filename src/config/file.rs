@@ -105,6 +105,7 @@ pub(super) struct Rule {
     pub(super) reject_empty: Option<Spanned<String>>,
     pub(super) deadline: Option<Dur>,
     pub(super) fallback: Option<Spanned<Fallback>>,
+    pub(super) upgrade: Option<Spanned<Vec<String>>>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]

@@ -32,6 +32,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) partition: Partition,
     pub(super) credentials: Arc<[HeaderName]>,
     pub(super) deadline: Duration,
+    /// HTTP/2 to the upstream.
+    pub(super) http2: bool,
 }
 
 type Errors = Vec<ConfigError>;
@@ -55,6 +57,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         reject_empty,
         deadline,
         fallback,
+        upgrade,
     } = rule;
     // A rule that chooses `http` or `off` for itself does not inherit a ttl.
     let own_mode = cache.as_ref().is_some_and(|c| c.get_ref() != "override");
@@ -76,6 +79,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         reject_empty: reject_empty.or_else(|| defaults.reject_empty.clone()),
         deadline: deadline.or(defaults.deadline),
         fallback: fallback.or_else(|| defaults.fallback.clone()),
+        upgrade: upgrade.or_else(|| defaults.upgrade.clone()),
     }
 }
 
@@ -97,6 +101,7 @@ impl Surroundings<'_> {
         let key = self.collect(self.key(&rule), errors).unwrap_or_default();
         let fallback = self.collect(self.fallback(&rule), errors).flatten();
         let reject_empty = self.collect(read_reject_empty(&rule), errors).flatten();
+        let upgrade = self.collect(self.upgrade(&rule), errors).unwrap_or_default();
         let tags = self.tags(&rule, &paths, errors);
         if errors.len() > before {
             return Vec::new();
@@ -120,6 +125,7 @@ impl Surroundings<'_> {
             reject_empty: reject_empty.clone(),
             deadline: rule.deadline.map_or(self.deadline, |d| d.0),
             fallback: fallback.clone(),
+            upgrade: upgrade.clone(),
             path,
         };
         paths.into_iter().zip(tags).map(plan).collect()
@@ -248,6 +254,15 @@ impl Surroundings<'_> {
             Some(list) => list.get_ref().iter().map(|name| cause(name, list)).collect::<Result<_, _>>()?,
         };
         Ok(Some(Payload { body, status, content_type, on }))
+    }
+
+    fn upgrade(&self, rule: &file::Rule) -> Result<Vec<Box<str>>, Fault> {
+        let Some(list) = &rule.upgrade else { return Ok(Vec::new()) };
+        if self.http2 {
+            let message = "over HTTP/2 to the upstream there is no Upgrade: leave out http2 = true, or this";
+            return Err((list.span(), message.into()));
+        }
+        Ok(list.get_ref().iter().map(|protocol| protocol.as_str().into()).collect())
     }
 
     fn payload(&self, file: &Spanned<String>) -> Result<Bytes, Fault> {

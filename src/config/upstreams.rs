@@ -53,6 +53,7 @@ impl Validator<'_> {
             partition,
             credentials: credentials.clone(),
             deadline: given.timeouts.deadline.map_or(Duration::from_secs(5), |d| d.0),
+            http2: given.http2,
         };
         let own = surroundings(self.source);
         self.refuse_in_defaults(&given.defaults);
@@ -135,6 +136,10 @@ impl Validator<'_> {
                         false
                     }
                 };
+                if let (true, true, Some(host)) = (preserve_host, given.http2, &given.host) {
+                    let message = "over HTTP/2 the Host is the one connected to: leave out http2 = true, or this";
+                    self.fault(&host.span(), message);
+                }
                 self.collect(origin(url, preserve_host))
             }
         }

@@ -82,7 +82,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 /// Takes out what `Connection` names, and nothing else.
 pub fn strip_nominated(headers: &mut HeaderMap) {
-    let options = ["close", "keep-alive"];
+    let options = ["close", "keep-alive", "upgrade"];
     let names: SmallVec<[HeaderName; 2]> = nominated(headers).filter(|n| !options.contains(&n.as_str())).collect();
     for name in names {
         headers.remove(name);

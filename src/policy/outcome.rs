@@ -23,6 +23,8 @@ pub enum Bypass {
     Range,
     /// The client's `Cache-Control: no-store`.
     NoStoreRequest,
+    /// It asks for another protocol, and its rule allows that (RFC 9110 §7.8).
+    Upgrade,
 }
 
 impl Bypass {
@@ -36,6 +38,7 @@ impl Bypass {
             Bypass::UnkeyedCredential => "unkeyed-credential",
             Bypass::Range => "range",
             Bypass::NoStoreRequest => "no-store-request",
+            Bypass::Upgrade => "upgrade",
         }
     }
 }
@@ -67,6 +70,8 @@ pub enum Skip {
     Incomplete,
     /// A purge or a write came after the fetch began.
     Invalidated,
+    /// Server-sent events: they end when somebody leaves.
+    EventStream,
 }
 
 impl Skip {
@@ -85,6 +90,7 @@ impl Skip {
             Skip::InflightFull => "inflight-full",
             Skip::Incomplete => "incomplete",
             Skip::Invalidated => "invalidated",
+            Skip::EventStream => "event-stream",
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::{HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::{Method, StatusCode};
 
 use super::glob::{Glob, PathPattern};
@@ -44,6 +44,8 @@ pub struct Plan {
     pub deadline: Duration,
     /// The ladder's payload.
     pub fallback: Option<Payload>,
+    /// Other protocols that may be asked for: `websocket`.
+    pub upgrade: Vec<Box<str>>,
 }
 
 /// Who decides whether an answer is stored and for how long.
@@ -123,6 +125,14 @@ impl Payload {
 const USUAL_VARY: [HeaderName; 1] = [http::header::ACCEPT_ENCODING];
 
 impl Plan {
+    /// Does a request ask for another protocol, one that this rule allows?
+    pub fn upgrades(&self, headers: &HeaderMap) -> bool {
+        !self.upgrade.is_empty()
+            && headers.get(UPGRADE).is_some_and(|asked| {
+                self.upgrade.iter().any(|protocol| asked.as_bytes().eq_ignore_ascii_case(protocol.as_bytes()))
+            })
+    }
+
     /// The request headers that answers under this rule depend on, as far as the rule alone tells.
     pub fn usual_vary(&self) -> &'static [HeaderName] {
         match self.mode {

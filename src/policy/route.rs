@@ -63,6 +63,7 @@ impl Router {
             return Route::Bypass(Bypass::AmbiguousTarget);
         }
         match self.find(path, |plan| plan.accepts(method, query, headers)) {
+            Some(plan) if plan.upgrades(headers) => Route::Bypass(Bypass::Upgrade),
             Some(plan) if plan.mode == CacheMode::Off => Route::Bypass(Bypass::Off),
             Some(plan) => Route::Cache(plan),
             None => Route::Bypass(Bypass::Off),
@@ -208,6 +209,7 @@ pub(crate) mod testing {
             reject_empty: None,
             deadline: Duration::from_secs(5),
             fallback: None,
+            upgrade: Vec::new(),
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_RANGE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, LAST_MODIFIED,
-    SET_COOKIE, VARY,
+    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName,
+    HeaderValue, LAST_MODIFIED, SET_COOKIE, VARY,
 };
 use http::{Method, StatusCode};
 
@@ -57,6 +57,9 @@ pub fn decide(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan) -> Result
     if *asked.method == Method::HEAD {
         return Err(Skip::Head);
     }
+    if is_event_stream(answered.headers) {
+        return Err(Skip::EventStream);
+    }
     let vary = vary(answered.headers)?;
     match plan.mode {
         CacheMode::Off => Err(Skip::Status),
@@ -78,6 +81,14 @@ pub fn failure_vary(answered: &Answered<'_>, plan: &Plan) -> Option<Vec<HeaderNa
         vary.push(ACCEPT_ENCODING);
     }
     Some(vary)
+}
+
+/// `text/event-stream`: whatever its headers say, it goes through as it comes.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let essence = |value: &HeaderValue| {
+        value.as_bytes().get(..17).is_some_and(|v| v.eq_ignore_ascii_case(b"text/event-stream"))
+    };
+    headers.get(CONTENT_TYPE).is_some_and(essence)
 }
 
 fn by_rule(

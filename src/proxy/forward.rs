@@ -1,6 +1,9 @@
 //! The request as it goes upstream.
 
-use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderValue, TRANSFER_ENCODING, VIA};
+use http::header::{
+    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderValue, TRANSFER_ENCODING, UPGRADE,
+    VIA,
+};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Uri, Version};
@@ -30,6 +33,14 @@ pub fn outgoing(asked: &Parts, place: &Place, body: Body) -> Request<Body> {
     }
     headers.append(VIA, via(asked.version));
     request
+}
+
+/// Asks for the other protocol too: RFC 9110 §7.8.
+pub fn ask_upgrade(request: &mut Request<Body>, asked: &HeaderMap) {
+    if let Some(protocol) = asked.get(UPGRADE) {
+        request.headers_mut().insert(UPGRADE, protocol.clone());
+        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    }
 }
 
 /// How the length of a request body is said.

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{CONTENT_LOCATION, HeaderMap, LOCATION};
+use http::header::{CONNECTION, CONTENT_LOCATION, HeaderMap, HeaderValue, LOCATION, UPGRADE};
 use http::request::Parts;
-use http::{Request, Response, Uri};
+use http::{Request, Response, StatusCode, Uri};
 use tracing::{debug, info, warn};
 
 use super::Proxy;
-use super::forward::outgoing;
+use super::forward::{ask_upgrade, outgoing};
 use super::respond::body_rejection;
 use super::site::{Place, tags};
 use super::visit::Visit;
@@ -33,7 +33,10 @@ impl Proxy {
         visit: Visit,
     ) -> Response<Body> {
         let (parts, body) = request.into_parts();
-        let outgoing = outgoing(&parts, &place, body);
+        let mut outgoing = outgoing(&parts, &place, body);
+        if reason == Bypass::Upgrade {
+            ask_upgrade(&mut outgoing, &parts.headers);
+        }
         let asked = Arc::new(parts);
         let answer = if asked.method.is_safe() {
             self.site.upstream.send(outgoing).await
@@ -45,7 +48,7 @@ impl Proxy {
             Ok(mut response) => {
                 let failure = Failure::from_status(response.status());
                 self.upstream_ended(failure, took, response.status().as_str());
-                strip_hop_by_hop(response.headers_mut());
+                strip_for_client(&mut response);
                 let fetched = Fetched::bypass(reason, Some(response.status()));
                 self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, &visit)
             }
@@ -113,5 +116,16 @@ impl Proxy {
             .collect();
         self.commons.telemetry.written();
         self.commons.invalidations.record(selectors, Strength::Hard, None)
+    }
+}
+
+/// Hop-by-hop fields end here, but for a 101's: that is what it is about.
+fn strip_for_client(response: &mut Response<Body>) {
+    let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let protocol = response.headers().get(UPGRADE).filter(|_| switches).cloned();
+    strip_hop_by_hop(response.headers_mut());
+    if let Some(protocol) = protocol {
+        response.headers_mut().insert(UPGRADE, protocol);
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     }
 }

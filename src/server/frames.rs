@@ -23,7 +23,7 @@ pub(super) struct Meter {
     /// A frame's own head.
     head: [u8; HEAD],
     have: usize,
-    /// Between HEADERS and END_HEADERS.
+    /// Between HEADERS and the frame that ends them.
     in_block: bool,
     left: f64,
     at: Instant,

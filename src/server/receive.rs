@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
+use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -18,7 +19,7 @@ use crate::body::Body;
 use crate::body::tunnel::Tunnel;
 use crate::config::Limits;
 use crate::policy::headers::{add_date, strip_nominated};
-use crate::proxy::respond::body_rejection;
+use crate::proxy::respond::{Rejection, body_rejection};
 use crate::proxy::{Handled, Proxy};
 
 /// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
@@ -37,7 +38,7 @@ impl Desk {
     /// One request: guard, body, proxy.
     pub(super) fn receive(&self, mut request: Request<Incoming>) -> Handled {
         if let (Some(rejection), REFUSED) = (self.word.refused(), request.method().as_str()) {
-            return self.refuse(request.into_parts().0, rejection);
+            return self.refuse(&request.into_parts().0, rejection);
         }
         normalise(&mut request);
         let proxy = &self.proxy;
@@ -45,7 +46,7 @@ impl Desk {
         let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
         let (mut parts, incoming) = request.into_parts();
         if let Err(rejection) = guarded {
-            return self.refuse(parts, &rejection);
+            return self.refuse(&parts, &rejection);
         }
         // Key, variant and upstream must see the same headers.
         strip_nominated(&mut parts.headers);
@@ -62,12 +63,12 @@ impl Desk {
         }
     }
 
-    fn with_body(&self, parts: http::request::Parts, incoming: Incoming) -> Handled {
+    fn with_body(&self, parts: Parts, incoming: Incoming) -> Handled {
         let desk = self.clone();
         Handled::later(async move {
             match intake::body(incoming, &desk.limits).await {
                 Ok(body) => desk.proxy.handle(Request::from_parts(parts, body)).response().await,
-                Err(fault) => desk.refuse(parts, &body_rejection(fault)).response().await,
+                Err(fault) => desk.refuse(&parts, &body_rejection(fault)).response().await,
             }
         })
     }
@@ -86,9 +87,9 @@ impl Desk {
     }
 
     /// After a refusal nothing more is read from the connection: what follows may be part of what was refused.
-    fn refuse(&self, parts: http::request::Parts, rejection: &crate::proxy::respond::Rejection) -> Handled {
+    fn refuse(&self, parts: &Parts, rejection: &Rejection) -> Handled {
         self.word.linger();
-        let mut response = self.proxy.rejected(&parts, rejection);
+        let mut response = self.proxy.rejected(parts, rejection);
         if parts.version < http::Version::HTTP_2 {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }

@@ -14,8 +14,8 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-use super::framing::{Scanned, Scanner};
 use super::frames::Meter;
+use super::framing::{Scanned, Scanner};
 use crate::config::Limits;
 use crate::proxy::respond::Rejection;
 

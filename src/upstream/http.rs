@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::uri::Uri;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -26,6 +26,7 @@ use super::casing::Casings;
 use super::resolve::Resolver;
 use super::tap::{Tap, Tapped};
 use super::{SendError, Sending, Upstream};
+use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
 use crate::config::{self, Target, Timeouts};
@@ -42,6 +43,10 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// An older connection is not used again, so that DNS is asked again under steady traffic too.
 const MAX_AGE: Duration = Duration::from_mins(5);
+
+/// An HTTP/2 connection that carries streams is asked so often whether it lives, and must answer in time.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_ANSWER: Duration = Duration::from_secs(10);
 
 /// A larger response head is malformed.
 const MAX_HEAD: usize = 128 << 10;
@@ -65,13 +70,13 @@ impl HttpUpstream {
     /// The client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &config::Upstream, clock: Clock) -> Result<HttpUpstream, String> {
         let guarded = matches!(config.target, Target::Hosts(_));
-        Self::client(config.timeouts, config.retry, &config.tls, guarded, clock)
+        Self::client(config.timeouts, config.retry, &config.tls, guarded, config.http2, clock)
     }
 
     /// A client for anything else, which never retries.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<HttpUpstream, String> {
         let retry = Retry { attempts: 1, base: Duration::ZERO, cap: Duration::ZERO };
-        Self::client(timeouts, retry, &config::Tls::default(), false, clock)
+        Self::client(timeouts, retry, &config::Tls::default(), false, false, clock)
     }
 
     fn client(
@@ -79,6 +84,7 @@ impl HttpUpstream {
         retry: Retry,
         tls: &config::Tls,
         guarded: bool,
+        http2: bool,
         clock: Clock,
     ) -> Result<HttpUpstream, String> {
         let mut tcp = HttpConnector::new_with_resolver(Resolver::new(guarded));
@@ -86,13 +92,15 @@ impl HttpUpstream {
         tcp.enforce_http(false);
         tcp.set_keepalive(Some(Duration::from_secs(30)));
         tcp.set_connect_timeout(Some(timeouts.connect));
-        let secure = HttpsConnectorBuilder::new()
-            .with_tls_config(tls::client_config(tls)?)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
-        let connector = Connector { secure, limit: timeouts.connect, clock: clock.clone() };
+        let secure = HttpsConnectorBuilder::new().with_tls_config(tls::client_config(tls)?).https_or_http();
+        let secure = if http2 {
+            secure.enable_all_versions().wrap_connector(tcp)
+        } else {
+            secure.enable_http1().wrap_connector(tcp)
+        };
+        let connector = Connector { secure, limit: timeouts.connect, http2, clock: clock.clone() };
         let client = Client::builder(TokioExecutor::new())
+            .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .pool_max_idle_per_host(MAX_IDLE)
@@ -100,6 +108,8 @@ impl HttpUpstream {
             .http1_title_case_headers(true)
             .http1_max_buf_size(MAX_HEAD)
             .set_host(false)
+            .http2_keep_alive_interval(PING_EVERY)
+            .http2_keep_alive_timeout(PING_ANSWER)
             .build(connector);
         Ok(HttpUpstream { client, casings: Casings::default(), timeouts, retry, clock })
     }
@@ -107,6 +117,7 @@ impl HttpUpstream {
     async fn attempt(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
         let connection = capture_connection(&mut request);
         let head_only = request.method() == http::Method::HEAD;
+        let asked_upgrade = request.headers().contains_key(UPGRADE);
         let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;
         let mut response = match answer {
             Ok(Ok(response)) => response,
@@ -117,6 +128,12 @@ impl HttpUpstream {
         };
         let tap = response.extensions_mut().remove::<Arc<Tap>>();
         response.extensions_mut().remove::<HttpInfo>();
+        if asked_upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let tunnel = tunnel(hyper::upgrade::on(&mut response));
+            let mut response = response.map(|_nothing| Body::Empty);
+            response.extensions_mut().insert(tunnel);
+            return Ok(response);
+        }
         if let Some(why) = malformed(response.version(), response.status(), response.headers()) {
             poison(&connection);
             return Err(SendError::unanswered(Failure::Malformed, why));
@@ -159,6 +176,13 @@ impl Upstream for HttpUpstream {
             }
         })
     }
+}
+
+fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
+    Tunnel::new(async move {
+        let upgraded = upgrade.await.map_err(std::io::Error::other)?;
+        Ok(Box::new(TokioIo::new(upgraded)) as Box<dyn Duplex>)
+    })
 }
 
 fn poison(connection: &CaptureConnection) {
@@ -270,12 +294,15 @@ const CONNECT_TIMED_OUT: &str = "no connection within timeouts.connect";
 struct Connector {
     secure: HttpsConnector<HttpConnector<Resolver>>,
     limit: Duration,
+    /// Whether to speak HTTP/2.
+    http2: bool,
     clock: Clock,
 }
 
 /// A connection to the upstream.
 struct Wire {
     io: TokioIo<Tapped<TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>>>,
+    http2: bool,
 }
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -291,11 +318,16 @@ impl Service<Uri> for Connector {
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         let connecting = self.secure.call(uri);
-        let (limit, clock) = (self.limit, self.clock.clone());
+        let (limit, clock, may_http2) = (self.limit, self.clock.clone(), self.http2);
         Box::pin(async move {
             let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
-            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now()) };
-            Ok(Wire { io: TokioIo::new(tapped) })
+            // Over TLS both sides agree on it; without, we just do.
+            let http2 = match &stream {
+                MaybeHttpsStream::Http(_) => may_http2,
+                MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),
+            };
+            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now(), !http2) };
+            Ok(Wire { io: TokioIo::new(tapped), http2 })
         })
     }
 }
@@ -303,7 +335,8 @@ impl Service<Uri> for Connector {
 impl Connection for Wire {
     fn connected(&self) -> Connected {
         let tapped = self.io.inner();
-        tapped.inner.inner().connected().extra(tapped.tap.clone())
+        let connected = tapped.inner.inner().connected().extra(tapped.tap.clone());
+        if self.http2 { connected.negotiated_h2() } else { connected }
     }
 }
 

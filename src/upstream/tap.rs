@@ -17,6 +17,8 @@ const MAX_HEAD: usize = 64 << 10;
 pub(super) struct Tap {
     /// When it was opened.
     pub(super) opened: Tick,
+    /// Off where heads are not text.
+    listens: bool,
     heard: Mutex<Heard>,
 }
 
@@ -40,8 +42,8 @@ enum Phase {
 }
 
 impl Tap {
-    pub(super) fn new(opened: Tick) -> Arc<Tap> {
-        Arc::new(Tap { opened, heard: Mutex::default() })
+    pub(super) fn new(opened: Tick, listens: bool) -> Arc<Tap> {
+        Arc::new(Tap { opened, listens, heard: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
@@ -66,6 +68,9 @@ impl Tap {
     }
 
     fn written(&self) {
+        if !self.listens {
+            return;
+        }
         let mut heard = self.lock();
         if heard.phase != Phase::Head {
             heard.phase = Phase::Head;
@@ -75,6 +80,9 @@ impl Tap {
     }
 
     fn read(&self, mut bytes: &[u8]) {
+        if !self.listens {
+            return;
+        }
         let mut heard = self.lock();
         heard.answering |= !bytes.is_empty();
         while !bytes.is_empty() {
@@ -183,7 +191,7 @@ mod tests {
     use super::*;
 
     fn tap() -> Arc<Tap> {
-        Tap::new(Tick(0))
+        Tap::new(Tick(0), true)
     }
 
     #[test]

@@ -95,6 +95,12 @@ impl Client {
         &self.buffer
     }
 
+    /// Everything that still comes.
+    pub(crate) async fn read_to_end(&mut self, rest: &mut Vec<u8>) {
+        rest.append(&mut self.buffer);
+        let _ = soon("the end", self.stream.read_to_end(rest)).await;
+    }
+
     /// Nothing more comes: the server has closed.
     pub(crate) async fn closed(&mut self) -> bool {
         let mut rest = Vec::new();
@@ -107,7 +113,12 @@ impl Client {
         soon("an answer", self.read_answer(method)).await
     }
 
-    async fn read_answer(&mut self, method: &str) -> Option<Answer> {
+    /// The head of the next answer alone: what follows is for [`Client::read_some`].
+    pub(crate) async fn answer_head(&mut self) -> Option<Answer> {
+        soon("a head", self.read_head()).await
+    }
+
+    async fn read_head(&mut self) -> Option<Answer> {
         let end = loop {
             if let Some(at) = self.buffer.windows(4).position(|w| w == b"\r\n\r\n") {
                 break at + 4;
@@ -121,11 +132,16 @@ impl Client {
         let mut lines = head.lines();
         let status: u16 = lines.next()?.split(' ').nth(1)?.parse().ok()?;
         if status == 100 {
-            return Box::pin(self.read_answer(method)).await;
+            return Box::pin(self.read_head()).await;
         }
         let header = |line: &str| line.split_once(':').map(|(n, v)| (n.to_owned(), v.trim().to_owned()));
         let headers: Vec<_> = lines.filter_map(header).collect();
-        let mut answer = Answer { status, headers, body: Vec::new(), whole: true };
+        Some(Answer { status, headers, body: Vec::new(), whole: true })
+    }
+
+    async fn read_answer(&mut self, method: &str) -> Option<Answer> {
+        let mut answer = self.read_head().await?;
+        let status = answer.status;
         if method == "HEAD" || status == 204 || status == 304 {
             return Some(answer);
         }

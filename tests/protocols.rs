@@ -1,0 +1,235 @@
+//! HTTP/2, TLS, other protocols after an upgrade, and event streams.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsConnector;
+
+use crate::support::redis::folder;
+use crate::support::sidecar::text;
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, soon};
+
+type Sender = SendRequest<Full<Bytes>>;
+
+async fn http2_over(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Sender {
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await.expect("a handshake");
+    tokio::spawn(connection);
+    sender
+}
+
+async fn http2_to(address: SocketAddr) -> Sender {
+    http2_over(TcpStream::connect(address).await.expect("a listener")).await
+}
+
+async fn ask(sender: &mut Sender, method: Method, uri: &str, body: &str) -> (Response<()>, String) {
+    let request = Request::builder().method(method).uri(uri).version(Version::HTTP_2);
+    let request = request.body(Full::new(Bytes::from(body.to_owned()))).expect("a request");
+    let response = soon("an answer", sender.send_request(request)).await.expect("an answer");
+    let (parts, body) = response.into_parts();
+    let body = soon("a body", body.collect()).await.expect("a body").to_bytes();
+    (Response::from_parts(parts, ()), String::from_utf8_lossy(&body).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_2_by_preface_hits_like_any_other() {
+    let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = http2_to(sidecar.address).await;
+    let uri = format!("http://{}/a", sidecar.address);
+    for expected in ["sidecache; fwd=uri-miss; stored", "sidecache; hit"] {
+        let (answer, body) = ask(&mut client, Method::GET, &uri, "").await;
+        assert_eq!((answer.status(), answer.version(), &*body), (StatusCode::OK, Version::HTTP_2, "GET 0"));
+        let status = answer.headers()["cache-status"].to_str().expect("text");
+        assert!(status.starts_with(expected), "{status}");
+    }
+    assert!(get(sidecar.address, "/a", &[]).await.is_hit(), "HTTP/1.1 finds the same");
+    let (_, body) = ask(&mut client, Method::POST, &uri, "hello").await;
+    assert_eq!(body, "POST 5");
+    assert_eq!(origin.asks()[0].header("via"), Some("2 sidecache"));
+    let trace = ask(&mut client, Method::TRACE, &uri, "").await.0;
+    assert_eq!(trace.status(), StatusCode::METHOD_NOT_ALLOWED);
+    let large = format!("{uri}?{}", "a".repeat(9000));
+    assert_eq!(ask(&mut client, Method::GET, &large, "").await.0.status(), StatusCode::URI_TOO_LONG);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_pings_or_half_a_preface_ends_the_connection() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n").await;
+    let mut half = Client::connect(sidecar.address).await;
+    half.write("PRI * HTTP/2.0\r\n\r\nSM").await;
+    assert!(half.closed().await, "nothing follows");
+    let mut block = Client::connect(sidecar.address).await;
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    // HEADERS without END_HEADERS: CONTINUATION never comes.
+    let headers = [0, 0, 1, 1, 0, 0, 0, 0, 1, 0x82];
+    block.write([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..], &headers[..]].concat()).await;
+    let mut rest = Vec::new();
+    block.read_to_end(&mut rest).await;
+    let mut flood = TcpStream::connect(sidecar.address).await.expect("a listener");
+    let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    flood.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat()).await.expect("it is open");
+    let sent = async {
+        for _ in 0..100_000 {
+            if flood.write_all(&ping).await.is_err() {
+                return true;
+            }
+        }
+        false
+    };
+    assert!(soon("the flood ends", sent).await, "the connection was closed");
+    assert_eq!(get(sidecar.address, "/", &[]).await.status, 200);
+}
+
+/// A certificate for localhost: its files, and a client that trusts it.
+fn certificate(folder: &Path) -> (String, ClientConfig) {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    std::fs::write(&cert, made.cert.pem()).expect("written");
+    std::fs::write(&key, made.signing_key.serialize_pem()).expect("written");
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).expect("a root");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config =
+        ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().expect("versions");
+    let config = config.with_root_certificates(roots).with_no_client_auth();
+    (format!("[upstream.listen_tls]\ncert = \"{}\"\nkey = \"{}\"\n", cert.display(), key.display()), config)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_the_client_chooses_the_version() {
+    let origin = Origin::start(|_| Reply::fresh(60, "secret")).await;
+    let folder = folder("tls");
+    let (lines, mut config) = certificate(&folder);
+    let sidecar = Sidecar::before(&origin, &lines).await;
+    let connect = async |config: ClientConfig| {
+        let stream = TcpStream::connect(sidecar.address).await.expect("a listener");
+        let name = ServerName::try_from("localhost").expect("a name");
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("TLS")
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = connect(config.clone()).await;
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let (answer, body) = ask(&mut http2_over(stream).await, Method::GET, "https://localhost/a", "").await;
+    assert_eq!((answer.status(), &*body), (StatusCode::OK, "secret"));
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let mut stream = connect(config).await;
+    stream.write_all(b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.expect("written");
+    let mut answer = Vec::new();
+    let _ = soon("an answer", stream.read_to_end(&mut answer)).await;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(answer.contains("sidecache; hit"), "{answer}");
+    // What is no TLS is no reason to wait.
+    let mut plain = Client::connect(sidecar.address).await;
+    plain.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    plain.read_some(1).await;
+    assert_eq!(origin.count(), 1);
+    std::fs::remove_dir_all(&folder).expect("it was there");
+}
+
+/// An origin that only speaks HTTP/2, and how many connections it had.
+async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (address, connections) = (listener.local_addr().expect("bound"), Arc::new(AtomicUsize::new(0)));
+    let counted = connections.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
+                let said = format!("{:?} {}", request.version(), request.uri());
+                let body = request.into_body().collect().await.expect("a body").to_bytes();
+                let response = Response::builder().header("cache-control", "max-age=60");
+                let body = Full::new(Bytes::from(format!("{said} {}", body.len())));
+                Ok::<_, Infallible>(response.body(body).expect("an answer"))
+            });
+            let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    (address, connections)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_2_to_the_upstream_by_setting() {
+    let (origin, connections) = http2_origin().await;
+    let sidecar = Sidecar::from_text(&text(origin, "http2 = true", "")).await;
+    let said = get(sidecar.address, "/a?b", &[]).await;
+    assert_eq!(said.text(), format!("HTTP/2.0 http://{origin}/a?b 0"));
+    assert!(get(sidecar.address, "/a?b", &[]).await.is_hit());
+    for n in 0..10 {
+        assert_eq!(get(sidecar.address, &format!("/{n}"), &[]).await.status, 200);
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 1, "one connection for all");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websockets_pass_where_a_rule_allows_it() {
+    let origin = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = origin.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = origin.accept().await {
+            let mut head = vec![0; 4096];
+            let read = stream.read(&mut head).await.expect("a head");
+            let asks = String::from_utf8_lossy(&head[..read]).to_lowercase().contains("upgrade: websocket");
+            let answer = if asks {
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
+            } else {
+                "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            };
+            stream.write_all(answer.as_bytes()).await.expect("written");
+            let (mut read, mut write) = stream.split();
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+        }
+    });
+    let rule = "[[upstream.rule]]\npath = \"/ws\"\ncache = \"off\"\nupgrade = [\"websocket\"]\n";
+    let sidecar = Sidecar::from_text(&text(address, rule, "")).await;
+    let lines = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "websocket")];
+    assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426, "no rule allows it there");
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("GET", "/ws", &lines, b"").await;
+    let switched = client.answer_head().await.expect("an answer");
+    assert_eq!((switched.status, switched.header("upgrade")), (101, Some("websocket")));
+    assert_eq!(client.read_some(5).await, b"hello");
+    // No HTTP at all, and no line ends.
+    client.write(b"\x81\x05\r\0\n\xff!").await;
+    assert_eq!(&client.read_some(12).await[5..], b"\x81\x05\r\0\n\xff!");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_pass_as_they_come_and_each_client_has_its_own_stream() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n";
+    let origin =
+        Origin::start(move |_| Reply::raw_halfway(format!("{head}data: one\n\n"), &held, "data: two\n\n")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut clients = Vec::new();
+    for n in 1..=3 {
+        let mut client = Client::connect(sidecar.address).await;
+        client.ask("GET", "/events", &[], b"").await;
+        let answer = client.answer_head().await.expect("a head");
+        assert!(answer.cache_status().ends_with("detail=event-stream"), "{answer:?}");
+        let first = String::from_utf8_lossy(client.read_some(14).await).into_owned();
+        assert!(first.contains("data: one"), "{first}: before the second one is sent");
+        assert_eq!(origin.count(), n);
+        clients.push(client);
+    }
+    gate.open();
+    for mut client in clients {
+        let all = "B\r\ndata: one\n\n\r\nB\r\ndata: two\n\n\r\n0\r\n\r\n";
+        assert_eq!(String::from_utf8_lossy(client.read_some(all.len()).await), all, "and it is whole");
+    }
+}
