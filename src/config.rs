@@ -6,6 +6,7 @@
 mod error;
 mod file;
 mod interpolate;
+mod protection;
 mod redis;
 mod rules;
 mod secret;
@@ -21,7 +22,9 @@ use std::time::Duration;
 use http::HeaderName;
 use http::uri::{Authority, Scheme};
 
+use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Glob;
+use crate::policy::quota::Budget;
 use crate::policy::retry::Retry;
 use crate::policy::route::Router;
 
@@ -100,6 +103,23 @@ pub struct Upstream {
     pub listen_tls: Option<ListenTls>,
     /// Speak HTTP/2 to the upstream.
     pub http2: bool,
+    /// How often it may be asked; none: as often as clients ask.
+    pub budget: Option<Budget>,
+    /// When it is not asked for a while.
+    pub tolerance: Tolerance,
+    /// Connections to it.
+    pub pool: Pool,
+}
+
+/// Connections to an upstream.
+#[derive(Debug, Clone, Copy)]
+pub struct Pool {
+    /// All together, of HTTP/1.1; who comes when there are so many waits for one.
+    pub connections: usize,
+    /// Idle ones kept for each host.
+    pub idle: usize,
+    /// An older one is not used again.
+    pub max_age: Duration,
 }
 
 /// Where requests go.

@@ -7,8 +7,10 @@
 pub mod asked;
 pub mod breaker;
 pub mod chain;
+pub mod circuit;
 pub mod directives;
 pub mod entry;
+pub mod failure;
 pub mod freshness;
 pub mod glob;
 pub mod headers;
@@ -18,6 +20,7 @@ pub mod key;
 pub mod links;
 pub mod outcome;
 pub mod plan;
+pub mod quota;
 pub mod retry;
 pub mod revalidate;
 pub mod route;

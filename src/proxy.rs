@@ -1,6 +1,8 @@
 //! The way of a request. [`Proxy::handle`] is the table of contents: every step of it is a module below.
 
 pub mod ahead;
+pub mod breakers;
+pub mod budget;
 pub mod fallback;
 pub mod fetch;
 pub mod fleet;
@@ -10,6 +12,7 @@ pub mod job;
 pub mod lookup;
 pub mod relay;
 pub mod respond;
+pub mod send;
 pub mod site;
 pub mod visit;
 pub mod wait;

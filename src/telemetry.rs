@@ -63,6 +63,21 @@ impl Telemetry {
         self.counters.upstream(failure, took);
     }
 
+    /// The upstream answered 429.
+    pub fn throttled(&self) {
+        self.counters.throttled();
+    }
+
+    /// … and the request was sent again, in its time.
+    pub fn absorbed(&self) {
+        self.counters.absorbed();
+    }
+
+    /// A request was not sent: its turn would have come too late.
+    pub fn refused_by_budget(&self) {
+        self.counters.refused();
+    }
+
     /// An answer was stored.
     pub fn stored(&self) {
         self.counters.stored();

@@ -1,6 +1,7 @@
 //! The API behind us, as the proxy sees it: requests go in, answers or failures come out.
 
 mod casing;
+mod connect;
 pub mod http;
 mod resolve;
 mod tap;
@@ -40,6 +41,8 @@ pub struct SendError {
     pub ended: Ended,
     /// Set if it was the client's body that failed.
     pub client: Option<BodyError>,
+    /// Nobody is there, it seems: no connection, or no response head in time.
+    pub silent: bool,
     /// For the log.
     pub message: String,
 }
@@ -47,7 +50,22 @@ pub struct SendError {
 impl SendError {
     /// No answer, and the request may have had an effect.
     pub fn unanswered(failure: Failure, message: impl Into<String>) -> SendError {
-        SendError { failure, ended: Ended::Otherwise, client: None, message: message.into() }
+        SendError { failure, ended: Ended::Otherwise, client: None, silent: false, message: message.into() }
+    }
+}
+
+impl SendError {
+    /// Did anything try to reach the upstream?
+    pub fn was_tried(&self) -> bool {
+        match self.failure {
+            Failure::Throttled | Failure::Unavailable => self.ended != Ended::Unsent,
+            Failure::Timeout
+            | Failure::Connect
+            | Failure::Malformed
+            | Failure::Status(_)
+            | Failure::Empty
+            | Failure::Internal => true,
+        }
     }
 }
 

@@ -79,7 +79,14 @@ fn adapters_stay_behind_their_walls() {
     only_in(&["Deserialize"], &["src/config", "src/admin", "src/demo", "src/store/wire", "src/fleet"]);
     only_in(
         &["Instant::now", "SystemTime::now"],
-        &["src/clock.rs", "src/server", "src/proxy/fetch.rs", "src/body/fanout.rs", "src/redis/link.rs"],
+        &[
+            "src/clock.rs",
+            "src/server",
+            "src/proxy/fetch.rs",
+            "src/proxy/budget.rs",
+            "src/body/fanout.rs",
+            "src/redis/link.rs",
+        ],
     );
     only_in(&["crate::demo"], &["src/demo", "src/cli.rs"]);
     only_in(&["crate::cli"], &["src/cli", "src/main.rs"]);

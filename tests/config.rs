@@ -38,7 +38,11 @@ fn every_mistake_is_told_where_it_is_and_what_to_write() {
         (rule("when = { graphql = { type = \"query\" } }"), "t.toml:5:20", "not built yet"),
         (rule("key = { partition = \"app\" }"), "t.toml:5:21", "not built yet"),
         (format!("mode = \"bypass\"\n{HEAD}"), "t.toml:1:8", "not built yet"),
-        (format!("{HEAD}budget = {{ rate = \"2/s\" }}\n"), "t.toml:3:10", "not built yet"),
+        (format!("{HEAD}budget = {{ rate = \"2\" }}\n"), "t.toml:3:19", "\"100/m\""),
+        (format!("{HEAD}budget = {{ burst = 2 }}\n"), "t.toml:3:10", "rate"),
+        (format!("{HEAD}budget = \"some\"\n"), "t.toml:3:10", "\"learn\""),
+        (format!("{HEAD}http2 = true\nhost = \"preserve\"\n"), "t.toml:4:8", "leave out http2"),
+        (format!("{HEAD}[upstream.listen_tls]\ncert = \"c.pem\"\n"), "t.toml:4:8", "needs both"),
         (format!("{HEAD}[redis]\n"), "t.toml:3:1", "needs a url"),
         (format!("{HEAD}[redis]\nurl = \"http://x\"\n"), "t.toml:4:7", "redis-cluster://"),
         (format!("{HEAD}[redis]\nurl = \"redis://x\"\npassword = \"plain\"\n"), "t.toml:5:12", "{ file = "),
@@ -162,7 +166,7 @@ async fn the_first_lines_of_a_start_are_the_contract() {
         format!("sidecache 0.1.0 mode=normal config={} redis=none (this process only)", file.display()),
         format!("listening upstream=upstream addr={upstream} -> {url} profile=generic rules=0"),
         format!("listening admin addr={admin} token=none"),
-        "not in this version: budget = \"learn\" (requests are not paced), breaker".to_owned(),
+        "not in this version: budget = \"learn\" obeys Retry-After, but does not learn the pace".to_owned(),
     ];
     assert_eq!(process.start, expected);
     assert_eq!(get(upstream, "/", &[]).await.status, 200);

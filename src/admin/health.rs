@@ -32,6 +32,8 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     for proxy in &admin.proxies {
         let state = proxy.site.signals.state(now);
         degraded |= state.status == "down";
+        let mut state = json!(state);
+        state["breakers"] = json!(proxy.site.breakers.open().into_iter().collect::<BTreeMap<_, _>>());
         upstreams.insert(proxy.site.name.to_string(), state);
     }
     let usage = commons.memory.usage();

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::Value;
 
+use super::protection::{BreakerTable, BudgetSpec, PoolTable};
 use super::values::{Dur, OneOrMany, SecretRef, Size, Window};
 
 #[derive(Debug, Default, Deserialize)]
@@ -47,9 +48,9 @@ pub(super) struct Upstream {
     /// `--ttl`, not from the file.
     #[serde(skip)]
     pub(super) ttl_flag: Option<Spanned<String>>,
-    // Known, and refused until they are built.
-    pub(super) budget: Option<Spanned<Value>>,
-    pub(super) breaker: Option<Spanned<Value>>,
+    pub(super) budget: Option<Spanned<BudgetSpec>>,
+    pub(super) breaker: BreakerTable,
+    pub(super) pool: PoolTable,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -13,6 +13,7 @@ use toml::Spanned;
 
 use super::error::{ConfigError, Fault, Source};
 use super::file;
+use super::protection::{self, BudgetSpec};
 use super::rules::{Surroundings, inherit, partition};
 use super::validate::{Validator, address, from_flags};
 use super::values::OneOrMany;
@@ -81,8 +82,25 @@ impl Validator<'_> {
         let (timeouts, retry) = (timeouts(&given.timeouts), retry(&given.retry));
         let (tls, http2) = (self.tls(&given.tls), given.http2);
         let listen_tls = self.listen_tls(&given.listen_tls);
+        let budget = self.collect(protection::budget(given.budget.as_ref())).flatten();
+        let (tolerance, pool) = (protection::tolerance(&given.breaker), protection::pool(&given.pool));
         let (listen, target) = (listen?, target?);
-        Some(Upstream { name, listen, target, profile, router, rules, timeouts, retry, tls, listen_tls, http2 })
+        Some(Upstream {
+            name,
+            listen,
+            target,
+            profile,
+            router,
+            rules,
+            timeouts,
+            retry,
+            tls,
+            listen_tls,
+            http2,
+            budget,
+            tolerance,
+            pool,
+        })
     }
 
     fn refuse_in_defaults(&mut self, defaults: &file::Rule) {
@@ -94,21 +112,11 @@ impl Validator<'_> {
     }
 
     fn note_unbuilt(&mut self, given: &file::Upstream) {
-        match &given.budget {
-            Some(budget) if budget.get_ref().as_str() == Some("off") => {}
-            Some(budget) => {
-                let message = "budgets are not built yet: write budget = \"off\", or leave it out";
-                self.fault(&budget.span(), message);
-            }
-            None => {
-                let note = "not in this version: budget = \"learn\" (requests are not paced), breaker".to_owned();
-                if !self.notes.contains(&note) {
-                    self.notes.push(note);
-                }
-            }
-        }
-        if let Some(breaker) = &given.breaker {
-            self.fault(&breaker.span(), "[upstream.breaker] is not built yet: leave it out");
+        let learns = given.budget.as_ref().is_none_or(|b| matches!(b.get_ref(), BudgetSpec::Word(w) if w == "learn"));
+        let note =
+            "not in this version: budget = \"learn\" obeys Retry-After, but does not learn the pace".to_owned();
+        if learns && !self.notes.contains(&note) {
+            self.notes.push(note);
         }
     }
 

@@ -41,9 +41,51 @@ impl Retry {
     }
 }
 
+/// How many retries there may be beside first attempts: a tenth of them, and a few to begin with. What fails for all
+/// is not asked twice as often.
+#[derive(Debug, Clone, Copy)]
+pub struct RetryBudget {
+    /// In tenths of a retry.
+    tenths: u32,
+}
+
+/// Retries that can be saved up.
+const SAVED: u32 = 10;
+
+impl Default for RetryBudget {
+    fn default() -> Self {
+        RetryBudget { tenths: SAVED * 10 }
+    }
+}
+
+impl RetryBudget {
+    /// A first attempt is made.
+    pub fn deposit(&mut self) {
+        self.tenths = (self.tenths + 1).min(SAVED * 10);
+    }
+
+    /// May there be a retry?
+    pub fn withdraw(&mut self) -> bool {
+        let left = self.tenths.checked_sub(10);
+        self.tenths = left.unwrap_or(self.tenths);
+        left.is_some()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn retries_are_a_tenth_of_all_in_the_long_run() {
+        let mut budget = RetryBudget::default();
+        assert_eq!((0..100).filter(|_| budget.withdraw()).count(), 10, "saved up");
+        let retries = (0..1000).filter(|_| {
+            budget.deposit();
+            budget.withdraw()
+        });
+        assert_eq!(retries.count(), 100);
+    }
 
     #[test]
     fn only_what_is_safe_is_tried_again() {

@@ -38,6 +38,15 @@ impl Proxy {
         self.commons.memory.get(&quest.key)?.select(&quest.asked.headers).cloned()
     }
 
+    /// While the upstream wants to hear nothing, what is stale stands in for it at once.
+    pub(super) fn stale_while_closed(&self, quest: &Quest<'_>) -> Option<Response<Body>> {
+        let entry = quest.miss.stale.as_ref()?;
+        self.closed_for(quest.place, &quest.asked.headers)?;
+        let now = quest.visit.now;
+        let reason = stands_in(entry, self.commons.invalidations.standing(entry, now), Failure::Throttled, now)?;
+        Some(self.stale(&*quest.asked, entry, reason, quest.plan, quest.visit))
+    }
+
     /// Down the ladder.
     pub(super) fn ladder(
         &self,

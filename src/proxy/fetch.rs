@@ -61,22 +61,26 @@ impl Proxy {
         if job.plan.reject_empty.is_some() {
             readable_codings_only(&mut request);
         }
-        let sent = self.commons.clock.instant();
-        let sending = timeout_at(by, self.site.upstream.send(request));
-        let answer = if job.asked.method == Method::HEAD {
+        let sending = self.send(request, &job.place);
+        let sent = if job.asked.method == Method::HEAD {
             // It can't be stored: when nobody waits any more, nobody needs it.
             tokio::select! {
-                answer = sending => answer,
+                sent = sending => sent,
                 () = lead.left_alone() => return,
             }
         } else {
             sending.await
         };
-        let delay = self.commons.clock.instant().saturating_duration_since(sent);
-        match answer {
-            Err(_elapsed) => self.failed(lead, Failure::Timeout, delay, "timeouts.fetch has passed"),
-            Ok(Err(error)) => self.failed(lead, error.failure, delay, &error.message),
-            Ok(Ok(mut response)) => {
+        let delay = self.commons.clock.instant().saturating_duration_since(sent.at);
+        let by = Instant::from_std(sent.at) + self.site.timeouts.fetch;
+        match sent.answer {
+            Err(error) => {
+                if error.was_tried() {
+                    self.upstream_ended(Some(error.failure), delay, &error.message);
+                }
+                lead.land(Landing::Failed(error.failure));
+            }
+            Ok(mut response) => {
                 strip_hop_by_hop(response.headers_mut());
                 let failure = Failure::from_status(response.status());
                 self.upstream_ended(failure, delay, response.status().as_str());
@@ -84,11 +88,6 @@ impl Proxy {
                 self.came(lead, &job, Came { response, born, at, delay }, by).await;
             }
         }
-    }
-
-    fn failed(&self, lead: Lead, failure: Failure, after: Duration, message: &str) {
-        self.upstream_ended(Some(failure), after, message);
-        lead.land(Landing::Failed(failure));
     }
 
     /// An answer's head is here: what is it good for?

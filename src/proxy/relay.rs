@@ -39,7 +39,7 @@ impl Proxy {
         }
         let asked = Arc::new(parts);
         let answer = if asked.method.is_safe() {
-            self.site.upstream.send(outgoing).await
+            self.send(outgoing, &place).await.answer
         } else {
             self.clone().write(asked.clone(), place, outgoing).await
         };
@@ -54,7 +54,9 @@ impl Proxy {
             }
             Err(SendError { client: Some(fault), .. }) => self.rejected(&*asked, &body_rejection(fault)),
             Err(error) => {
-                self.upstream_ended(Some(error.failure), took, &error.message);
+                if error.was_tried() {
+                    self.upstream_ended(Some(error.failure), took, &error.message);
+                }
                 let fetched = Fetched::bypass(reason, None);
                 let outcome = Outcome::Failed { fetched, failure: error.failure };
                 self.failure(&*asked, &outcome, error.failure, None, &visit)
@@ -81,7 +83,7 @@ impl Proxy {
         request: Request<Body>,
     ) -> Result<Response<Body>, SendError> {
         let write = async move {
-            let answer = self.site.upstream.send(request).await;
+            let answer = self.send(request, &place).await.answer;
             let may_have_changed = match &answer {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
                 // No answer says nothing about what was done.

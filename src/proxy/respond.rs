@@ -31,7 +31,7 @@ use crate::telemetry::Answered;
 type Text = SmallVec<[u8; 128]>;
 
 /// After a timeout the fetch goes on: soon there may be a hit.
-const RETRY_SOON: &str = "2";
+const RETRY_SOON: u64 = 2;
 
 impl Proxy {
     /// A fresh entry.
@@ -180,13 +180,24 @@ impl Proxy {
             Failure::Status(_) => (StatusCode::BAD_GATEWAY, "The upstream answered with an error."),
             Failure::Throttled => (StatusCode::SERVICE_UNAVAILABLE, "The upstream's rate limit is used up."),
             Failure::Empty => (StatusCode::BAD_GATEWAY, "The upstream's answer is empty where it must not be."),
+            Failure::Unavailable => {
+                (StatusCode::SERVICE_UNAVAILABLE, "The upstream did not answer lately, and is not asked for a while.")
+            }
             Failure::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "The request failed inside the proxy."),
         };
+        let asked = asked.into();
         let mut response = self.error(status, failure.code(), message);
         if status == StatusCode::GATEWAY_TIMEOUT || status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(RETRY_SOON));
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(self.retry_in(asked, failure)));
         }
-        self.of_ours(asked.into(), response, outcome, plan, visit)
+        self.of_ours(asked, response, outcome, plan, visit)
+    }
+
+    /// Seconds after which it is worth to come again.
+    fn retry_in(&self, asked: Asked<'_>, failure: Failure) -> u64 {
+        let place = self.site.locate(asked.uri, asked.headers).ok().filter(|_| failure == Failure::Throttled);
+        let closed = place.and_then(|place| self.closed_for(&place, asked.headers));
+        closed.map_or(RETRY_SOON, |left| left.as_secs() + 1)
     }
 
     /// 504 to `only-if-cached`: RFC 9111 §5.2.1.7.

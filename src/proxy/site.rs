@@ -8,7 +8,10 @@ use http::header::HeaderName;
 use http::uri::{Authority, Scheme};
 use http::{HeaderMap, Uri};
 
+use super::breakers::Breakers;
+use super::budget::Budgets;
 use crate::config::{self, HostPattern, Target, Timeouts};
+use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Captures;
 use crate::policy::invalidation::Address;
 use crate::policy::plan::Plan;
@@ -39,6 +42,14 @@ pub struct Site {
     port: u16,
     /// How it is doing.
     pub signals: Signals,
+    /// Who may ask it now.
+    pub budgets: Budgets,
+    /// When it is not asked for a while …
+    pub tolerance: Tolerance,
+    /// … and which of its hosts are not.
+    pub breakers: Breakers,
+    /// Tells credentials.
+    credentials: Option<Arc<Plan>>,
     /// Request headers that are part of some key.
     keyed: HashSet<HeaderName>,
     /// Where every request goes, if that is one place.
@@ -65,7 +76,7 @@ pub struct Misdirected;
 impl Site {
     /// The site of a configured upstream.
     pub fn new(config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
-        let config::Upstream { name, target, router, timeouts, .. } = config;
+        let config::Upstream { name, target, router, timeouts, budget, tolerance, .. } = config;
         let id = UpstreamId::of(&name, &target.origin());
         let fixed = match &target {
             Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
@@ -78,7 +89,30 @@ impl Site {
         };
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
-        Site { id, name, target, router, timeouts, upstream, port, signals: Signals::default(), keyed, fixed }
+        let (budgets, breakers) = (Budgets::new(budget), Breakers::default());
+        // What carries a credential is the same for all rules.
+        let credentials = router.plans().first().cloned();
+        Site {
+            id,
+            name,
+            target,
+            router,
+            timeouts,
+            upstream,
+            port,
+            signals: Signals::default(),
+            budgets,
+            tolerance,
+            breakers,
+            credentials,
+            keyed,
+            fixed,
+        }
+    }
+
+    /// Does this request header carry a credential, or seem to?
+    pub fn is_credential(&self, name: &HeaderName) -> bool {
+        self.credentials.as_ref().is_some_and(|plan| plan.key.is_credential(name))
     }
 
     /// Is this request header part of some key?

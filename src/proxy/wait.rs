@@ -49,6 +49,9 @@ impl Proxy {
         let (parts, _empty) = request.into_parts();
         let (asked, place, plan, visit) = (Arc::new(parts), &place, &plan, &visit);
         let quest = Quest { asked, place, plan, key, miss, visit };
+        if let Some(stale) = self.stale_while_closed(&quest) {
+            return stale;
+        }
         let deadline = Instant::from_std(visit.begun) + plan.deadline;
         let mut flight_key = quest.miss.flight_key(&quest.key, &quest.asked.headers);
         let mut alone =
@@ -118,6 +121,10 @@ impl Proxy {
     ) {
         let Commons { flights, invalidations, .. } = &*self.commons;
         let (position, headers) = (invalidations.position(), request.headers());
+        if self.closed_for(place, headers).is_some() {
+            // Nobody waits for it: the next request after the pause refreshes it.
+            return;
+        }
         let flight_key = variant_key(key, &entry.variant, headers);
         let refreshed = || match self.look_up(key, headers, &Demands::default(), self.commons.clock.now()) {
             Lookup::Fresh(found) if ahead && Arc::ptr_eq(&found, entry) => None,

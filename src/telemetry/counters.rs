@@ -27,6 +27,9 @@ pub struct Counters {
     hits: Latencies,
     others: Latencies,
     from_fleet: AtomicU64,
+    throttled: AtomicU64,
+    absorbed: AtomicU64,
+    refused: AtomicU64,
     unstored: [AtomicU64; REASONS.len()],
     unstored_gets: AtomicU64,
 }
@@ -48,6 +51,12 @@ pub struct Snapshot {
     pub upstream_requests: u64,
     /// Those that failed.
     pub upstream_failures: u64,
+    /// Its answers with 429.
+    pub throttled: u64,
+    /// Those that no client saw, because the request waited and was sent again.
+    pub throttles_absorbed: u64,
+    /// Requests that were not sent, because their turn would have come too late.
+    pub refused_by_budget: u64,
     /// Answers stored.
     pub stored: u64,
     /// Writes relayed.
@@ -81,6 +90,18 @@ impl Counters {
 
     pub(super) fn found_in_fleet(&self) {
         self.from_fleet.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn throttled(&self) {
+        self.throttled.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn absorbed(&self) {
+        self.absorbed.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn refused(&self) {
+        self.refused.fetch_add(1, Relaxed);
     }
 
     pub(super) fn stored(&self) {
@@ -129,6 +150,9 @@ impl Counters {
             hit_ratio,
             upstream_requests: ok + failed,
             upstream_failures: failed,
+            throttled: self.throttled.load(Relaxed),
+            throttles_absorbed: self.absorbed.load(Relaxed),
+            refused_by_budget: self.refused.load(Relaxed),
             stored: self.stored.load(Relaxed),
             writes: self.writes.load(Relaxed),
             from_memory: served.saturating_sub(self.from_fleet.load(Relaxed)),

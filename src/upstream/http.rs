@@ -1,48 +1,39 @@
-//! The real upstream: a pooled HTTP/1.1 client with time limits, the one safe retry, and suspicion.
+//! The real upstream: a pooled HTTP client with time limits, the one safe retry, and suspicion.
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
-use http::uri::Uri;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
-use hyper_util::client::legacy::connect::{
-    CaptureConnection, Connected, Connection, HttpConnector, HttpInfo, capture_connection,
-};
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
 use tokio::time::{Sleep, timeout};
-use tower_service::Service;
 
 use super::casing::Casings;
-use super::resolve::Resolver;
-use super::tap::{Tap, Tapped};
+use super::connect::{CONNECT_TIMED_OUT, Connector, Terms};
+use super::tap::Tap;
 use super::{SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
-use crate::config::{self, Target, Timeouts};
+use crate::config::{self, Pool, Target, Timeouts};
 use crate::policy::entry::Casing;
 use crate::policy::outcome::Failure;
-use crate::policy::retry::{Ended, Retry};
+use crate::policy::retry::{Ended, Retry, RetryBudget};
 use crate::tls;
 
-/// Idle connections kept for one host.
-const MAX_IDLE: usize = 64;
+/// For a client without limits of its own.
+const MANY: usize = 1 << 20;
 
 /// An idle connection is closed after this.
 const IDLE: Duration = Duration::from_secs(60);
-
-/// An older connection is not used again, so that DNS is asked again under steady traffic too.
-const MAX_AGE: Duration = Duration::from_mins(5);
 
 /// An HTTP/2 connection that carries streams is asked so often whether it lives, and must answer in time.
 const PING_EVERY: Duration = Duration::from_secs(20);
@@ -57,6 +48,9 @@ pub struct HttpUpstream {
     casings: Casings,
     timeouts: Timeouts,
     retry: Retry,
+    retries: Mutex<RetryBudget>,
+    /// DNS is asked again under steady traffic too.
+    max_age: Duration,
     clock: Clock,
 }
 
@@ -69,41 +63,37 @@ impl std::fmt::Debug for HttpUpstream {
 impl HttpUpstream {
     /// The client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &config::Upstream, clock: Clock) -> Result<HttpUpstream, String> {
-        let guarded = matches!(config.target, Target::Hosts(_));
-        Self::client(config.timeouts, config.retry, &config.tls, guarded, config.http2, clock)
+        let terms = Terms {
+            limit: config.timeouts.connect,
+            most: config.pool.connections,
+            http2: config.http2,
+            guarded: matches!(config.target, Target::Hosts(_)),
+        };
+        Self::client(config.timeouts, config.retry, &config.tls, &terms, config.pool, clock)
     }
 
     /// A client for anything else, which never retries.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<HttpUpstream, String> {
         let retry = Retry { attempts: 1, base: Duration::ZERO, cap: Duration::ZERO };
-        Self::client(timeouts, retry, &config::Tls::default(), false, false, clock)
+        let pool = Pool { connections: MANY, idle: MANY, max_age: Duration::from_hours(1) };
+        let terms = Terms { limit: timeouts.connect, most: MANY, http2: false, guarded: false };
+        Self::client(timeouts, retry, &config::Tls::default(), &terms, pool, clock)
     }
 
     fn client(
         timeouts: Timeouts,
         retry: Retry,
         tls: &config::Tls,
-        guarded: bool,
-        http2: bool,
+        terms: &Terms,
+        pool: Pool,
         clock: Clock,
     ) -> Result<HttpUpstream, String> {
-        let mut tcp = HttpConnector::new_with_resolver(Resolver::new(guarded));
-        tcp.set_nodelay(true);
-        tcp.enforce_http(false);
-        tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(timeouts.connect));
-        let secure = HttpsConnectorBuilder::new().with_tls_config(tls::client_config(tls)?).https_or_http();
-        let secure = if http2 {
-            secure.enable_all_versions().wrap_connector(tcp)
-        } else {
-            secure.enable_http1().wrap_connector(tcp)
-        };
-        let connector = Connector { secure, limit: timeouts.connect, http2, clock: clock.clone() };
+        let connector = Connector::new(terms, tls::client_config(tls)?, clock.clone());
         let client = Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
-            .pool_max_idle_per_host(MAX_IDLE)
+            .pool_max_idle_per_host(pool.idle)
             .http1_preserve_header_case(true)
             .http1_title_case_headers(true)
             .http1_max_buf_size(MAX_HEAD)
@@ -111,7 +101,8 @@ impl HttpUpstream {
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_timeout(PING_ANSWER)
             .build(connector);
-        Ok(HttpUpstream { client, casings: Casings::default(), timeouts, retry, clock })
+        let (casings, retries, max_age) = (Casings::default(), Mutex::default(), pool.max_age);
+        Ok(HttpUpstream { client, casings, timeouts, retry, retries, max_age, clock })
     }
 
     async fn attempt(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
@@ -123,7 +114,9 @@ impl HttpUpstream {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => return Err(send_error(&error)),
             Err(_elapsed) => {
-                return Err(SendError::unanswered(Failure::Timeout, "no response head within timeouts.first_byte"));
+                let message = "no response head within timeouts.first_byte";
+                let late = SendError::unanswered(Failure::Timeout, message);
+                return Err(SendError { silent: true, ..late });
             }
         };
         let tap = response.extensions_mut().remove::<Arc<Tap>>();
@@ -139,7 +132,7 @@ impl HttpUpstream {
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
-            if self.clock.now() > tap.opened.plus(MAX_AGE) {
+            if self.clock.now() > tap.opened.plus(self.max_age) {
                 poison(&connection);
             }
             if let Some(casing) = self.casings.of(&tap.head()).await {
@@ -164,6 +157,7 @@ impl Upstream for HttpUpstream {
         Box::pin(async move {
             let (parts, mut body) = request.into_parts();
             let mut made = 0;
+            self.retries.lock().unwrap_or_else(PoisonError::into_inner).deposit();
             loop {
                 let copy = body.try_clone();
                 let result = self.attempt(Request::from_parts(parts.clone(), body)).await;
@@ -171,6 +165,9 @@ impl Upstream for HttpUpstream {
                 let (Err(error), Some(again)) = (&result, copy) else { return result };
                 let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
                 let Some(pause) = self.retry.pause(&parts.method, error.ended, made, jitter) else { return result };
+                if !self.retries.lock().unwrap_or_else(PoisonError::into_inner).withdraw() {
+                    return result;
+                }
                 tokio::time::sleep(pause).await;
                 body = again;
             }
@@ -243,7 +240,7 @@ fn send_error(error: &ClientError) -> SendError {
     } else {
         Ended::Otherwise
     };
-    SendError { failure, ended, client, message }
+    SendError { failure, ended, client, silent: error.is_connect(), message }
 }
 
 /// The answer's body: an error if it stands still, ends early, or is followed by more than was announced.
@@ -284,94 +281,5 @@ impl HttpBody for Guarded {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-const CONNECT_TIMED_OUT: &str = "no connection within timeouts.connect";
-
-/// DNS, TCP and TLS under one limit, with a tap on what comes out.
-#[derive(Clone)]
-struct Connector {
-    secure: HttpsConnector<HttpConnector<Resolver>>,
-    limit: Duration,
-    /// Whether to speak HTTP/2.
-    http2: bool,
-    clock: Clock,
-}
-
-/// A connection to the upstream.
-struct Wire {
-    io: TokioIo<Tapped<TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>>>,
-    http2: bool,
-}
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-impl Service<Uri> for Connector {
-    type Response = Wire;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<Wire, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.secure.poll_ready(cx)
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = self.secure.call(uri);
-        let (limit, clock, may_http2) = (self.limit, self.clock.clone(), self.http2);
-        Box::pin(async move {
-            let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
-            // Over TLS both sides agree on it; without, we just do.
-            let http2 = match &stream {
-                MaybeHttpsStream::Http(_) => may_http2,
-                MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),
-            };
-            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now(), !http2) };
-            Ok(Wire { io: TokioIo::new(tapped), http2 })
-        })
-    }
-}
-
-impl Connection for Wire {
-    fn connected(&self) -> Connected {
-        let tapped = self.io.inner();
-        let connected = tapped.inner.inner().connected().extra(tapped.tap.clone());
-        if self.http2 { connected.negotiated_h2() } else { connected }
-    }
-}
-
-impl hyper::rt::Read for Wire {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: hyper::rt::ReadBufCursor<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
-    }
-}
-
-impl hyper::rt::Write for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 }

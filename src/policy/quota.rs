@@ -1,0 +1,77 @@
+//! What an upstream allows: how often it may be asked, and what its `Retry-After` says.
+
+use std::time::{Duration, SystemTime};
+
+use http::header::{HeaderMap, RETRY_AFTER};
+
+/// A longer `Retry-After` is taken for a mistake, and cut.
+const LONGEST: Duration = Duration::from_hours(1);
+
+/// The budget of an upstream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Budget {
+    /// At this pace; none: at any, until the upstream says stop.
+    pub pace: Option<Pace>,
+    /// The longest a request waits for its turn.
+    pub max_wait: Duration,
+    /// Who has a bucket of their own.
+    pub per: Per,
+}
+
+/// A leaky bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// One request in this time.
+    pub every: Duration,
+    /// So many at once.
+    pub burst: u32,
+}
+
+/// Who shares a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Per {
+    /// Requests with the same credentials to the same host.
+    Credential,
+    /// All requests to the same host.
+    Host,
+}
+
+/// `Retry-After`: seconds (RFC 9110 §10.2.3), seconds with a fraction as some APIs write them, or a date.
+pub fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        Duration::try_from_secs_f64(text.parse().ok()?).unwrap_or(LONGEST)
+    } else {
+        httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
+    };
+    Some(wait.min(LONGEST))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    #[test]
+    fn all_forms_of_retry_after() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_hours(1);
+        let ms = Duration::from_millis;
+        let table = [
+            ("2", Some(ms(2000))),
+            ("2.0", Some(ms(2000))),
+            (" 0.25", Some(ms(250))),
+            ("Thu, 01 Jan 1970 01:00:05 GMT", Some(ms(5000))),
+            ("Thu, 01 Jan 1970 00:00:05 GMT", Some(ms(0))),
+            ("99999999999999999999", Some(LONGEST)),
+            ("-1", None),
+            ("1e3", None),
+            ("soon", None),
+            ("", None),
+            (".", None),
+        ];
+        for (text, expected) in table {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static(text))]);
+            assert_eq!(retry_after(&headers, now), expected, "{text:?}");
+        }
+    }
+}

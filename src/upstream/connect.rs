@@ -1,0 +1,147 @@
+//! Connections to the upstream: DNS, TCP and TLS under one limit, so many at most, with a tap on each.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::uri::Uri;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+use tower_service::Service;
+
+use super::resolve::Resolver;
+use super::tap::{Tap, Tapped};
+use crate::clock::Clock;
+
+/// Begins the message of a connection that took too long.
+pub(super) const CONNECT_TIMED_OUT: &str = "no connection within timeouts.connect";
+
+/// Makes connections.
+#[derive(Clone)]
+pub(super) struct Connector {
+    secure: HttpsConnector<HttpConnector<Resolver>>,
+    limit: Duration,
+    /// Whether to speak HTTP/2.
+    http2: bool,
+    /// One for each connection.
+    places: Arc<Semaphore>,
+    clock: Clock,
+}
+
+/// What a connector is to keep to.
+pub(super) struct Terms {
+    /// Of DNS, TCP and TLS together.
+    pub(super) limit: Duration,
+    /// Connections at once.
+    pub(super) most: usize,
+    /// Whether to speak HTTP/2.
+    pub(super) http2: bool,
+    /// Whether names that lead to addresses of the machine itself, or of its cloud, are refused.
+    pub(super) guarded: bool,
+}
+
+impl Connector {
+    pub(super) fn new(terms: &Terms, tls: ClientConfig, clock: Clock) -> Connector {
+        let mut tcp = HttpConnector::new_with_resolver(Resolver::new(terms.guarded));
+        tcp.set_nodelay(true);
+        tcp.enforce_http(false);
+        tcp.set_keepalive(Some(Duration::from_secs(30)));
+        tcp.set_connect_timeout(Some(terms.limit));
+        let secure = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
+        let secure = if terms.http2 {
+            secure.enable_all_versions().wrap_connector(tcp)
+        } else {
+            secure.enable_http1().wrap_connector(tcp)
+        };
+        let places = Arc::new(Semaphore::new(terms.most.min(Semaphore::MAX_PERMITS)));
+        Connector { secure, limit: terms.limit, http2: terms.http2, places, clock }
+    }
+}
+
+/// A connection to the upstream.
+pub(super) struct Wire {
+    io: TokioIo<Tapped<TokioIo<MaybeHttpsStream<TokioIo<TcpStream>>>>>,
+    http2: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Service<Uri> for Connector {
+    type Response = Wire;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Wire, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.secure.poll_ready(cx)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let (mut secure, places) = (self.secure.clone(), self.places.clone());
+        let (limit, clock, may_http2) = (self.limit, self.clock.clone(), self.http2);
+        Box::pin(async move {
+            // Meanwhile a connection may become idle: then that one is used.
+            let place = places.acquire_owned().await?;
+            let connecting = secure.call(uri);
+            let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
+            // Over TLS both sides agree on it; without, we just do.
+            let http2 = match &stream {
+                MaybeHttpsStream::Http(_) => may_http2,
+                MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),
+            };
+            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now(), !http2) };
+            Ok(Wire { io: TokioIo::new(tapped), http2, _place: place })
+        })
+    }
+}
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        let tapped = self.io.inner();
+        let connected = tapped.inner.inner().connected().extra(tapped.tap.clone());
+        if self.http2 { connected.negotiated_h2() } else { connected }
+    }
+}
+
+impl hyper::rt::Read for Wire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl hyper::rt::Write for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+}

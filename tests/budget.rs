@@ -1,0 +1,167 @@
+//! The upstream's limit: paced, obeyed, and not felt by clients. The breaker, and the cap on connections.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::support::sidecar::text;
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, until};
+
+type Times = Arc<Mutex<Vec<Instant>>>;
+
+fn since(times: &Times) -> Vec<Duration> {
+    let times = times.lock().expect("unpoisoned");
+    times.windows(2).map(|pair| pair[1] - pair[0]).collect()
+}
+
+/// Answers 429 so often, then 200.
+async fn throttling(often: usize, retry_after: &'static str) -> (Origin, Times) {
+    let times = Times::default();
+    let noted = times.clone();
+    let origin = Origin::start(move |ask| {
+        noted.lock().expect("unpoisoned").push(Instant::now());
+        if ask.number < often {
+            Reply::new(429, "slow down").header("Retry-After", retry_after)
+        } else {
+            Reply::fresh(60, "at last")
+        }
+    })
+    .await;
+    (origin, times)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_429_that_says_when_is_absorbed() {
+    let (origin, times) = throttling(2, "0.4").await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let answer = sidecar.get("/a").await;
+    assert_eq!((answer.status, answer.text()), (200, "at last".into()));
+    assert!(sidecar.get("/a").await.is_hit());
+    for gap in since(&times) {
+        assert!(gap >= Duration::from_millis(400), "not before its time: {gap:?}");
+    }
+    let stats = sidecar.stats().await;
+    assert_eq!((&stats["requests"]["throttled"], &stats["requests"]["throttles_absorbed"]), (&2.into(), &2.into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_passes_through_waits_too_but_a_write_is_not_repeated() {
+    let (origin, times) = throttling(1, "0.3").await;
+    let rule = "[[upstream.rule]]\npath = \"/**\"\ncache = \"off\"\n";
+    let sidecar = Sidecar::before(&origin, rule).await;
+    assert_eq!(sidecar.get("/a").await.status, 200);
+    assert!(since(&times)[0] >= Duration::from_millis(300));
+    let (origin, times) = throttling(1, "0.3").await;
+    let sidecar = Sidecar::before(&origin, rule).await;
+    let answer = sidecar.send("POST", "/a", "x").await;
+    assert_eq!((answer.status, answer.header("retry-after")), (429, Some("0.3")), "as it came");
+    assert_eq!(sidecar.send("POST", "/a", "x").await.status, 200);
+    assert!(since(&times)[0] >= Duration::from_millis(300), "the next one waited for its turn");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 | 1 => Reply::new(200, "old"),
+        _ => Reply::new(429, "slow down").header("Retry-After", "600"),
+    })
+    .await;
+    let rule = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_if_error = \"1h\"\n\
+                [[upstream.rule]]\npath = \"/**\"\n";
+    let sidecar = Sidecar::before(&origin, rule).await;
+    for target in ["/a", "/b"] {
+        assert_eq!(sidecar.get(target).await.text(), "old");
+    }
+    sidecar.turn(20);
+    for target in ["/a", "/a", "/b"] {
+        let stale = sidecar.get(target).await;
+        assert_eq!(stale.text(), "old");
+        assert!(stale.cache_status().contains("detail=stale-if-error"), "{stale:?}");
+    }
+    assert_eq!(origin.count(), 3, "one found out, nobody else asked");
+    let cold = sidecar.get("/cold").await;
+    assert_eq!((cold.status, &cold.json()["error"]["code"]), (503, &"upstream_throttled".into()));
+    let again: u64 = cold.header("retry-after").expect("when to come again").parse().expect("seconds");
+    assert!((590..=600).contains(&again), "{again}");
+    assert_eq!(origin.count(), 3);
+    let other = sidecar.get_with("/cold", &[("Authorization", "Bearer other")]).await;
+    assert_eq!(other.status, 429, "another credential has a bucket of its own");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configured_pace_is_kept_and_who_would_wait_too_long_is_told_at_once() {
+    let (origin, times) = throttling(0, "").await;
+    let budget = "budget = { rate = \"10/s\", burst = 2, max_wait = \"350ms\", per = \"host\" }";
+    let sidecar = Sidecar::before(&origin, budget).await;
+    let mut asking = tokio::task::JoinSet::new();
+    for n in 0..12 {
+        asking.spawn(async move { get(sidecar.address, &format!("/{n}"), &[("X-N", "1")]).await });
+    }
+    let answers = asking.join_all().await;
+    let served = answers.iter().filter(|answer| answer.status == 200).count();
+    let refused = answers.iter().filter(|answer| answer.status == 503 && answer.header("retry-after").is_some());
+    assert_eq!(served + refused.count(), 12);
+    assert!((2..=6).contains(&served), "two at once, then one every 100 ms: {served}");
+    assert_eq!(origin.count(), served);
+    let times = times.lock().expect("unpoisoned");
+    for (n, at) in times.iter().enumerate().skip(2) {
+        let earliest = Duration::from_millis(100 * (n as u64 - 1) - 20);
+        assert!(*at - times[0] >= earliest, "{n}: {:?}", *at - times[0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_breaker_spares_a_host_where_nobody_is() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    drop(listener);
+    let breaker = "[upstream.retry]\nattempts = 1\n[upstream.breaker]\nfailures = 3\nopen_for = \"5s\"\n";
+    let sidecar = Sidecar::from_text(&text(address, breaker, "")).await;
+    for n in 0..3 {
+        let answer = sidecar.get(&format!("/{n}")).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (502, &"upstream_unreachable".into()));
+    }
+    let spared = sidecar.get("/spared").await;
+    assert_eq!((spared.status, &spared.json()["error"]["code"]), (503, &"upstream_unavailable".into()));
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    let open = &health["components"]["upstreams"]["api"]["breakers"];
+    assert_eq!(open[address.to_string()], "open", "{health}");
+    sidecar.turn(5);
+    assert_eq!(sidecar.get("/probe").await.status, 502, "one tries");
+    assert_eq!(sidecar.get("/spared").await.status, 503, "and decides");
+    let back = tokio::net::TcpListener::bind(address).await.expect("still free");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = back.accept().await {
+            use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+            let _ = stream.read(&mut [0; 4096]).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok").await;
+        }
+    });
+    sidecar.turn(5);
+    for target in ["/probe", "/next"] {
+        assert_eq!(sidecar.get(target).await.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_gets_no_more_connections_than_allowed() {
+    let gate = Gate::new();
+    let held = gate.clone();
+    let origin = Origin::start(move |_| Reply::fresh(60, "x").after(&held)).await;
+    let sidecar = Sidecar::before(&origin, "[upstream.pool]\nconnections = 2\n").await;
+    let mut clients = Vec::new();
+    for n in 0..6 {
+        let mut client = Client::connect(sidecar.address).await;
+        client.ask("GET", &format!("/{n}"), &[], b"").await;
+        clients.push(client);
+    }
+    origin.asked(2).await;
+    until("all six are under way", || (sidecar.commons.flights.running() == 6).then_some(())).await;
+    assert_eq!(origin.connections(), 2);
+    gate.open();
+    for client in &mut clients {
+        assert_eq!(client.answer_to("GET").await.expect("an answer").status, 200);
+    }
+    assert_eq!((origin.connections(), origin.count()), (2, 6));
+}
