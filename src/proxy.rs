@@ -14,6 +14,7 @@ pub mod relay;
 pub mod respond;
 pub mod send;
 pub mod site;
+mod texts;
 pub mod visit;
 pub mod wait;
 

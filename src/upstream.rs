@@ -32,6 +32,10 @@ pub trait Upstream: fmt::Debug + Send + Sync + 'static {
     }
 }
 
+/// Goes with a request whose answer may be stored: it is to bring its [`Casing`].
+#[derive(Debug, Clone, Copy)]
+pub struct MayBeStored;
+
 /// No answer.
 #[derive(Debug, Clone)]
 pub struct SendError {

@@ -92,8 +92,10 @@ impl KeyPlan {
         let mut key = KeyBuf::new();
         key.push(VERSION);
         self.tenant(secret, parts.headers, &mut key)?;
-        key.extend_from_slice(&self.rule);
-        key.extend_from_slice(&parts.upstream.0.to_be_bytes());
+        let mut which = [0; 12];
+        which[..4].copy_from_slice(&self.rule);
+        which[4..].copy_from_slice(&parts.upstream.0.to_be_bytes());
+        key.extend_from_slice(&which);
         field(&mut key, parts.authority.unwrap_or_default().as_bytes());
         field(&mut key, parts.path.as_bytes());
         self.query(parts.query, &mut key);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use http::header::{HeaderMap, HeaderName};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use crate::policy::millis;
 use crate::policy::quota::{Budget, Pace, Per};
 
 /// So many buckets are kept; then those that nobody needs are let go.
@@ -27,12 +28,13 @@ pub struct Budgets {
     buckets: Mutex<HashMap<u64, Arc<Bucket>>>,
     hasher: RandomState,
     clock: Monotonic,
+    /// Until when some bucket is closed, in milliseconds by the clock; 0: none ever was.
+    closed_until: AtomicU64,
 }
 
 /// One bucket.
 #[derive(Debug)]
 pub struct Bucket {
-    max_wait: Duration,
     pace: Option<(Pace, Limiter)>,
     /// First come, first served: tokio's semaphore is fair.
     turn: Semaphore,
@@ -63,7 +65,26 @@ impl Budgets {
     /// With this budget; without one nobody waits.
     pub fn new(budget: Option<Budget>) -> Budgets {
         let (buckets, hasher) = (Mutex::default(), RandomState::new());
-        Budgets { budget, buckets, hasher, clock: Monotonic(Instant::now()) }
+        Budgets { budget, buckets, hasher, clock: Monotonic(Instant::now()), closed_until: AtomicU64::new(0) }
+    }
+
+    /// The longest that anybody waits for a turn.
+    pub fn max_wait(&self) -> Duration {
+        self.budget.map_or(Duration::ZERO, |budget| budget.max_wait)
+    }
+
+    /// The bucket, if it can be in anybody's way now: it is paced, or some bucket is closed.
+    pub fn in_the_way(&self, bucket: impl FnOnce() -> Option<Arc<Bucket>>) -> Option<Arc<Bucket>> {
+        let paced = self.budget?.pace.is_some();
+        let until = self.closed_until.load(Ordering::Relaxed);
+        let closed = until > 0 && until >= millis(self.clock.now());
+        if paced || closed { bucket() } else { None }
+    }
+
+    /// The upstream wants to hear nothing from this bucket for so long.
+    pub fn close(&self, bucket: &Bucket, wait: Duration) {
+        bucket.close(wait);
+        self.closed_until.fetch_max(millis(self.clock.now() + wait) + 1, Ordering::Relaxed);
     }
 
     /// The bucket of a request to `host`, in which `is_credential` tells the credentials.
@@ -101,7 +122,6 @@ impl Bucket {
             Some((pace, RateLimiter::direct_with_clock(quota, clock)))
         };
         Bucket {
-            max_wait: budget.max_wait,
             pace: budget.pace.and_then(limiter),
             turn: Semaphore::new(1),
             waiting: AtomicU32::new(0),
@@ -114,11 +134,6 @@ impl Bucket {
         self.closed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The longest that anybody waits for a turn.
-    pub fn max_wait(&self) -> Duration {
-        self.max_wait
-    }
-
     /// How long the upstream still wants to hear nothing.
     pub fn closed_for(&self) -> Option<Duration> {
         let until = (*self.closed())?;
@@ -126,7 +141,7 @@ impl Bucket {
     }
 
     /// The upstream wants to hear nothing for so long.
-    pub fn close(&self, wait: Duration) {
+    fn close(&self, wait: Duration) {
         let until = Instant::now() + wait;
         let mut closed = self.closed();
         *closed = Some(closed.map_or(until, |earlier| earlier.max(until)));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AGE, CONTENT_LENGTH, HeaderMap};
-use http::{Method, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
@@ -13,7 +13,7 @@ use tracing::debug;
 use super::Proxy;
 use super::fleet::Next;
 use super::flights::{Arrival, Content, Landing, Lead};
-use super::forward::{outgoing, readable_codings_only};
+use super::forward::readable_codings_only;
 use super::job::Job;
 use super::site::tags;
 use crate::body::fanout::{Ending, Fanout, Held};
@@ -29,6 +29,7 @@ use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::revalidate::{condition, freshen, of_another};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
+use crate::upstream::MayBeStored;
 
 /// An answer's head, with the time of its arrival.
 struct Came {
@@ -54,14 +55,16 @@ impl Proxy {
         }
         // What is purged from here on is later than this fetch.
         job.position = self.commons.invalidations.position();
-        let mut request = outgoing(&job.asked, &job.place, Body::Empty);
-        if job.asked.method == Method::GET {
-            condition(request.headers_mut(), job.stale.as_deref().map(|entry| &*entry.head));
-        }
-        if job.plan.reject_empty.is_some() {
-            readable_codings_only(&mut request);
-        }
-        let sending = self.send(request, &job.place);
+        let shape = |request: &mut Request<Body>| {
+            request.extensions_mut().insert(MayBeStored);
+            if job.asked.method == Method::GET {
+                condition(request.headers_mut(), job.stale.as_deref().map(|entry| &*entry.head));
+            }
+            if job.plan.reject_empty.is_some() {
+                readable_codings_only(request);
+            }
+        };
+        let sending = self.send(&job.asked, &job.place, Body::Empty, shape);
         let sent = if job.asked.method == Method::HEAD {
             // It can't be stored: when nobody waits any more, nobody needs it.
             tokio::select! {

@@ -9,7 +9,7 @@ use http::{Request, Response, StatusCode, Uri};
 use tracing::{debug, info, warn};
 
 use super::Proxy;
-use super::forward::{ask_upgrade, outgoing};
+use super::forward::ask_upgrade;
 use super::respond::body_rejection;
 use super::site::{Place, tags};
 use super::visit::Visit;
@@ -33,15 +33,16 @@ impl Proxy {
         visit: Visit,
     ) -> Response<Body> {
         let (parts, body) = request.into_parts();
-        let mut outgoing = outgoing(&parts, &place, body);
-        if reason == Bypass::Upgrade {
-            ask_upgrade(&mut outgoing, &parts.headers);
-        }
         let asked = Arc::new(parts);
         let answer = if asked.method.is_safe() {
-            self.send(outgoing, &place).await.answer
+            let shape = |request: &mut Request<Body>| {
+                if reason == Bypass::Upgrade {
+                    ask_upgrade(request, &asked.headers);
+                }
+            };
+            self.send(&asked, &place, body, shape).await.answer
         } else {
-            self.clone().write(asked.clone(), place, outgoing).await
+            self.clone().write(asked.clone(), place, body).await
         };
         let took = visit.elapsed();
         match answer {
@@ -80,10 +81,10 @@ impl Proxy {
         self: Arc<Self>,
         asked: Arc<Parts>,
         place: Place,
-        request: Request<Body>,
+        body: Body,
     ) -> Result<Response<Body>, SendError> {
         let write = async move {
-            let answer = self.send(request, &place).await.answer;
+            let answer = self.send(&asked, &place, body, |_| {}).await.answer;
             let may_have_changed = match &answer {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
                 // No answer says nothing about what was done.

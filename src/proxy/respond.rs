@@ -1,20 +1,16 @@
 //! Which status does the client get, and which headers? Every answer leaves through here.
 
-use std::io::Write;
-use std::time::Duration;
-
 use bytes::Bytes;
 use http::header::{
-    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LINK, LOCATION,
-    RETRY_AFTER,
+    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION, RETRY_AFTER,
 };
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
-use smallvec::SmallVec;
 
 use super::Proxy;
 use super::flights::Arrival;
 use super::site::Misdirected;
+use super::texts::{Text, Timing, append, stored_status, text};
 use super::visit::{Quest, Visit};
 use crate::body::{Body, BodyError};
 use crate::policy::asked::Asked;
@@ -26,9 +22,6 @@ use crate::policy::plan::{Payload, Plan};
 use crate::policy::revalidate::{not_modified, without_content};
 use crate::policy::target::client_authority;
 use crate::telemetry::Answered;
-
-/// A field value in the making, on the stack.
-type Text = SmallVec<[u8; 128]>;
 
 /// After a timeout the fetch goes on: soon there may be a hit.
 const RETRY_SOON: u64 = 2;
@@ -72,8 +65,7 @@ impl Proxy {
         let mut response = from_head(asked, &entry.head, body);
         let headers = response.headers_mut();
         headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
-        let mut status = Text::new();
-        let _ = write!(status, "{outcome}; key=\"{}\"", entry.key_name);
+        let status = stored_status(outcome, &entry.key_name);
         self.finish(response, &status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
 
@@ -316,26 +308,6 @@ pub fn body_rejection(fault: BodyError) -> Rejection {
     }
 }
 
-/// Who took the time: RFC-less, but as browsers and tools read `Server-Timing`.
-#[derive(Debug, Clone, Copy)]
-enum Timing {
-    Cache,
-    Upstream,
-}
-
-impl Timing {
-    fn text(self, elapsed: Duration) -> Text {
-        let micros = elapsed.as_micros();
-        let (ms, part) = (micros / 1000, micros % 1000);
-        let mut text = Text::new();
-        let _ = match self {
-            Timing::Cache => write!(text, "cache;dur={ms}.{part:03}"),
-            Timing::Upstream => write!(text, "cache;dur=0, upstream;dur={ms}.{part:03}"),
-        };
-        text
-    }
-}
-
 /// A head that is sent many times, to this client.
 fn from_head(asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
@@ -370,20 +342,5 @@ fn without_body_for_head(method: &Method, response: &mut Response<Body>) {
 fn rewrite_links(patches: &[links::LinkPatch], headers: &mut HeaderMap, asked: Asked<'_>) {
     if let Some(authority) = client_authority(asked.uri, asked.headers) {
         links::apply(patches, headers, &format!("http://{authority}"));
-    }
-}
-
-fn text(outcome: &Outcome) -> Text {
-    let mut text = Text::new();
-    let _ = write!(text, "{outcome}");
-    text
-}
-
-/// Appends a line, or fills the place that was made for it.
-fn append(headers: &mut HeaderMap, name: HeaderName, value: &Text) {
-    let Ok(value) = HeaderValue::from_bytes(value) else { return };
-    match headers.get_mut(&name) {
-        Some(place) if place.is_empty() => *place = value,
-        Some(_) | None => drop(headers.append(name, value)),
     }
 }

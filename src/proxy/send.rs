@@ -1,13 +1,17 @@
-//! The way to the upstream: the budget's turn, the breaker's leave, the request; and once more where the upstream
-//! asked us to wait and the request is safe.
+//! The way to the upstream: the budget's turn, the breaker's leave, the request; and once more where that is safe,
+//! or where the upstream asked us to wait.
 
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::header::HeaderMap;
-use http::{Request, Response, StatusCode};
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode};
 use tracing::{info, warn};
 
 use super::Proxy;
+use super::budget::Bucket;
+use super::forward::outgoing;
 use super::site::Place;
 use crate::body::Body;
 use crate::policy::circuit::Circuit;
@@ -23,13 +27,19 @@ pub(super) struct Sent {
 }
 
 impl Proxy {
-    /// Sends a request when it is its turn.
-    pub(super) async fn send(&self, request: Request<Body>, place: &Place) -> Sent {
-        let (parts, mut body) = request.into_parts();
-        let bucket = self.bucket(place, &parts.headers);
-        let mut patience = bucket.as_ref().map_or(Duration::ZERO, |bucket| bucket.max_wait());
-        loop {
+    /// Sends what was asked when it is its turn, `shape` having made of it what the occasion needs.
+    pub(super) async fn send(
+        &self,
+        asked: &Parts,
+        place: &Place,
+        mut body: Body,
+        shape: impl Fn(&mut Request<Body>),
+    ) -> Sent {
+        let mut patience = self.site.budgets.max_wait();
+        self.site.retries.lock().unwrap_or_else(PoisonError::into_inner).deposit();
+        for made in 1.. {
             let came = self.commons.clock.instant();
+            let bucket = self.site.budgets.in_the_way(|| self.bucket(place, &asked.headers));
             if let Some(bucket) = &bucket
                 && let Err(late) = bucket.admit(patience).await
             {
@@ -39,30 +49,48 @@ impl Proxy {
             }
             let at = self.commons.clock.instant();
             patience = patience.saturating_sub(at.saturating_duration_since(came));
-            let copy = body.try_clone().filter(|_| parts.method.is_safe());
-            let answer = self.through_breaker(Request::from_parts(parts.clone(), body), place).await;
-            let wait = answer.as_ref().ok().and_then(|answer| self.asked_to_wait(answer));
-            match (wait, &bucket, copy) {
-                (Some(wait), Some(bucket), copy) => {
-                    bucket.close(wait);
-                    match copy.filter(|_| wait <= patience) {
-                        Some(copy) => body = copy,
-                        None => return Sent { answer, at },
-                    }
-                    self.commons.telemetry.absorbed();
-                }
-                (_, _, _) => return Sent { answer, at },
+            let copy = body.try_clone();
+            let mut request = outgoing(asked, place, body);
+            shape(&mut request);
+            let answer = self.through_breaker(request, place).await;
+            let again = match &answer {
+                Ok(answer) => self.throttled(answer, asked, place, patience),
+                Err(error) => self.retry(&asked.method, error, made).await,
+            };
+            match copy.filter(|_| again) {
+                Some(copy) => body = copy,
+                None => return Sent { answer, at },
             }
         }
+        unreachable!("the loop returns")
     }
 
-    /// 429, and when to come again.
-    fn asked_to_wait(&self, answer: &Response<Body>) -> Option<Duration> {
+    /// Obeys a 429 that says when to come again. True if the request may be sent again then.
+    fn throttled(&self, answer: &Response<Body>, asked: &Parts, place: &Place, patience: Duration) -> bool {
         if answer.status() != StatusCode::TOO_MANY_REQUESTS {
-            return None;
+            return false;
         }
         self.commons.telemetry.throttled();
-        retry_after(answer.headers(), self.commons.clock.wall())
+        let bucket = self.bucket(place, &asked.headers);
+        let wait = retry_after(answer.headers(), self.commons.clock.wall());
+        let (Some(bucket), Some(wait)) = (bucket, wait) else { return false };
+        self.site.budgets.close(&bucket, wait);
+        let again = asked.method.is_safe() && wait <= patience;
+        if again {
+            self.commons.telemetry.absorbed();
+        }
+        again
+    }
+
+    /// Waits before the one retry that is safe, if this is one.
+    async fn retry(&self, method: &Method, error: &SendError, made: u32) -> bool {
+        let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
+        let Some(pause) = self.site.retry.pause(method, error.ended, made, jitter) else { return false };
+        let may = error.was_tried() && self.site.retries.lock().unwrap_or_else(PoisonError::into_inner).withdraw();
+        if may {
+            tokio::time::sleep(pause).await;
+        }
+        may
     }
 
     async fn through_breaker(&self, request: Request<Body>, place: &Place) -> Result<Response<Body>, SendError> {
@@ -86,13 +114,13 @@ impl Proxy {
         answer
     }
 
-    fn bucket(&self, place: &Place, headers: &HeaderMap) -> Option<std::sync::Arc<super::budget::Bucket>> {
+    fn bucket(&self, place: &Place, headers: &HeaderMap) -> Option<Arc<Bucket>> {
         self.site.budgets.bucket(&place.host, headers, |name| self.site.is_credential(name))
     }
 
     /// How long the upstream wants to hear nothing of those who ask with these headers.
     pub(super) fn closed_for(&self, place: &Place, headers: &HeaderMap) -> Option<Duration> {
-        self.bucket(place, headers)?.closed_for()
+        self.site.budgets.in_the_way(|| self.bucket(place, headers))?.closed_for()
     }
 }
 

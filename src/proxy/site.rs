@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use http::header::HeaderName;
 use http::uri::{Authority, Scheme};
@@ -15,6 +15,7 @@ use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Captures;
 use crate::policy::invalidation::Address;
 use crate::policy::plan::Plan;
+use crate::policy::retry::{Retry, RetryBudget};
 use crate::policy::route::Router;
 use crate::policy::tags::{Scope, UpstreamId, subjects};
 use crate::policy::target::{client_authority, is_refused, target};
@@ -42,6 +43,10 @@ pub struct Site {
     port: u16,
     /// How it is doing.
     pub signals: Signals,
+    /// When it is asked once more …
+    pub retry: Retry,
+    /// … and how often in all.
+    pub retries: Mutex<RetryBudget>,
     /// Who may ask it now.
     pub budgets: Budgets,
     /// When it is not asked for a while …
@@ -76,7 +81,7 @@ pub struct Misdirected;
 impl Site {
     /// The site of a configured upstream.
     pub fn new(config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
-        let config::Upstream { name, target, router, timeouts, budget, tolerance, .. } = config;
+        let config::Upstream { name, target, router, timeouts, budget, tolerance, retry, .. } = config;
         let id = UpstreamId::of(&name, &target.origin());
         let fixed = match &target {
             Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
@@ -101,6 +106,8 @@ impl Site {
             upstream,
             port,
             signals: Signals::default(),
+            retry,
+            retries: Mutex::default(),
             budgets,
             tolerance,
             breakers,

@@ -15,6 +15,7 @@ pub(super) struct Seat {
     /// Requests so far.
     served: AtomicU32,
     leaving: AtomicBool,
+    noted: AtomicBool,
     waker: AtomicWaker,
 }
 
@@ -29,12 +30,11 @@ impl Seat {
         self.served.load(Ordering::Relaxed)
     }
 
-    /// Ready once it is to leave.
+    /// Ready once it is to leave. One task asks, always the same: its waker is noted once.
     pub(super) fn poll_leaving(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.leaving.load(Ordering::Acquire) {
-            return Poll::Ready(());
+        if !self.noted.swap(true, Ordering::Relaxed) {
+            self.waker.register(cx.waker());
         }
-        self.waker.register(cx.waker());
         if self.leaving.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
     }
 

@@ -4,6 +4,7 @@
 use http::header::{CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName};
 use http::uri::Authority;
 use http::{Method, Request, StatusCode, Uri, Version};
+use memchr::memchr;
 
 use crate::config::Limits;
 use crate::policy::headers::{must_not_be_nominated, nominated};
@@ -98,6 +99,19 @@ fn check_host(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Re
 }
 
 fn is_authority(text: &str) -> bool {
+    is_plain(text.as_bytes()) || is_unusual_authority(text)
+}
+
+/// A name or an IPv4 address, with or without a port: what nearly every client sends.
+fn is_plain(text: &[u8]) -> bool {
+    let colon = memchr(b':', text);
+    let (name, port) = text.split_at(colon.unwrap_or(text.len()));
+    let in_name = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.');
+    let port_is_number = || port.len() >= 2 && port.len() <= 5 && port[1..].iter().all(u8::is_ascii_digit);
+    !name.is_empty() && name.iter().all(in_name) && (colon.is_none() || port_is_number())
+}
+
+fn is_unusual_authority(text: &str) -> bool {
     let port_is_number = |authority: &Authority| {
         let after = authority.as_str().get(authority.host().len()..).unwrap_or_default();
         after.strip_prefix(':').map_or(after.is_empty(), |port| !port.is_empty() && authority.port_u16().is_some())

@@ -1,8 +1,8 @@
-//! The real upstream: a pooled HTTP client with time limits, the one safe retry, and suspicion.
+//! The real upstream: a pooled HTTP client with time limits, and suspicion.
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
+use hyper_util::client::legacy::connect::HttpInfo;
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::time::{Sleep, timeout};
@@ -19,14 +19,14 @@ use tokio::time::{Sleep, timeout};
 use super::casing::Casings;
 use super::connect::{CONNECT_TIMED_OUT, Connector, Terms};
 use super::tap::Tap;
-use super::{SendError, Sending, Upstream};
+use super::{MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
 use crate::config::{self, Pool, Target, Timeouts};
 use crate::policy::entry::Casing;
 use crate::policy::outcome::Failure;
-use crate::policy::retry::{Ended, Retry, RetryBudget};
+use crate::policy::retry::Ended;
 use crate::tls;
 
 /// For a client without limits of its own.
@@ -47,8 +47,6 @@ pub struct HttpUpstream {
     client: Client<Connector, Body>,
     casings: Casings,
     timeouts: Timeouts,
-    retry: Retry,
-    retries: Mutex<RetryBudget>,
     /// DNS is asked again under steady traffic too.
     max_age: Duration,
     clock: Clock,
@@ -69,20 +67,18 @@ impl HttpUpstream {
             http2: config.http2,
             guarded: matches!(config.target, Target::Hosts(_)),
         };
-        Self::client(config.timeouts, config.retry, &config.tls, &terms, config.pool, clock)
+        Self::client(config.timeouts, &config.tls, &terms, config.pool, clock)
     }
 
-    /// A client for anything else, which never retries.
+    /// A client for anything else.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<HttpUpstream, String> {
-        let retry = Retry { attempts: 1, base: Duration::ZERO, cap: Duration::ZERO };
         let pool = Pool { connections: MANY, idle: MANY, max_age: Duration::from_hours(1) };
         let terms = Terms { limit: timeouts.connect, most: MANY, http2: false, guarded: false };
-        Self::client(timeouts, retry, &config::Tls::default(), &terms, pool, clock)
+        Self::client(timeouts, &config::Tls::default(), &terms, pool, clock)
     }
 
     fn client(
         timeouts: Timeouts,
-        retry: Retry,
         tls: &config::Tls,
         terms: &Terms,
         pool: Pool,
@@ -101,12 +97,11 @@ impl HttpUpstream {
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_timeout(PING_ANSWER)
             .build(connector);
-        let (casings, retries, max_age) = (Casings::default(), Mutex::default(), pool.max_age);
-        Ok(HttpUpstream { client, casings, timeouts, retry, retries, max_age, clock })
+        Ok(HttpUpstream { client, casings: Casings::default(), timeouts, max_age: pool.max_age, clock })
     }
 
-    async fn attempt(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
-        let connection = capture_connection(&mut request);
+    async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
+        let may_be_stored = request.extensions_mut().remove::<MayBeStored>().is_some();
         let head_only = request.method() == http::Method::HEAD;
         let asked_upgrade = request.headers().contains_key(UPGRADE);
         let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;
@@ -128,23 +123,25 @@ impl HttpUpstream {
             return Ok(response);
         }
         if let Some(why) = malformed(response.version(), response.status(), response.headers()) {
-            poison(&connection);
+            if let Some(tap) = &tap {
+                tap.doom();
+                tap.over();
+            }
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
             if self.clock.now() > tap.opened.plus(self.max_age) {
-                poison(&connection);
+                tap.doom();
             }
-            if let Some(casing) = self.casings.of(&tap.head()).await {
+            if may_be_stored && let Some(casing) = self.casings.of(&tap.head()).await {
                 response.extensions_mut().insert(casing);
             }
         }
         let idle = self.timeouts.idle;
-        Ok(response.map(
-            |body| {
-                if head_only { Body::Empty } else { Body::stream(Guarded { body, idle, pause: None, tap }) }
-            },
-        ))
+        Ok(response.map(|body| {
+            let guarded = Guarded { body, idle, pause: None, tap };
+            if head_only { Body::Empty } else { Body::stream(guarded) }
+        }))
     }
 }
 
@@ -154,24 +151,7 @@ impl Upstream for HttpUpstream {
     }
 
     fn send(&self, request: Request<Body>) -> Sending<'_> {
-        Box::pin(async move {
-            let (parts, mut body) = request.into_parts();
-            let mut made = 0;
-            self.retries.lock().unwrap_or_else(PoisonError::into_inner).deposit();
-            loop {
-                let copy = body.try_clone();
-                let result = self.attempt(Request::from_parts(parts.clone(), body)).await;
-                made += 1;
-                let (Err(error), Some(again)) = (&result, copy) else { return result };
-                let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
-                let Some(pause) = self.retry.pause(&parts.method, error.ended, made, jitter) else { return result };
-                if !self.retries.lock().unwrap_or_else(PoisonError::into_inner).withdraw() {
-                    return result;
-                }
-                tokio::time::sleep(pause).await;
-                body = again;
-            }
-        })
+        Box::pin(self.exchange(request))
     }
 }
 
@@ -180,12 +160,6 @@ fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
         let upgraded = upgrade.await.map_err(std::io::Error::other)?;
         Ok(Box::new(TokioIo::new(upgraded)) as Box<dyn Duplex>)
     })
-}
-
-fn poison(connection: &CaptureConnection) {
-    if let Some(connected) = connection.connection_metadata().as_ref() {
-        connected.poison();
-    }
 }
 
 /// What the HTTP library lets pass and we don't: RFC 9112 §6.1, §6.3; an upgrade that nobody asked for.
@@ -249,6 +223,14 @@ struct Guarded {
     idle: Duration,
     pause: Option<Pin<Box<Sleep>>>,
     tap: Option<Arc<Tap>>,
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if let Some(tap) = &self.tap {
+            tap.over();
+        }
+    }
 }
 
 impl HttpBody for Guarded {

@@ -2,9 +2,12 @@
 //! whether more bytes came than the answer announced. The HTTP library tells neither.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
+use atomic_waker::AtomicWaker;
+use memchr::{memchr, memmem};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::policy::Tick;
@@ -19,6 +22,11 @@ pub(super) struct Tap {
     pub(super) opened: Tick,
     /// Off where heads are not text.
     listens: bool,
+    /// The connection must not be used again …
+    doomed: AtomicBool,
+    /// … and nobody reads its last answer any more.
+    over: AtomicBool,
+    reader: AtomicWaker,
     heard: Mutex<Heard>,
 }
 
@@ -43,7 +51,14 @@ enum Phase {
 
 impl Tap {
     pub(super) fn new(opened: Tick, listens: bool) -> Arc<Tap> {
-        Arc::new(Tap { opened, listens, heard: Mutex::default() })
+        Arc::new(Tap {
+            opened,
+            listens,
+            doomed: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            reader: AtomicWaker::new(),
+            heard: Mutex::default(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
@@ -59,6 +74,24 @@ impl Tap {
     /// Did more bytes come than the last answer announced?
     pub(super) fn overrun(&self) -> bool {
         self.lock().overrun
+    }
+
+    /// Not to be used again, once its answer has been read.
+    pub(super) fn doom(&self) {
+        // Over HTTP/2 others have their answers on it too.
+        self.doomed.store(self.listens, Ordering::Release);
+    }
+
+    /// Nobody reads its answer any more. A doomed connection ends with that.
+    pub(super) fn over(&self) {
+        if self.doomed.load(Ordering::Acquire) {
+            self.over.store(true, Ordering::Release);
+            self.reader.wake();
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// It has served before, and died without a byte of the current answer.
@@ -109,7 +142,7 @@ impl Heard {
         let before = self.head.len();
         self.head.extend_from_slice(bytes);
         let from = before.saturating_sub(3);
-        let Some(end) = find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return &[] };
+        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return &[] };
         self.head.truncate(end);
         let rest = &bytes[end - before..];
         if self.head.get(9) == Some(&b'1') {
@@ -123,10 +156,6 @@ impl Heard {
     }
 }
 
-fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
-    haystack.windows(needle.len()).position(|window| window == needle)
-}
-
 fn content_length(head: &[u8]) -> Option<u64> {
     let line = lines(head).find(|(name, _)| name.eq_ignore_ascii_case(b"content-length"))?;
     std::str::from_utf8(line.1).ok()?.trim().parse().ok()
@@ -134,8 +163,14 @@ fn content_length(head: &[u8]) -> Option<u64> {
 
 /// Names and values of a raw head.
 pub(super) fn lines(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
-    head.split(|b| *b == b'\n').skip(1).filter_map(|line| {
-        let colon = line.iter().position(|b| *b == b':')?;
+    let mut rest = head;
+    let lines = std::iter::from_fn(move || {
+        let (line, after) = rest.split_at(memchr(b'\n', rest)?);
+        rest = &after[1..];
+        Some(line)
+    });
+    lines.skip(1).filter_map(|line| {
+        let colon = memchr(b':', line)?;
         Some((&line[..colon], &line[colon + 1..]))
     })
 }
@@ -153,6 +188,14 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_ready() {
             self.tap.read(&buf.filled()[before..]);
+            return polled;
+        }
+        if self.tap.doomed.load(Ordering::Acquire) {
+            self.tap.reader.register(cx.waker());
+            if self.tap.has_ended() {
+                // As if the other side had closed it.
+                return Poll::Ready(Ok(()));
+            }
         }
         polled
     }
