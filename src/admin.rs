@@ -1,6 +1,7 @@
 //! The admin API: health, counters, purges. On a listener of its own, for its own address only.
 
 mod client;
+pub mod explain;
 mod health;
 mod purge;
 
@@ -20,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 pub use client::AdminClient;
+pub use explain::ExplainRequest;
 pub use purge::PurgeRequest;
 
 use crate::config::Secret;
@@ -59,6 +61,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, mut close: watch::R
     let guarded = Router::new()
         .route("/stats", get(stats))
         .route("/purge", post(purge::purge))
+        .route("/explain", post(explain::explain))
         .layer(from_fn_with_state(admin.clone(), guard));
     let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
     let closing = async move {

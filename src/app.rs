@@ -149,6 +149,18 @@ impl App {
     }
 }
 
+/// What a configuration makes of requests, without listening anywhere: for explanations.
+pub fn proxies(mut config: Config) -> Result<Vec<Proxy>, String> {
+    config.redis = None;
+    let commons = Arc::new(commons(&config, Clock::start())?.0);
+    let proxy = |upstream: config::Upstream| {
+        let port = upstream.listen.port();
+        let real = Arc::new(HttpUpstream::new(&upstream, commons.clock.clone())?);
+        Ok(Proxy { commons: commons.clone(), site: Site::new(upstream, real, port) })
+    };
+    config.upstreams.into_iter().map(proxy).collect()
+}
+
 fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Parts>), String> {
     let secrets = fleet::Secrets::of(config)?;
     let fleet = config.redis.as_ref().map(|redis| fleet::build(redis, config, &secrets, &clock)).transpose()?;

@@ -1,5 +1,6 @@
 //! What people type. Exit codes: 0 fine, 1 refused, 2 usage.
 
+mod explain;
 mod remote;
 mod run;
 
@@ -28,6 +29,8 @@ enum Command {
     Run(RunArgs),
     /// Read a configuration and say what is wrong with it, with file, line and column.
     Check(CheckArgs),
+    /// What would become of a request: rule, key, what is stored, and why it would or would not be.
+    Explain(ExplainArgs),
     /// Purge what is stored in a running sidecar.
     Purge(PurgeArgs),
     /// Print a running sidecar's counters.
@@ -79,6 +82,36 @@ struct RemoteArgs {
     /// A file with its bearer token
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct ExplainArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// GET, HEAD, POST …
+    #[arg(value_name = "METHOD")]
+    method: String,
+    /// The URL, absolute or from the slash on
+    #[arg(value_name = "URL")]
+    url: String,
+    /// A request header, as in 'Accept-Language: de'
+    #[arg(short = 'H', long, value_name = "NAME: VALUE")]
+    header: Vec<String>,
+    /// The request body
+    #[arg(short, long, value_name = "BODY")]
+    data: Option<String>,
+    /// Which upstream, by name [default: the one that the URL names, else the first]
+    #[arg(long, value_name = "NAME")]
+    upstream: Option<String>,
+    /// Read only the configuration: nothing has to run
+    #[arg(long)]
+    offline: bool,
+    /// The configuration file, with --offline [default: ./sidecache.toml]
+    #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -149,6 +182,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
         None => run::run(cli.run.into()).await,
         Some(Command::Run(args)) => run::run(args.into()).await,
         Some(Command::Check(args)) => run::check(args.config).await,
+        Some(Command::Explain(args)) => explain::explain(args).await,
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,
         Some(Command::Health(args)) => remote::health(&args).await,

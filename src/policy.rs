@@ -4,6 +4,7 @@
 //! argument ([`Tick`]), bodies are complete bytes, and every decision returns the next action together with
 //! what that action needs.
 
+pub mod advice;
 pub mod asked;
 pub mod breaker;
 pub mod chain;

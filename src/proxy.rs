@@ -3,6 +3,7 @@
 pub mod ahead;
 pub mod breakers;
 pub mod budget;
+pub mod explain;
 pub mod fallback;
 pub mod fetch;
 pub mod fleet;

@@ -9,6 +9,7 @@ mod caching;
 mod coalescing;
 mod config;
 mod deadline;
+mod explain;
 mod fallback;
 mod fleet;
 mod framing;

@@ -31,9 +31,14 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     let mut degraded = false;
     for proxy in &admin.proxies {
         let state = proxy.site.signals.state(now);
-        degraded |= state.status == "down";
+        let breakers: BTreeMap<_, _> = proxy.site.breakers.open().into_iter().collect();
+        let down = state.status == "down" || !breakers.is_empty();
+        degraded |= down;
         let mut state = json!(state);
-        state["breakers"] = json!(proxy.site.breakers.open().into_iter().collect::<BTreeMap<_, _>>());
+        if down {
+            state["status"] = "down".into();
+        }
+        state["breakers"] = json!(breakers);
         upstreams.insert(proxy.site.name.to_string(), state);
     }
     let usage = commons.memory.usage();

@@ -10,7 +10,7 @@ use crate::admin::{AdminClient, PurgeRequest};
 use crate::config::Secret;
 use crate::process::say;
 
-fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
+pub(super) fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
     let token = match &args.token_file {
         None => None,
         Some(path) => {

@@ -54,10 +54,12 @@ pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
 }
 
 fn load(flags: &Flags) -> Result<Config, String> {
-    config::load(flags).map_err(|errors| {
-        let count = errors.len();
-        let text: Vec<String> = errors.iter().map(ConfigError::to_string).collect();
-        let more = if count > 1 { format!("\n{count} errors") } else { String::new() };
-        text.join("\n") + &more
-    })
+    config::load(flags).map_err(|found| errors(&found))
+}
+
+/// All that is wrong with a configuration.
+pub(super) fn errors(errors: &[ConfigError]) -> String {
+    let text: Vec<String> = errors.iter().map(ConfigError::to_string).collect();
+    let more = if errors.len() > 1 { format!("\n{} errors", errors.len()) } else { String::new() };
+    text.join("\n") + &more
 }

@@ -70,6 +70,17 @@ impl Router {
         }
     }
 
+    /// The rule that matches a request, whatever it says.
+    pub fn rule_for(
+        &self,
+        method: &Method,
+        path: &str,
+        query: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Option<&Arc<Plan>> {
+        self.find(path, |plan| plan.accepts(method, query, headers))
+    }
+
     /// The rules that cache reads of what an unsafe request to `path` changes, whatever else they ask of a read.
     pub fn rules_for_write<'r>(&'r self, path: &'r str) -> impl Iterator<Item = &'r Arc<Plan>> {
         self.plans.iter().filter(|plan| plan.path.captures(path).is_some())

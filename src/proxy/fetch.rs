@@ -126,7 +126,7 @@ impl Proxy {
     fn released(&self, lead: Lead, job: &Job, mut response: Response<Body>, skip: Skip) {
         // A failure says nothing about what the next answer will be.
         if job.asked.method == Method::GET && Failure::from_status(response.status()).is_none() {
-            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
+            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now(), Some(skip));
             self.displace(job);
         }
         response.extensions_mut().insert(skip);
@@ -225,7 +225,7 @@ impl Proxy {
             content: Content::Coming(fanout.clone()),
         };
         if !arrival.for_others {
-            self.commons.flights.mark_hit_for_miss(&job.key, came.born);
+            self.commons.flights.mark_hit_for_miss(&job.key, came.born, None);
         }
         lead.announce(Arc::new(arrival), &fanout);
         let _ending = Ending(&fanout);

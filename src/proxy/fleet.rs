@@ -28,6 +28,7 @@ use crate::policy::headers::make_room;
 use crate::policy::invalidation::Address;
 use crate::policy::key::KeyBuf;
 use crate::policy::links;
+use crate::policy::outcome::Skip;
 use crate::policy::plan::Plan;
 use crate::policy::tags::{Scope, subjects};
 use crate::store::shared::{Found, Place};
@@ -275,7 +276,7 @@ impl Proxy {
     pub(super) fn outgrown(&self, job: &Job) {
         if let Some(mut lease) = job.lease().take() {
             lease.unshared();
-            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now());
+            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now(), Some(Skip::TooLarge));
         }
     }
 

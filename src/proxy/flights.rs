@@ -94,7 +94,7 @@ impl Arrival {
 #[derive(Debug)]
 pub struct Flights {
     running: Mutex<HashMap<Box<[u8]>, Arc<Flight>>>,
-    hit_for_miss: Cache<u64, Tick>,
+    hit_for_miss: Cache<u64, (Tick, Option<Skip>)>,
     hasher: RandomState,
 }
 
@@ -207,12 +207,23 @@ impl Flights {
 
     /// Is this key one that is not worth waiting for?
     pub fn is_hit_for_miss(&self, key: &[u8], now: Tick) -> bool {
-        self.hit_for_miss.get(&self.hasher.hash_one(key)).is_some_and(|until| now < until)
+        self.hit_for_miss.get(&self.hasher.hash_one(key)).is_some_and(|(until, _)| now < until)
+    }
+
+    /// For how many seconds more, and why; no reason: its answers have to be validated.
+    pub fn why_hit_for_miss(&self, key: &[u8], now: Tick) -> Option<(u64, Option<Skip>)> {
+        let (until, why) = self.hit_for_miss.get(&self.hasher.hash_one(key))?;
+        (now < until).then(|| (until.since(now) / 1000, why))
+    }
+
+    /// Is it being fetched, whatever the request headers?
+    pub fn is_flying(&self, key: &[u8]) -> bool {
+        self.lock().keys().any(|flying| flying.starts_with(key))
     }
 
     /// Remembers that this key's answers can't be shared.
-    pub fn mark_hit_for_miss(&self, key: &[u8], now: Tick) {
-        self.hit_for_miss.insert(self.hasher.hash_one(key), now.plus(HIT_FOR_MISS));
+    pub fn mark_hit_for_miss(&self, key: &[u8], now: Tick, why: Option<Skip>) {
+        self.hit_for_miss.insert(self.hasher.hash_one(key), (now.plus(HIT_FOR_MISS), why));
     }
 
     /// They can, after all.

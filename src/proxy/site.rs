@@ -117,6 +117,11 @@ impl Site {
         }
     }
 
+    /// The port its listener has.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Does this request header carry a credential, or seem to?
     pub fn is_credential(&self, name: &HeaderName) -> bool {
         self.credentials.as_ref().is_some_and(|plan| plan.key.is_credential(name))
