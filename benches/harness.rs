@@ -47,12 +47,19 @@ pub(crate) struct Program {
 impl Program {
     /// Starts, and reads addresses until the line that has this text.
     pub(crate) fn start(arguments: &[&str], last_line: &str) -> Program {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sidecache"))
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the program starts");
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_sidecache")).args(arguments), last_line)
+    }
+
+    /// The same, allowed to open only so many files.
+    pub(crate) fn start_with_files(files: u32, arguments: &[&str], last_line: &str) -> Program {
+        let limit = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &limit, env!("CARGO_BIN_EXE_sidecache")]).args(arguments);
+        Self::launch(&mut command, last_line)
+    }
+
+    fn launch(command: &mut Command, last_line: &str) -> Program {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
         let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut addresses = BTreeMap::new();
         for line in lines.map_while(Result::ok) {
@@ -65,7 +72,7 @@ impl Program {
                 break;
             }
         }
-        assert!(!addresses.is_empty(), "{arguments:?} did not say where it listens");
+        assert!(!addresses.is_empty(), "{command:?} did not say where it listens");
         let complaints = Arc::new(AtomicUsize::new(0));
         let (counter, stderr) = (complaints.clone(), child.stderr.take().expect("piped"));
         std::thread::spawn(move || {
@@ -94,6 +101,20 @@ impl Program {
         program
     }
 
+    /// A sidecar called `api` that may open only so many files.
+    pub(crate) fn sidecar_with_files(files: u32, upstream: SocketAddr, tables: &str) -> Program {
+        let file = std::env::temp_dir().join(format!("sidecache-bench-files-{}.toml", std::process::id()));
+        let text = format!(
+            "[[upstream]]\nname = \"api\"\nurl = \"http://{upstream}\"\nlisten = \"127.0.0.1:0\"\n\
+             [admin]\nlisten = \"127.0.0.1:0\"\n[log]\nfilter = \"warn,sidecache::access=off\"\n{tables}\n"
+        );
+        std::fs::write(&file, text).expect("writable");
+        let arguments = ["--config", &file.display().to_string()];
+        let program = Program::start_with_files(files, &arguments, "listening admin");
+        std::fs::remove_file(file).expect("it is there");
+        program
+    }
+
     pub(crate) fn address(&self, name: &str) -> SocketAddr {
         self.addresses[name]
     }
@@ -116,6 +137,11 @@ impl Program {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().expect("a number") * 1024
+    }
+
+    /// How many files it has open.
+    pub(crate) fn files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
     }
 
     /// Processor time used so far.
@@ -249,6 +275,7 @@ pub(crate) async fn origin(delay: Duration, head: &'static str, size: usize) -> 
                     };
                     let target = String::from_utf8_lossy(&buffer[..end]).split(' ').nth(1).unwrap_or("/").to_owned();
                     buffer.drain(..end);
+                    let size = if target.starts_with("/large") { 16 << 20 } else { size };
                     let number = counter.fetch_add(1, Ordering::SeqCst);
                     if !delay.is_zero() {
                         tokio::time::sleep(delay).await;
