@@ -6,6 +6,7 @@ mod admin;
 mod architecture;
 mod budget;
 mod caching;
+mod canary;
 mod coalescing;
 mod config;
 mod deadline;

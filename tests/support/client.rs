@@ -73,6 +73,7 @@ impl Client {
             head += &format!("Host: {host}\r\n");
         }
         for (name, value) in lines {
+            super::canary::learn(name, value);
             head += &format!("{name}: {value}\r\n");
         }
         if !body.is_empty() {

@@ -1,5 +1,6 @@
 //! What the tests are made of: a scripted origin, a client that sees every byte, a sidecar to start.
 
+pub(crate) mod canary;
 pub(crate) mod chaos;
 pub(crate) mod client;
 pub(crate) mod origin;

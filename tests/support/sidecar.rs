@@ -59,6 +59,7 @@ impl Sidecar {
     }
 
     async fn start(text: &str, make: sidecache::app::MakeUpstream<'_>) -> Sidecar {
+        super::canary::watch();
         let config = config::from_text("test", text, Path::new("."));
         let config = config.unwrap_or_else(|errors| panic!("{}", errors[0]));
         let clock = Clock::start();
@@ -140,5 +141,6 @@ impl Sidecar {
 impl Drop for Sidecar {
     fn drop(&mut self) {
         self.stop.send_replace(true);
+        super::canary::assert_silent();
     }
 }

@@ -1,0 +1,81 @@
+//! No credential is written down. All tests search for theirs (`support/canary.rs`); this one sends one everywhere.
+
+use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, canary, get, send};
+
+const TOKEN: &str = "canary-9d3f1c77a0";
+
+#[test]
+fn what_is_looked_for_would_be_found() {
+    canary::learn("Authorization", "Bearer of-this-test-alone-4711");
+    assert_eq!(canary::finds("here", b"token=of-this-test-alone-4711;").len(), 1);
+    assert_eq!(canary::finds("here", b"token=of-this-test-alone;").len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_in_every_place_a_client_can_put_it_is_nowhere_written_down() {
+    canary::watch();
+    let redis = Redis::start();
+    let origin = Origin::start(|ask| match ask.target.split(['?', '/']).nth(1) {
+        Some("fails") => Reply::new(503, "{}"),
+        Some("throttled") => Reply::new(429, "{}"),
+        Some("broken") => Reply::raw("nonsense\r\n\r\n"),
+        Some("closed") => Reply::close(),
+        _ => Reply::fresh(60, "{}"),
+    })
+    .await;
+    let sidecar = Sidecar::with_tables(&origin, "", &redis.table()).await;
+    sidecar.in_fleet().await;
+    let (bearer, cookie) = (format!("Bearer {TOKEN}"), format!("session={TOKEN}"));
+    let headers = [
+        ("Authorization", bearer.as_str()),
+        ("Cookie", cookie.as_str()),
+        ("X-Shopify-Access-Token", TOKEN),
+        ("X-Api-Key", TOKEN),
+        ("X-Unheard-Of-Token", TOKEN),
+        ("Proxy-Authorization", bearer.as_str()),
+    ];
+    for (name, value) in headers {
+        for target in ["/ok", "/ok", "/fails", "/throttled", "/broken", "/closed"] {
+            let answer = get(sidecar.address, target, &[(name, value)]).await;
+            canary::search("an answer", format!("{:?} {}", answer.headers, answer.text()).as_bytes());
+        }
+        send(sidecar.address, "POST", "/ok", &[(name, value)], b"{}").await;
+        let bad = [(name, value), ("Connection", "host")];
+        let refused = send(sidecar.address, "GET", "/ok", &bad, b"").await;
+        assert_eq!(refused.status, 400);
+        canary::search("a refusal", refused.text().as_bytes());
+        let lines = [("Content-Type", "application/json")];
+        let asked = serde_json::json!({ "url": "/ok", "headers": [[name, value]] }).to_string();
+        let told = send(sidecar.admin, "POST", "/explain", &lines, asked.as_bytes()).await;
+        canary::search("an explanation", told.text().as_bytes());
+    }
+    sidecar.written().await;
+    for path in ["/stats", "/health"] {
+        canary::search(path, get(sidecar.admin, path, &[]).await.text().as_bytes());
+    }
+    redis.search_for_credentials();
+    canary::assert_silent();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_password_of_redis_is_nowhere_written_down() {
+    canary::watch();
+    canary::learn("token", TOKEN);
+    let redis = Redis::with(&["--requirepass", TOKEN]);
+    let chaos = Chaos::before(redis.address()).await;
+    let origin = Origin::start(|_| Reply::fresh(60, "{}")).await;
+    let file = std::env::temp_dir().join(format!("sidecache-canary-{}", origin.address.port()));
+    std::fs::write(&file, TOKEN).expect("written");
+    let (at, password) = (chaos.address, file.display());
+    let table = format!("[redis]\nurl = \"redis://{at}\"\npassword = {{ file = \"{password}\" }}\n");
+    let sidecar = Sidecar::with_tables(&origin, "", &table).await;
+    sidecar.in_fleet().await;
+    sidecar.get("/a").await;
+    chaos.set(Mood::Refuses);
+    sidecar.lost_redis().await;
+    for path in ["/stats", "/health"] {
+        canary::search(path, get(sidecar.admin, path, &[]).await.text().as_bytes());
+    }
+    std::fs::remove_file(&file).expect("it was there");
+    canary::assert_silent();
+}
