@@ -3,8 +3,8 @@
 mod connection;
 mod crowd;
 mod frames;
-mod framing;
-mod guard;
+pub mod framing;
+pub mod guard;
 mod intake;
 mod normalise;
 mod receive;

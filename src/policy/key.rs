@@ -227,7 +227,7 @@ pub fn short_name(key: &[u8]) -> String {
 mod tests {
     use super::*;
     use http::HeaderValue;
-    use http::header::{ACCEPT, AUTHORIZATION};
+    use http::header::{ACCEPT, AUTHORIZATION, COOKIE};
     use proptest::prelude::*;
 
     const SECRET: KeySecret = KeySecret([7; 32]);
@@ -292,6 +292,28 @@ mod tests {
                 plan.key(&SECRET, &parts(path, query.as_deref(), &headers)).expect("a key")
             };
             prop_assert_eq!(a == b, key(&a) == key(&b));
+        }
+
+        /// Credentials: in which header, which value, how many, in which order of values.
+        #[test]
+        fn different_credentials_never_share_a_key(
+            a in prop::collection::vec((0usize..2, "[a-c]{0,3}"), 0..4),
+            b in prop::collection::vec((0usize..2, "[a-c]{0,3}"), 0..4),
+        ) {
+            let plan = KeyPlan { credentials: vec![AUTHORIZATION, COOKIE].into(), ..KeyPlan::default() };
+            let headers = |lines: &[(usize, String)]| {
+                let mut headers = HeaderMap::new();
+                for (which, value) in lines {
+                    headers.append([AUTHORIZATION, COOKIE][*which].clone(), HeaderValue::from_str(value).expect("a value"));
+                }
+                headers
+            };
+            let key = |headers: &HeaderMap| plan.key(&SECRET, &parts("/", None, headers)).expect("a key");
+            // The same: the same values in the same order, header by header.
+            let of = |headers: &HeaderMap, name| headers.get_all(name).iter().cloned().collect::<Vec<_>>();
+            let (a, b) = (headers(&a), headers(&b));
+            let same = of(&a, AUTHORIZATION) == of(&b, AUTHORIZATION) && of(&a, COOKIE) == of(&b, COOKIE);
+            prop_assert_eq!(same, key(&a) == key(&b));
         }
     }
 }

@@ -24,7 +24,7 @@ const MAX_EMPTY_LINES: usize = 4;
 
 /// Reads one connection's requests.
 #[derive(Debug)]
-pub(super) struct Scanner {
+pub struct Scanner {
     state: State,
     /// How far into the bytes that are held back the whole lines reach.
     checked: usize,
@@ -56,28 +56,28 @@ struct Head {
 
 /// What came of a look at some bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Scanned {
+pub struct Scanned {
     /// So many of them may pass. What follows is not whole yet, and has to be shown again with what comes next.
-    pub(super) passed: usize,
+    pub passed: usize,
     /// What follows them is refused.
-    pub(super) refused: Option<Rejection>,
+    pub refused: Option<Rejection>,
 }
 
 type Checked<T> = Result<T, Rejection>;
 
 impl Scanner {
     /// For a new connection. Heads beyond `max_head` bytes are refused.
-    pub(super) fn new(max_head: usize) -> Scanner {
+    pub fn new(max_head: usize) -> Scanner {
         Scanner { state: State::Head, checked: 0, head: Head::default(), extensions: 0, max_head }
     }
 
     /// Is a body under way?
-    pub(super) fn in_body(&self) -> bool {
+    pub fn in_body(&self) -> bool {
         self.state != State::Head
     }
 
     /// Looks at bytes: all that have come and not passed.
-    pub(super) fn scan(&mut self, bytes: &[u8]) -> Scanned {
+    pub fn scan(&mut self, bytes: &[u8]) -> Scanned {
         let mut passed = 0;
         loop {
             let rest = &bytes[passed..];
@@ -471,6 +471,13 @@ mod tests {
         assert_eq!(scanner.scan(head.as_bytes()).refused.map(|r| r.status.as_u16()), Some(431));
     }
 
+    const PIECES: &[&str] = &[
+        "Host: a\r\n", "X: y\r\n", "X:\r\n", " folded\r\n", "\ttab\r\n", "X : y\r\n", ": y\r\n", "X y\r\n", "X: a\rb\r\n",
+        "X: y\n", "\r\n", "\n", "\0", "Content-Length: 5\r\n", "content-length: 5\r\n", "Content-Length: 05\r\n",
+        "Content-Length: +5\r\n", "Transfer-Encoding: chunked\r\n", "transfer-encoding: CHUNKED\r\n",
+        "Transfer-Encoding: gzip\r\n", "Content-Length : 5\r\n", "Content-Length\r\n", "X: \u{e9}\r\n", "X: \t y \t\r\n",
+    ];
+
     /// Requests back to back, cut anywhere: the same bytes pass.
     fn feed(bytes: &[u8], cuts: &[usize]) -> (Vec<u8>, Option<Rejection>) {
         let (mut scanner, mut held, mut passed) = (scanner(), Vec::new(), Vec::new());
@@ -506,6 +513,25 @@ mod tests {
             let (passed, refused) = feed(text.as_bytes(), &cuts);
             prop_assert_eq!(passed, &text.as_bytes()[..whole]);
             prop_assert_eq!(refused.is_some(), broken);
+        }
+
+        /// What passes as one head is one head to the HTTP library too, and of the same length.
+        #[test]
+        fn what_passes_is_what_the_library_reads(
+            pieces in prop::collection::vec(prop::sample::select(PIECES), 0..10),
+            method in "[A-Z ]{0,5}",
+        ) {
+            let head = format!("{method} /a HTTP/1.1\r\n{}\r\n", pieces.concat());
+            let mut scanner = scanner();
+            let scanned = scanner.scan(head.as_bytes());
+            if scanned.refused.is_none() && scanned.passed > 0 {
+                let mut fields = [httparse::EMPTY_HEADER; 64];
+                let mut request = httparse::Request::new(&mut fields);
+                let ends = head.find("\r\n\r\n").map(|at| at + 4);
+                prop_assert_eq!(request.parse(head.as_bytes()).ok().map(|s| s.unwrap()), ends, "{:?}", head);
+                let framing = |name: &str| request.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name)).count();
+                prop_assert!(framing("content-length") + framing("transfer-encoding") <= 1, "{:?}", head);
+            }
         }
 
         #[test]

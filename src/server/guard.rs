@@ -15,7 +15,7 @@ use crate::proxy::respond::Rejection;
 const MAX_LINES: usize = 100;
 
 /// Refuses what must not go further.
-pub(super) fn check<B>(
+pub fn check<B>(
     request: &Request<B>,
     limits: &Limits,
     is_keyed: impl Fn(&HeaderName) -> bool,

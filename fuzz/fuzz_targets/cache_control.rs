@@ -1,0 +1,20 @@
+//! Any bytes as Cache-Control and its kin, of requests and answers: never a panic, and never a number out of nothing.
+#![no_main]
+
+use http::header::{CACHE_CONTROL, HeaderMap, HeaderValue, PRAGMA};
+use sidecache::policy::directives::CacheControl;
+
+libfuzzer_sys::fuzz_target!(|lines: Vec<&[u8]>| {
+    let mut headers = HeaderMap::new();
+    for (n, line) in lines.iter().enumerate() {
+        if let Ok(value) = HeaderValue::from_bytes(line) {
+            headers.append(if n % 5 == 4 { PRAGMA } else { CACHE_CONTROL }, value);
+        }
+    }
+    let answer = CacheControl::of_response(&headers);
+    let _ = CacheControl::of_request(&headers);
+    if answer.max_age.is_some_and(|age| age > 0) {
+        let digit = |line: &&[u8]| line.iter().any(u8::is_ascii_digit);
+        assert!(lines.iter().any(digit));
+    }
+});

@@ -1,0 +1,10 @@
+//! Any text as a configuration: an error with a place, or a configuration; never a panic.
+#![no_main]
+
+use std::path::Path;
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    if let Err(errors) = sidecache::config::from_text("fuzz.toml", text, Path::new("/nowhere")) {
+        assert!(!errors.is_empty());
+    }
+});
