@@ -19,6 +19,28 @@ faults:
 bench-fleet *PARTS:
     cargo bench --bench fleet -- {{PARTS}}
 
+# The race: hits and pass-through beside nginx, HAProxy, Varnish and a bare server; memory, rules, start. Needs wrk,
+# nginx, haproxy, varnish. Parts: hits pass rules many start.
+bench *PARTS:
+    cargo build --release --example bare
+    cargo bench --bench race -- {{PARTS}}
+
+# What a look-up, a key, a verdict, an answer cost by themselves.
+bench-parts:
+    cargo bench --bench parts
+
+# What hostile clients and upstreams send (needs varnish, slowhttptest).
+attack:
+    ./scripts/attack
+
+# Slow, idle and greedy clients: how do the others fare?
+siege:
+    cargo bench --bench siege
+
+# Coverage-guided fuzzing, so many seconds a target (needs cargo-fuzz).
+fuzz SECONDS="60":
+    ./scripts/fuzz {{SECONDS}}
+
 # What finding a rule costs, with 5 rules and with 200.
 route:
     cargo bench --bench route

@@ -79,19 +79,6 @@ impl Redis {
         keys
     }
 
-    /// Looks for credentials in all that lies in it.
-    pub(crate) fn search_for_credentials(&self) {
-        let mut observer = self.observer();
-        // As it is, not as it is packed for a file.
-        let _: () = redis::cmd("CONFIG").arg(&["SET", "rdbcompression", "no"]).query(&mut observer).expect("it may");
-        let keys = self.keys("*");
-        assert!(!keys.is_empty(), "something lies there");
-        for key in keys {
-            let value: Vec<u8> = redis::cmd("DUMP").arg(&key).query(&mut observer).unwrap_or_default();
-            super::canary::search("Redis", &[key.as_bytes(), &value].concat());
-        }
-    }
-
     pub(crate) fn signal(&self, signal: Signal) {
         kill(pid(&self.child), signal).expect("our own process");
     }

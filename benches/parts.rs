@@ -1,0 +1,119 @@
+//! What the parts of a hit cost: scanner, key, look-up, verdict, and the whole handler with its answer.
+//! `cargo bench --bench parts`.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use http::{HeaderMap, Request, Response};
+use sidecache::app;
+use sidecache::body::Body;
+use sidecache::config;
+use sidecache::policy::freshness::{Demands, judge};
+use sidecache::policy::invalidation::Standing;
+use sidecache::policy::key::{KeyParts, KeySecret};
+use sidecache::proxy::{Handled, Proxy};
+use sidecache::server::framing::Scanner;
+use sidecache::upstream::{Sending, Upstream};
+
+const HEAD: &[u8] = b"GET /products/7.json?fields=id HTTP/1.1\r\nHost: 127.0.0.1:18080\r\nAccept: application/json\r\n\
+    User-Agent: shop-app/1.2\r\nAccept-Encoding: gzip\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n";
+
+#[derive(Debug)]
+struct Same;
+
+impl Upstream for Same {
+    fn send(&self, _: Request<Body>) -> Sending<'_> {
+        let mut response = Response::new(Body::Full(vec![b'x'; 1024].into()));
+        for (name, value) in [("content-type", "application/json"), ("cache-control", "max-age=36000, public")] {
+            response.headers_mut().insert(name, http::HeaderValue::from_static(value));
+        }
+        Box::pin(std::future::ready(Ok(response)))
+    }
+}
+
+fn request() -> Request<Body> {
+    let lines = [
+        ("host", "127.0.0.1:18080"),
+        ("accept", "application/json"),
+        ("user-agent", "shop-app/1.2"),
+        ("accept-encoding", "gzip"),
+        ("authorization", "Bearer 0123456789abcdef"),
+    ];
+    let mut request = Request::builder().uri("/products/7.json?fields=id");
+    for (name, value) in lines {
+        request = request.header(name, value);
+    }
+    request.body(Body::Empty).expect("a request")
+}
+
+/// A proxy that has the answer already.
+fn warm() -> Arc<Proxy> {
+    let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n";
+    let config = config::from_text("bench", text, Path::new(".")).expect("it is good");
+    let mut proxy = app::proxies(config).expect("it can be built").remove(0);
+    proxy.site.upstream = Arc::new(Same);
+    let proxy = Arc::new(proxy);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let mut body = proxy.handle(request()).response().await.into_body();
+        while body.next().await.is_some() {}
+    });
+    proxy
+}
+
+fn parts(criterion: &mut Criterion) {
+    let proxy = warm();
+    criterion.bench_function("scanner: a head of 5 fields", |b| {
+        let mut scanner = Scanner::new(65536);
+        b.iter(|| scanner.scan(black_box(HEAD)).passed);
+    });
+    let minimal = b"GET /1024/p HTTP/1.1\r\nHost: 127.0.0.1:7002\r\n\r\n";
+    criterion.bench_function("scanner: a plain GET", |b| {
+        let mut scanner = Scanner::new(65536);
+        b.iter(|| scanner.scan(black_box(minimal)).passed);
+    });
+    let asked = request();
+    let plan = proxy.site.router.plans()[0].clone();
+    let secret = KeySecret([7; 32]);
+    let parts = |headers: &'static HeaderMap| KeyParts {
+        upstream: proxy.site.id,
+        authority: None,
+        path: "/products/7.json",
+        query: Some("fields=id"),
+        headers,
+    };
+    let (with, mut without) = (asked.headers().clone(), asked.headers().clone());
+    without.remove("authorization");
+    let (with, without): (&'static HeaderMap, &'static HeaderMap) = (Box::leak(with.into()), Box::leak(without.into()));
+    criterion.bench_function("key, without a credential", |b| {
+        b.iter(|| plan.key.key(&secret, black_box(&parts(without))).expect("a key"));
+    });
+    criterion.bench_function("key, with a credential (a keyed digest)", |b| {
+        b.iter(|| plan.key.key(&secret, black_box(&parts(with))).expect("a key"));
+    });
+    let key = plan.key.key(&proxy.commons.secret.load(), &parts(with)).expect("a key");
+    let resource = proxy.commons.memory.get(&key).expect("it is stored");
+    criterion.bench_function("look-up in memory", |b| {
+        b.iter(|| proxy.commons.memory.get(black_box(&key)).expect("it is stored"));
+    });
+    let entry = resource.select(with).expect("it is for this request").clone();
+    let now = proxy.commons.clock.now();
+    criterion.bench_function("verdict", |b| {
+        b.iter(|| judge(black_box(&entry), Standing::Valid, &Demands::default(), now));
+    });
+    criterion.bench_function("the handler: a hit, with its answer", |b| {
+        b.iter_batched(
+            request,
+            |request| match proxy.handle(request) {
+                Handled::Now(response) => response,
+                Handled::Later(_) => unreachable!("it is a hit"),
+            },
+            criterion::BatchSize::SmallInput,
+        );
+    });
+}
+
+criterion_group!(benches, parts);
+criterion_main!(benches);
