@@ -17,7 +17,8 @@ use sidecache::proxy::{Handled, Proxy};
 use sidecache::server::framing::Scanner;
 use sidecache::upstream::{Sending, Upstream};
 
-const HEAD: &[u8] = b"GET /products/7.json?fields=id HTTP/1.1\r\nHost: 127.0.0.1:18080\r\nAccept: application/json\r\n\
+const HEAD: &[u8] =
+    b"GET /products/7.json?fields=id HTTP/1.1\r\nHost: 127.0.0.1:18080\r\nAccept: application/json\r\n\
     User-Agent: shop-app/1.2\r\nAccept-Encoding: gzip\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n";
 
 #[derive(Debug)]
@@ -86,7 +87,8 @@ fn parts(criterion: &mut Criterion) {
     };
     let (with, mut without) = (asked.headers().clone(), asked.headers().clone());
     without.remove("authorization");
-    let (with, without): (&'static HeaderMap, &'static HeaderMap) = (Box::leak(with.into()), Box::leak(without.into()));
+    let (with, without): (&'static HeaderMap, &'static HeaderMap) =
+        (Box::leak(with.into()), Box::leak(without.into()));
     criterion.bench_function("key, without a credential", |b| {
         b.iter(|| plan.key.key(&secret, black_box(&parts(without))).expect("a key"));
     });

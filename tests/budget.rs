@@ -90,6 +90,16 @@ async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_always_says_at_once_is_not_asked_for_ever() {
+    let (origin, times) = throttling(usize::MAX, "0").await;
+    let budget = "budget = { rate = \"1000/s\", burst = 1000, max_wait = \"350ms\" }";
+    let sidecar = Sidecar::before(&origin, budget).await;
+    assert_eq!(sidecar.get("/a").await.status, 429);
+    assert!(origin.count() <= 4, "{}", origin.count());
+    assert!(since(&times).iter().all(|gap| *gap >= Duration::from_millis(100)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_configured_pace_is_kept_and_who_would_wait_too_long_is_told_at_once() {
     let (origin, times) = throttling(0, "").await;
     let budget = "budget = { rate = \"10/s\", burst = 2, max_wait = \"350ms\", per = \"host\" }";

@@ -111,7 +111,11 @@ fn certificate(folder: &Path) -> (String, ClientConfig) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tls_the_client_chooses_the_version() {
-    let origin = Origin::start(|_| Reply::fresh(60, "secret")).await;
+    let origin = Origin::start(|ask| {
+        let link = format!("<http://{}/next>; rel=\"next\"", ask.header("host").expect("a host"));
+        Reply::fresh(60, "secret").header("Link", &link)
+    })
+    .await;
     let folder = folder("tls");
     let (lines, mut config) = certificate(&folder);
     let sidecar = Sidecar::before(&origin, &lines).await;
@@ -132,6 +136,7 @@ async fn over_tls_the_client_chooses_the_version() {
     let _ = soon("an answer", stream.read_to_end(&mut answer)).await;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     assert!(answer.contains("sidecache; hit"), "{answer}");
+    assert!(answer.contains("<https://a/next>"), "links lead back to where the client is: {answer}");
     // What is no TLS is no reason to wait.
     let mut plain = Client::connect(sidecar.address).await;
     plain.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
@@ -175,23 +180,28 @@ async fn http_2_to_the_upstream_by_setting() {
     assert_eq!(connections.load(Ordering::Relaxed), 1, "one connection for all");
 }
 
+/// 101 and a word, then what comes goes back; or 426.
+async fn echo_if_asked(mut stream: TcpStream) {
+    let mut head = vec![0; 4096];
+    let read = stream.read(&mut head).await.expect("a head");
+    let asks = String::from_utf8_lossy(&head[..read]).to_lowercase().contains("upgrade: websocket");
+    let answer = if asks {
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
+    } else {
+        "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    };
+    stream.write_all(answer.as_bytes()).await.expect("written");
+    let (mut read, mut write) = stream.split();
+    let _ = tokio::io::copy(&mut read, &mut write).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn websockets_pass_where_a_rule_allows_it() {
     let origin = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = origin.local_addr().expect("bound");
     tokio::spawn(async move {
-        while let Ok((mut stream, _)) = origin.accept().await {
-            let mut head = vec![0; 4096];
-            let read = stream.read(&mut head).await.expect("a head");
-            let asks = String::from_utf8_lossy(&head[..read]).to_lowercase().contains("upgrade: websocket");
-            let answer = if asks {
-                "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
-            } else {
-                "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            };
-            stream.write_all(answer.as_bytes()).await.expect("written");
-            let (mut read, mut write) = stream.split();
-            let _ = tokio::io::copy(&mut read, &mut write).await;
+        while let Ok((stream, _)) = origin.accept().await {
+            tokio::spawn(echo_if_asked(stream));
         }
     });
     let rule = "[[upstream.rule]]\npath = \"/ws\"\ncache = \"off\"\nupgrade = [\"websocket\"]\n";
@@ -203,6 +213,19 @@ async fn websockets_pass_where_a_rule_allows_it() {
     let switched = client.answer_head().await.expect("an answer");
     assert_eq!((switched.status, switched.header("upgrade")), (101, Some("websocket")));
     assert_eq!(client.read_some(5).await, b"hello");
+    // Another one does not wait for the answer to go on in the other protocol.
+    let mut hasty = Client::connect(sidecar.address).await;
+    let head = "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    hasty.write(format!("{head}\nearly\0")).await;
+    assert_eq!(hasty.answer_head().await.expect("an answer").status, 101);
+    assert_eq!(hasty.read_some(12).await, b"hello\nearly\0");
+    // And where nothing comes of it, what follows is the next request.
+    let mut plain = Client::connect(sidecar.address).await;
+    let head = "GET /other HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    plain.write(format!("{head}{head}")).await;
+    for _ in 0..2 {
+        assert_eq!(plain.answer_to("GET").await.expect("an answer").status, 426);
+    }
     // No HTTP at all, and no line ends.
     client.write(b"\x81\x05\r\0\n\xff!").await;
     assert_eq!(&client.read_some(12).await[5..], b"\x81\x05\r\0\n\xff!");

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{Admin, problem};
 use crate::body::Body;
 use crate::config::Target;
+use crate::policy::headers::strip_nominated;
 use crate::proxy::Proxy;
 
 /// A request to be explained.
@@ -74,7 +75,8 @@ pub fn answer<'p>(
     }
     let body = if asked.body.is_empty() { Body::Empty } else { Body::Full(asked.body.clone().into()) };
     let target = uri.path_and_query().map_or("/", |target| target.as_str());
-    let request = request.uri(target).body(body).map_err(|e| e.to_string())?;
+    let mut request = request.uri(target).body(body).map_err(|e| e.to_string())?;
+    strip_nominated(request.headers_mut());
     Ok(proxy.explain(&request, running))
 }
 

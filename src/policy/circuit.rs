@@ -47,15 +47,22 @@ enum State {
 impl Circuit {
     /// May a request go through? If not: when the next one may try.
     pub fn admits(&mut self, tolerance: Tolerance, now: Tick) -> Result<(), Duration> {
+        if let Some(wait) = self.opens_in(now) {
+            return Err(wait);
+        }
+        if self.state != State::Closed {
+            self.state = State::HalfOpen { until: now.plus(tolerance.open_for) };
+        }
+        Ok(())
+    }
+
+    /// When the next request may try, if none may now.
+    pub fn opens_in(&self, now: Tick) -> Option<Duration> {
         match self.state {
-            State::Closed => Ok(()),
             State::Open { until } | State::HalfOpen { until } if now < until => {
-                Err(Duration::from_millis(until.since(now)))
+                Some(Duration::from_millis(until.since(now)))
             }
-            State::Open { .. } | State::HalfOpen { .. } => {
-                self.state = State::HalfOpen { until: now.plus(tolerance.open_for) };
-                Ok(())
-            }
+            State::Closed | State::Open { .. } | State::HalfOpen { .. } => None,
         }
     }
 

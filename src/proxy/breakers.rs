@@ -36,6 +36,11 @@ impl Breakers {
         change(all.entry(host.into()).or_default())
     }
 
+    /// When the next request to this host may try, if none may now.
+    pub fn opens_in(&self, host: &str, now: Tick) -> Option<Duration> {
+        self.lock().get(host).and_then(|circuit| circuit.opens_in(now))
+    }
+
     /// The hosts that are not asked now, or only tried.
     pub fn open(&self) -> Vec<(String, &'static str)> {
         let all = self.lock();

@@ -39,6 +39,8 @@ pub struct Bucket {
     /// First come, first served: tokio's semaphore is fair.
     turn: Semaphore,
     waiting: AtomicU32,
+    /// When it was last asked for, in milliseconds by the clock.
+    used: AtomicU64,
     closed: Mutex<Option<Instant>>,
     clock: Monotonic,
 }
@@ -107,10 +109,25 @@ impl Budgets {
         }
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         if buckets.len() >= MAX_BUCKETS {
-            buckets.retain(|_, bucket| Arc::strong_count(bucket) > 1 || bucket.closed_for().is_some());
+            self.let_go(&mut buckets);
         }
         let bucket = buckets.entry(id.finish()).or_insert_with(|| Arc::new(Bucket::new(&budget, self.clock)));
+        bucket.used.store(millis(self.clock.now()), Ordering::Relaxed);
         Some(bucket.clone())
+    }
+
+    /// Makes room: those that would be as good as new go first, and if that is not enough, the closed ones too.
+    fn let_go(&self, buckets: &mut HashMap<u64, Arc<Bucket>>) {
+        let now = millis(self.clock.now());
+        let in_use = |bucket: &Arc<Bucket>| Arc::strong_count(bucket) > 1;
+        let full_again = |bucket: &Bucket| {
+            let fills = bucket.pace.as_ref().map_or(0, |(pace, _)| millis(pace.every.saturating_mul(pace.burst)));
+            bucket.used.load(Ordering::Relaxed) + fills < now && bucket.closed_for().is_none()
+        };
+        buckets.retain(|_, bucket| in_use(bucket) || !full_again(bucket));
+        if buckets.len() >= MAX_BUCKETS {
+            buckets.retain(|_, bucket| in_use(bucket));
+        }
     }
 }
 
@@ -125,6 +142,7 @@ impl Bucket {
             pace: budget.pace.and_then(limiter),
             turn: Semaphore::new(1),
             waiting: AtomicU32::new(0),
+            used: AtomicU64::new(0),
             closed: Mutex::default(),
             clock,
         }

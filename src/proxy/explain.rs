@@ -75,6 +75,9 @@ impl Proxy {
             QueryFilter::Filtered(_) => format!("of {:?}, what the rule keeps", request.uri().query().unwrap_or("")),
         };
         let named = |name: &http::HeaderName| {
+            if plan.is_credential(name) {
+                return format!("{name}: (not shown)");
+            }
             let values: Vec<_> =
                 headers.get_all(name).iter().map(|v| String::from_utf8_lossy(v.as_bytes())).collect();
             format!("{name}: {}", if values.is_empty() { "(absent)".into() } else { values.join(", ") })

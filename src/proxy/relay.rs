@@ -11,6 +11,7 @@ use tracing::{debug, info, warn};
 use super::Proxy;
 use super::forward::ask_upgrade;
 use super::respond::body_rejection;
+use super::send::Sent;
 use super::site::{Place, tags};
 use super::visit::Visit;
 use crate::body::Body;
@@ -34,18 +35,22 @@ impl Proxy {
     ) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let asked = Arc::new(parts);
-        let answer = if asked.method.is_safe() {
+        let sent = if asked.method.is_safe() {
             let shape = |request: &mut Request<Body>| {
                 if reason == Bypass::Upgrade {
                     ask_upgrade(request, &asked.headers);
                 }
             };
-            self.send(&asked, &place, body, shape).await.answer
+            self.send(&asked, &place, body, shape).await
         } else {
-            self.clone().write(asked.clone(), place, body).await
+            // Until its turn has come, a client that leaves takes its write with it.
+            match self.turn(&asked, &place, visit.begun).await {
+                Ok(()) => self.clone().write(asked.clone(), place, body).await,
+                Err(late) => Sent { answer: Err(late), at: self.commons.clock.instant() },
+            }
         };
-        let took = visit.elapsed();
-        match answer {
+        let took = self.commons.clock.instant().saturating_duration_since(sent.at);
+        match sent.answer {
             Ok(mut response) => {
                 let failure = Failure::from_status(response.status());
                 self.upstream_ended(failure, took, response.status().as_str());
@@ -77,26 +82,25 @@ impl Proxy {
     }
 
     /// A write goes to its answer even if its client leaves: what it changes must not be served from before.
-    async fn write(
-        self: Arc<Self>,
-        asked: Arc<Parts>,
-        place: Place,
-        body: Body,
-    ) -> Result<Response<Body>, SendError> {
+    async fn write(self: Arc<Self>, asked: Arc<Parts>, place: Place, body: Body) -> Sent {
+        let at = self.commons.clock.instant();
         let write = async move {
-            let answer = self.send(&asked, &place, body, |_| {}).await.answer;
-            let may_have_changed = match &answer {
+            let sent = self.send_once(&asked, &place, body).await;
+            let may_have_changed = match &sent.answer {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
                 // No answer says nothing about what was done.
                 Err(error) => error.ended != Ended::Unsent,
             };
             if may_have_changed {
-                let recorded = self.invalidate(&asked, &place, answer.as_ref().ok().map(Response::headers));
+                let recorded = self.invalidate(&asked, &place, sent.answer.as_ref().ok().map(Response::headers));
                 self.told_fleet(recorded).await;
             }
-            answer
+            sent
         };
-        let panicked = |e: tokio::task::JoinError| Err(SendError::unanswered(Failure::Internal, e.to_string()));
+        let panicked = |e: tokio::task::JoinError| Sent {
+            answer: Err(SendError::unanswered(Failure::Internal, e.to_string())),
+            at,
+        };
         tokio::spawn(write).await.unwrap_or_else(panicked)
     }
 

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use http::header::{
     AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION, RETRY_AFTER,
 };
+use http::uri::Scheme;
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 
@@ -62,7 +63,7 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let body = Body::Full(entry.body.clone());
-        let mut response = from_head(asked, &entry.head, body);
+        let mut response = from_head(asked, &entry.head, body, &self.site.listens);
         let headers = response.headers_mut();
         headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
         let status = stored_status(outcome, &entry.key_name);
@@ -98,7 +99,7 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let asked = asked.into();
-        let mut response = from_head(asked, &arrival.head, body);
+        let mut response = from_head(asked, &arrival.head, body, &self.site.listens);
         let headers = response.headers_mut();
         // First hand it has no age, and everything that is not stored.
         let collapsed = matches!(outcome, Outcome::Relayed { fetched, .. } if fetched.collapsed);
@@ -132,7 +133,7 @@ impl Proxy {
             && let Ok(place) = self.site.locate(asked.uri, asked.headers)
         {
             let patches = links::find(headers, &place.host);
-            rewrite_links(&patches, headers, asked);
+            rewrite_links(&patches, headers, asked, &self.site.listens);
         }
         add_date(headers, self.commons.clock.wall());
         self.finish(response, &text(outcome), outcome, Timing::Upstream, asked, plan, visit)
@@ -187,8 +188,17 @@ impl Proxy {
 
     /// Seconds after which it is worth to come again.
     fn retry_in(&self, asked: Asked<'_>, failure: Failure) -> u64 {
-        let place = self.site.locate(asked.uri, asked.headers).ok().filter(|_| failure == Failure::Throttled);
-        let closed = place.and_then(|place| self.closed_for(&place, asked.headers));
+        let Ok(place) = self.site.locate(asked.uri, asked.headers) else { return RETRY_SOON };
+        let closed = match failure {
+            Failure::Unavailable => self.site.breakers.opens_in(place.connect.as_str(), self.commons.clock.now()),
+            Failure::Throttled => self.closed_for(&place, asked.headers),
+            Failure::Timeout
+            | Failure::Connect
+            | Failure::Malformed
+            | Failure::Status(_)
+            | Failure::Empty
+            | Failure::Internal => None,
+        };
         closed.map_or(RETRY_SOON, |left| left.as_secs() + 1)
     }
 
@@ -309,7 +319,7 @@ pub fn body_rejection(fault: BodyError) -> Rejection {
 }
 
 /// A head that is sent many times, to this client.
-fn from_head(asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
+fn from_head(asked: Asked<'_>, head: &Head, body: Body, listens: &Scheme) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = head.status;
     response.headers_mut().clone_from(&head.headers);
@@ -317,7 +327,7 @@ fn from_head(asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
         response.extensions_mut().clone_from(&casing.record);
     }
     if !head.links.is_empty() {
-        rewrite_links(&head.links, response.headers_mut(), asked);
+        rewrite_links(&head.links, response.headers_mut(), asked, listens);
     }
     if not_modified(asked.method, asked.headers, head) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
@@ -339,8 +349,8 @@ fn without_body_for_head(method: &Method, response: &mut Response<Body>) {
     }
 }
 
-fn rewrite_links(patches: &[links::LinkPatch], headers: &mut HeaderMap, asked: Asked<'_>) {
+fn rewrite_links(patches: &[links::LinkPatch], headers: &mut HeaderMap, asked: Asked<'_>, listens: &Scheme) {
     if let Some(authority) = client_authority(asked.uri, asked.headers) {
-        links::apply(patches, headers, &format!("http://{authority}"));
+        links::apply(patches, headers, &format!("{listens}://{authority}"));
     }
 }

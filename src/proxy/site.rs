@@ -41,6 +41,8 @@ pub struct Site {
     pub upstream: Arc<dyn Upstream>,
     /// The port its listener has.
     port: u16,
+    /// What its clients speak: `http` or `https`.
+    pub listens: Scheme,
     /// How it is doing.
     pub signals: Signals,
     /// When it is asked once more …
@@ -81,7 +83,8 @@ pub struct Misdirected;
 impl Site {
     /// The site of a configured upstream.
     pub fn new(config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
-        let config::Upstream { name, target, router, timeouts, budget, tolerance, retry, .. } = config;
+        let config::Upstream { name, target, router, timeouts, budget, tolerance, retry, listen_tls, .. } = config;
+        let listens = if listen_tls.is_some() { Scheme::HTTPS } else { Scheme::HTTP };
         let id = UpstreamId::of(&name, &target.origin());
         let fixed = match &target {
             Target::Origin { scheme, authority, preserve_host: false } => Some(Place {
@@ -105,6 +108,7 @@ impl Site {
             timeouts,
             upstream,
             port,
+            listens,
             signals: Signals::default(),
             retry,
             retries: Mutex::default(),

@@ -193,9 +193,13 @@ async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &Limits) -> i
     let mut first = BytesMut::with_capacity(4096);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "nothing came");
     let mut came = timeout(limits.keep_alive, stream.read_buf(&mut first)).await.map_err(late)??;
-    while came > 0 && first.len() < PREFACE.len() && PREFACE.starts_with(&first) {
-        came = timeout(limits.header_time, stream.read_buf(&mut first)).await.map_err(late)??;
-    }
+    let rest = async {
+        while came > 0 && first.len() < PREFACE.len() && PREFACE.starts_with(&first) {
+            came = stream.read_buf(&mut first).await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    timeout(limits.header_time, rest).await.map_err(late)??;
     Ok(first)
 }
 

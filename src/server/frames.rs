@@ -37,7 +37,7 @@ impl Meter {
 
     /// Is a header block under way?
     pub(super) fn in_head(&self) -> bool {
-        self.in_block || self.have > 0 || (self.head[3] == 1 && self.skip > 0)
+        self.in_block || self.have > 0 || (matches!(self.head[3], 1 | 9) && self.skip > 0)
     }
 
     /// Counts what came; too many control frames are an error.
@@ -120,5 +120,8 @@ mod tests {
         assert!(!meter.in_head());
         assert_eq!(meter.count(&frame(1, END_HEADERS, 10)[..12]), Ok(()));
         assert!(meter.in_head(), "its payload has to come");
+        assert_eq!(meter.count(&frame(1, END_HEADERS, 10)[12..]), Ok(()));
+        assert_eq!(meter.count(&frame(9, END_HEADERS, 200)[..20]), Ok(()));
+        assert!(meter.in_head(), "so has that of a CONTINUATION");
     }
 }

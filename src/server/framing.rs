@@ -8,10 +8,13 @@
 //! * **length**: so many bytes of a body with a Content-Length are to come;
 //! * **chunk size**, **chunk**, **chunk end**, **trailers**: a body in chunks.
 
+mod extensions;
+
 use http::StatusCode;
 use memchr::{memchr, memchr3_iter};
 
 use crate::proxy::respond::Rejection;
+use extensions::is_extension;
 
 /// All chunk extensions of a body together: beyond this they are an attack.
 const MAX_EXTENSIONS: usize = 4 << 10;
@@ -32,6 +35,8 @@ pub struct Scanner {
     head: Head,
     /// Bytes of chunk extensions in this body.
     extensions: usize,
+    /// The last head asked for another protocol: what follows is that, or nothing yet.
+    waits: bool,
     max_head: usize,
 }
 
@@ -52,6 +57,7 @@ struct Head {
     http_10: bool,
     length: Option<u64>,
     chunked: bool,
+    upgrade: bool,
 }
 
 /// What came of a look at some bytes.
@@ -68,7 +74,7 @@ type Checked<T> = Result<T, Rejection>;
 impl Scanner {
     /// For a new connection. Heads beyond `max_head` bytes are refused.
     pub fn new(max_head: usize) -> Scanner {
-        Scanner { state: State::Head, checked: 0, head: Head::default(), extensions: 0, max_head }
+        Scanner { state: State::Head, checked: 0, head: Head::default(), extensions: 0, waits: false, max_head }
     }
 
     /// Is a body under way?
@@ -76,10 +82,23 @@ impl Scanner {
         self.state != State::Head
     }
 
+    /// Does what follows depend on the answer to the last head, which asked for another protocol?
+    pub fn waits(&self) -> bool {
+        self.waits
+    }
+
+    /// It stays HTTP/1.1.
+    pub fn go_on(&mut self) {
+        self.waits = false;
+    }
+
     /// Looks at bytes: all that have come and not passed.
     pub fn scan(&mut self, bytes: &[u8]) -> Scanned {
         let mut passed = 0;
         loop {
+            if self.waits {
+                return Scanned { passed, refused: None };
+            }
             let rest = &bytes[passed..];
             let step = match self.state {
                 State::Head => self.read_head(rest),
@@ -115,6 +134,7 @@ impl Scanner {
                     Some(length) if length > 0 => State::Length(length),
                     _ => State::Head,
                 };
+                self.waits = head.upgrade && self.state == State::Head;
                 return Ok(Some(end));
             } else {
                 self.head.empty_lines += 1;
@@ -199,6 +219,10 @@ impl Head {
         }
         let (name, value) = field(line)?;
         match name.len() {
+            7 if name.eq_ignore_ascii_case(b"upgrade") => {
+                self.upgrade = true;
+                Ok(())
+            }
             14 if name.eq_ignore_ascii_case(b"content-length") => self.take_length(value),
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => self.take_encoding(value),
             _ => Ok(()),
@@ -258,48 +282,6 @@ fn field(line: &[u8]) -> Checked<(&[u8], &[u8])> {
     Ok((name, value.get(1..).unwrap_or_default()))
 }
 
-/// `*( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] )`: RFC 9112 §7.1.1.
-fn is_extension(mut rest: &[u8]) -> bool {
-    while !rest.is_empty() {
-        let Some(after) = blank(rest).strip_prefix(b";") else { return false };
-        let (name, after) = split_token(blank(after));
-        if name.is_empty() {
-            return false;
-        }
-        rest = after;
-        if let Some(value) = blank(after).strip_prefix(b"=") {
-            let value = blank(value);
-            let after = if value.first() == Some(&b'"') { after_quoted(value) } else { after_token(value) };
-            let Some(after) = after else { return false };
-            rest = after;
-        }
-    }
-    true
-}
-
-fn after_token(text: &[u8]) -> Option<&[u8]> {
-    let (token, rest) = split_token(text);
-    (!token.is_empty()).then_some(rest)
-}
-
-fn after_quoted(text: &[u8]) -> Option<&[u8]> {
-    let mut escaped = false;
-    for (at, byte) in text.iter().enumerate().skip(1) {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = true,
-            b'"' => return text.get(at + 1..),
-            0..=8 | 10..=31 | 127 => return None,
-            _ => {}
-        }
-    }
-    None
-}
-
-fn split_token(text: &[u8]) -> (&[u8], &[u8]) {
-    text.split_at(text.iter().take_while(|b| TOKEN[usize::from(**b)]).count())
-}
-
 fn is_token(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|b| TOKEN[usize::from(*b)])
 }
@@ -315,10 +297,6 @@ const TOKEN: [bool; 256] = {
     }
     table
 };
-
-fn blank(text: &[u8]) -> &[u8] {
-    text.trim_ascii_start()
-}
 
 fn trim(value: &[u8]) -> &[u8] {
     value.trim_ascii()
@@ -472,10 +450,30 @@ mod tests {
     }
 
     const PIECES: &[&str] = &[
-        "Host: a\r\n", "X: y\r\n", "X:\r\n", " folded\r\n", "\ttab\r\n", "X : y\r\n", ": y\r\n", "X y\r\n", "X: a\rb\r\n",
-        "X: y\n", "\r\n", "\n", "\0", "Content-Length: 5\r\n", "content-length: 5\r\n", "Content-Length: 05\r\n",
-        "Content-Length: +5\r\n", "Transfer-Encoding: chunked\r\n", "transfer-encoding: CHUNKED\r\n",
-        "Transfer-Encoding: gzip\r\n", "Content-Length : 5\r\n", "Content-Length\r\n", "X: \u{e9}\r\n", "X: \t y \t\r\n",
+        "Host: a\r\n",
+        "X: y\r\n",
+        "X:\r\n",
+        " folded\r\n",
+        "\ttab\r\n",
+        "X : y\r\n",
+        ": y\r\n",
+        "X y\r\n",
+        "X: a\rb\r\n",
+        "X: y\n",
+        "\r\n",
+        "\n",
+        "\0",
+        "Content-Length: 5\r\n",
+        "content-length: 5\r\n",
+        "Content-Length: 05\r\n",
+        "Content-Length: +5\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        "transfer-encoding: CHUNKED\r\n",
+        "Transfer-Encoding: gzip\r\n",
+        "Content-Length : 5\r\n",
+        "Content-Length\r\n",
+        "X: \u{e9}\r\n",
+        "X: \t y \t\r\n",
     ];
 
     /// Requests back to back, cut anywhere: the same bytes pass.
@@ -528,7 +526,7 @@ mod tests {
                 let mut fields = [httparse::EMPTY_HEADER; 64];
                 let mut request = httparse::Request::new(&mut fields);
                 let ends = head.find("\r\n\r\n").map(|at| at + 4);
-                prop_assert_eq!(request.parse(head.as_bytes()).ok().map(|s| s.unwrap()), ends, "{:?}", head);
+                prop_assert_eq!(request.parse(head.as_bytes()).ok().map(httparse::Status::unwrap), ends, "{:?}", head);
                 let framing = |name: &str| request.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name)).count();
                 prop_assert!(framing("content-length") + framing("transfer-encoding") <= 1, "{:?}", head);
             }

@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
+use crate::body::fanout::{Held, Purse};
 use crate::body::{Body, BodyError};
 use crate::config::Limits;
 
@@ -22,14 +24,16 @@ const LEAST_RATE: u64 = 1024;
 const ALLOWANCE: Duration = Duration::from_secs(5);
 
 /// The body of a request: nothing after all, all of it, or its beginning and the rest to come.
-pub(super) async fn body(incoming: Incoming, limits: &Limits) -> Result<Body, BodyError> {
+pub(super) async fn body(incoming: Incoming, limits: &Limits, purse: &Arc<Purse>) -> Result<Body, BodyError> {
     let (left, now) = (limits.request_body, Instant::now());
     let paced = Paced { incoming, left, taken: 0, since: now, last: now, stall: limits.write_stall, pause: None };
     let mut body = Body::stream(paced);
-    let mut buffer = BytesMut::new();
+    let (mut buffer, mut held) = (BytesMut::new(), Held::of(purse));
     while let Some(chunk) = body.next().await {
-        buffer.extend_from_slice(&chunk?);
-        if buffer.len() >= BUFFERED {
+        let chunk = chunk?;
+        buffer.extend_from_slice(&chunk);
+        // What all connections hold back together has its bound too.
+        if buffer.len() >= BUFFERED || !held.take(chunk.len() as u64) {
             return Ok(Body::prefixed(buffer.freeze(), body));
         }
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -18,7 +18,7 @@ use super::{guard, intake};
 use crate::body::Body;
 use crate::body::tunnel::Tunnel;
 use crate::config::Limits;
-use crate::policy::headers::{add_date, strip_nominated};
+use crate::policy::headers::{add_date, nominated, strip_nominated};
 use crate::proxy::respond::{Rejection, body_rejection};
 use crate::proxy::{Handled, Proxy};
 
@@ -43,10 +43,13 @@ impl Desk {
         normalise(&mut request);
         let proxy = &self.proxy;
         let guarded = guard::check(&request, &self.limits, |name| proxy.site.is_keyed(name));
-        let upgrade = request.headers().contains_key(UPGRADE).then(|| hyper::upgrade::on(&mut request));
+        let upgrade = asks_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
         let (mut parts, incoming) = request.into_parts();
         if let Err(rejection) = guarded {
             return self.refuse(&parts, &rejection);
+        }
+        if upgrade.is_none() && parts.headers.remove(UPGRADE).is_some() && incoming.is_end_stream() {
+            self.word.stays();
         }
         // Key, variant and upstream must see the same headers.
         strip_nominated(&mut parts.headers);
@@ -66,7 +69,7 @@ impl Desk {
     fn with_body(&self, parts: Parts, incoming: Incoming) -> Handled {
         let desk = self.clone();
         Handled::later(async move {
-            match intake::body(incoming, &desk.limits).await {
+            match intake::body(incoming, &desk.limits, &desk.proxy.commons.purse).await {
                 Ok(body) => desk.proxy.handle(Request::from_parts(parts, body)).response().await,
                 Err(fault) => desk.refuse(&parts, &body_rejection(fault)).response().await,
             }
@@ -78,9 +81,12 @@ impl Desk {
         let desk = self.clone();
         Handled::later(async move {
             let mut response = handled.response().await;
-            if let Some(tunnel) = response.extensions_mut().remove::<Tunnel>() {
-                desk.word.tunnel();
-                *desk.meeting.lock().unwrap_or_else(PoisonError::into_inner) = Some((client, tunnel));
+            match response.extensions_mut().remove::<Tunnel>() {
+                Some(tunnel) => {
+                    desk.word.tunnel();
+                    *desk.meeting.lock().unwrap_or_else(PoisonError::into_inner) = Some((client, tunnel));
+                }
+                None => desk.word.stays(),
             }
             response
         })
@@ -102,6 +108,14 @@ impl Desk {
         add_date(response.headers_mut(), self.proxy.commons.clock.wall());
         response
     }
+}
+
+/// RFC 9110 §7.8: over HTTP/1.1, named by Connection too. One with a body stays what it is.
+fn asks_upgrade(request: &Request<Incoming>) -> bool {
+    request.headers().contains_key(UPGRADE)
+        && request.version() == Version::HTTP_11
+        && request.body().is_end_stream()
+        && nominated(request.headers()).any(|name| name == UPGRADE)
 }
 
 /// Carries bytes both ways until one side ends, if the connection has become a tunnel.

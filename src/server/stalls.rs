@@ -14,6 +14,9 @@ use tokio::time::Instant;
 
 use crate::body::{Body, BodyError};
 
+/// What is at hand goes out in such pieces: a body that was handed over whole would not be seen to wait.
+const PIECE: usize = 16 << 10;
+
 /// The bodies of one connection that wait for their client.
 #[derive(Debug, Default)]
 pub(super) struct Stalls {
@@ -79,7 +82,10 @@ impl HttpBody for Watched {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let polled = match &mut self.body {
+            Body::Full(bytes) if bytes.len() > PIECE => Poll::Ready(Some(Ok(Frame::data(bytes.split_to(PIECE))))),
+            body @ (Body::Empty | Body::Full(_) | Body::Stream(_) | Body::Shared(_)) => Pin::new(body).poll_frame(cx),
+        };
         let mut waiting = self.open.stalls.lock();
         if matches!(polled, Poll::Ready(Some(Ok(_)))) {
             waiting.insert(self.open.id, Instant::now());

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use atomic_waker::AtomicWaker;
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
@@ -20,7 +21,7 @@ use crate::config::Limits;
 use crate::proxy::respond::Rejection;
 
 /// What the HTTP library is given to read in place of a head that was refused: in its turn, behind requests that
-/// came before it. Nobody else has this method.
+/// came before it. Should a client use this method itself, it is one that nobody knows, like any other.
 pub(super) const REFUSED: &str = "~refused~";
 const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
 
@@ -35,6 +36,9 @@ pub(super) struct Word {
     refused: OnceLock<Rejection>,
     lingers: AtomicBool,
     tunnel: AtomicBool,
+    answered: AtomicBool,
+    /// Who waits to hear which of the two it is.
+    reader: AtomicWaker,
 }
 
 impl Word {
@@ -50,7 +54,14 @@ impl Word {
 
     /// What comes from now on is another protocol.
     pub(super) fn tunnel(&self) {
-        self.tunnel.store(true, Ordering::Relaxed);
+        self.tunnel.store(true, Ordering::Release);
+        self.reader.wake();
+    }
+
+    /// A request that asked for another protocol is answered, and this was not the answer.
+    pub(super) fn stays(&self) {
+        self.answered.store(true, Ordering::Release);
+        self.reader.wake();
     }
 }
 
@@ -107,9 +118,6 @@ impl<S> Wire<S> {
 
     fn look(&mut self, bytes: &[u8]) -> io::Result<Scanned> {
         match &mut self.speech {
-            Speech::Http1(_) if self.word.tunnel.load(Ordering::Relaxed) => {
-                Ok(Scanned { passed: bytes.len(), refused: None })
-            }
             Speech::Http1(scanner) => Ok(scanner.scan(bytes)),
             Speech::Http2(meter) => {
                 meter.count(bytes).map(|()| Scanned { passed: bytes.len(), refused: None }).map_err(invalid)
@@ -146,7 +154,7 @@ impl<S> Wire<S> {
 
     fn head_is_partial(&self) -> bool {
         match &self.speech {
-            Speech::Http1(scanner) => !self.held.is_empty() && !scanner.in_body(),
+            Speech::Http1(scanner) => !self.held.is_empty() && !scanner.in_body() && !scanner.waits(),
             Speech::Http2(meter) => meter.in_head(),
         }
     }
@@ -191,6 +199,31 @@ impl<S: AsyncRead + Unpin> Wire<S> {
         Poll::Ready(Ok(buf.filled().len() > before))
     }
 
+    /// While a request for another protocol is being answered, nothing more is read; after a 101 everything passes.
+    fn poll_undecided(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Option<Poll<io::Result<()>>> {
+        let Speech::Http1(scanner) = &mut self.speech else { return None };
+        if !scanner.waits() || self.passed > 0 {
+            return None;
+        }
+        self.word.reader.register(cx.waker());
+        if self.word.answered.swap(false, Ordering::Acquire) {
+            scanner.go_on();
+            self.unseen = !self.held.is_empty();
+            return None;
+        }
+        let tunnel = self.word.tunnel.load(Ordering::Acquire);
+        match (tunnel, self.held.is_empty()) {
+            (true, true) => Some(Pin::new(&mut self.stream).poll_read(cx, buf)),
+            (true, false) => {
+                self.passed = self.held.len();
+                None
+            }
+            // That the client leaves is still noticed.
+            (false, true) => None,
+            (false, false) => Some(Poll::Pending),
+        }
+    }
+
     /// Reads what a line or head still lacks. False at the end.
     fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut space = [0; 4096];
@@ -213,6 +246,9 @@ fn invalid(what: &str) -> io::Error {
 impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if let Some(polled) = this.poll_undecided(cx, buf) {
+            return polled;
+        }
         loop {
             if this.passed > 0 {
                 let given = this.passed.min(buf.remaining());

@@ -1,12 +1,13 @@
 //! Connections to the upstream: DNS, TCP and TLS under one limit, so many at most, with a tap on each.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::uri::Uri;
+use http::uri::{Authority, Uri};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
 use hyper_util::rt::TokioIo;
@@ -30,16 +31,51 @@ pub(super) struct Connector {
     limit: Duration,
     /// Whether to speak HTTP/2.
     http2: bool,
-    /// One for each connection.
-    places: Arc<Semaphore>,
+    patience: Duration,
+    places: Arc<Places>,
     clock: Clock,
 }
+
+/// The places at each host.
+struct Places {
+    most: usize,
+    hosts: Mutex<HashMap<Authority, Arc<Semaphore>>>,
+}
+
+/// Hosts that are remembered; then those without a connection are forgotten.
+const MAX_HOSTS: usize = 10_000;
+
+impl Places {
+    fn of(&self, uri: &Uri) -> Arc<Semaphore> {
+        let host = uri.authority().cloned().unwrap_or_else(|| Authority::from_static("localhost"));
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if hosts.len() >= MAX_HOSTS {
+            hosts.retain(|_, places| Arc::strong_count(places) > 1);
+        }
+        let new = || Arc::new(Semaphore::new(self.most.min(Semaphore::MAX_PERMITS)));
+        hosts.entry(host).or_insert_with(new).clone()
+    }
+}
+
+/// No connection was free in time: the upstream is not to blame.
+#[derive(Debug)]
+pub(super) struct NoPlace;
+
+impl std::fmt::Display for NoPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("all connections are in use: [upstream.pool] connections allows no more")
+    }
+}
+
+impl std::error::Error for NoPlace {}
 
 /// What a connector is to keep to.
 pub(super) struct Terms {
     /// Of DNS, TCP and TLS together.
     pub(super) limit: Duration,
-    /// Connections at once.
+    /// Of waiting for a place.
+    pub(super) patience: Duration,
+    /// Connections at once to one host.
     pub(super) most: usize,
     /// Whether to speak HTTP/2.
     pub(super) http2: bool,
@@ -60,8 +96,9 @@ impl Connector {
         } else {
             secure.enable_http1().wrap_connector(tcp)
         };
-        let places = Arc::new(Semaphore::new(terms.most.min(Semaphore::MAX_PERMITS)));
-        Connector { secure, limit: terms.limit, http2: terms.http2, places, clock }
+        let places = Arc::new(Places { most: terms.most, hosts: Mutex::default() });
+        let Terms { limit, patience, http2, .. } = *terms;
+        Connector { secure, limit, http2, patience, places, clock }
     }
 }
 
@@ -85,10 +122,10 @@ impl Service<Uri> for Connector {
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         let (mut secure, places) = (self.secure.clone(), self.places.clone());
-        let (limit, clock, may_http2) = (self.limit, self.clock.clone(), self.http2);
+        let (limit, patience, clock, may_http2) = (self.limit, self.patience, self.clock.clone(), self.http2);
         Box::pin(async move {
             // Meanwhile a connection may become idle: then that one is used.
-            let place = places.acquire_owned().await?;
+            let place = timeout(patience, places.of(&uri).acquire_owned()).await.map_err(|_| NoPlace)??;
             let connecting = secure.call(uri);
             let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
             // Over TLS both sides agree on it; without, we just do.

@@ -11,13 +11,13 @@ use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper_util::client::legacy::connect::HttpInfo;
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::time::{Sleep, timeout};
 
 use super::casing::Casings;
-use super::connect::{CONNECT_TIMED_OUT, Connector, Terms};
+use super::connect::{CONNECT_TIMED_OUT, Connector, NoPlace, Terms};
 use super::tap::Tap;
 use super::{MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
@@ -63,6 +63,8 @@ impl HttpUpstream {
     pub fn new(config: &config::Upstream, clock: Clock) -> Result<HttpUpstream, String> {
         let terms = Terms {
             limit: config.timeouts.connect,
+            // Before the one who waits for the answer gives up: then it is known that nothing was sent.
+            patience: config.timeouts.first_byte.mul_f64(0.9),
             most: config.pool.connections,
             http2: config.http2,
             guarded: matches!(config.target, Target::Hosts(_)),
@@ -73,7 +75,8 @@ impl HttpUpstream {
     /// A client for anything else.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<HttpUpstream, String> {
         let pool = Pool { connections: MANY, idle: MANY, max_age: Duration::from_hours(1) };
-        let terms = Terms { limit: timeouts.connect, most: MANY, http2: false, guarded: false };
+        let terms =
+            Terms { limit: timeouts.connect, patience: timeouts.connect, most: MANY, http2: false, guarded: false };
         Self::client(timeouts, &config::Tls::default(), &terms, pool, clock)
     }
 
@@ -101,6 +104,7 @@ impl HttpUpstream {
     }
 
     async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
+        let connection = capture_connection(&mut request);
         let may_be_stored = request.extensions_mut().remove::<MayBeStored>().is_some();
         let head_only = request.method() == http::Method::HEAD;
         let asked_upgrade = request.headers().contains_key(UPGRADE);
@@ -123,15 +127,12 @@ impl HttpUpstream {
             return Ok(response);
         }
         if let Some(why) = malformed(response.version(), response.status(), response.headers()) {
-            if let Some(tap) = &tap {
-                tap.doom();
-                tap.over();
-            }
+            poison(&connection);
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
             if self.clock.now() > tap.opened.plus(self.max_age) {
-                tap.doom();
+                poison(&connection);
             }
             if may_be_stored && let Some(casing) = self.casings.of(&tap.head()).await {
                 response.extensions_mut().insert(casing);
@@ -152,6 +153,13 @@ impl Upstream for HttpUpstream {
 
     fn send(&self, request: Request<Body>) -> Sending<'_> {
         Box::pin(self.exchange(request))
+    }
+}
+
+/// Its connection is not to be used again.
+fn poison(connection: &CaptureConnection) {
+    if let Some(connected) = connection.connection_metadata().as_ref() {
+        connected.poison();
     }
 }
 
@@ -186,17 +194,18 @@ fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Optio
 fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
-    let (mut malformed, mut client, mut timed_out) = (false, None, false);
+    let (mut malformed, mut client, mut timed_out, mut crowded) = (false, None, false, false);
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
         }
         timed_out |= cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut);
+        crowded |= cause.is::<NoPlace>();
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
     }
-    timed_out |= message.contains(CONNECT_TIMED_OUT);
+    timed_out |= crowded || message.contains(CONNECT_TIMED_OUT);
     let failure = match (malformed, timed_out) {
         (true, _) => Failure::Malformed,
         (false, true) => Failure::Timeout,
@@ -214,7 +223,7 @@ fn send_error(error: &ClientError) -> SendError {
     } else {
         Ended::Otherwise
     };
-    SendError { failure, ended, client, silent: error.is_connect(), message }
+    SendError { failure, ended, client, silent: error.is_connect() && !crowded, message }
 }
 
 /// The answer's body: an error if it stands still, ends early, or is followed by more than was announced.
@@ -223,14 +232,6 @@ struct Guarded {
     idle: Duration,
     pause: Option<Pin<Box<Sleep>>>,
     tap: Option<Arc<Tap>>,
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        if let Some(tap) = &self.tap {
-            tap.over();
-        }
-    }
 }
 
 impl HttpBody for Guarded {

@@ -2,11 +2,9 @@
 //! whether more bytes came than the answer announced. The HTTP library tells neither.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
-use atomic_waker::AtomicWaker;
 use memchr::{memchr, memmem};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -22,11 +20,6 @@ pub(super) struct Tap {
     pub(super) opened: Tick,
     /// Off where heads are not text.
     listens: bool,
-    /// The connection must not be used again …
-    doomed: AtomicBool,
-    /// … and nobody reads its last answer any more.
-    over: AtomicBool,
-    reader: AtomicWaker,
     heard: Mutex<Heard>,
 }
 
@@ -51,14 +44,7 @@ enum Phase {
 
 impl Tap {
     pub(super) fn new(opened: Tick, listens: bool) -> Arc<Tap> {
-        Arc::new(Tap {
-            opened,
-            listens,
-            doomed: AtomicBool::new(false),
-            over: AtomicBool::new(false),
-            reader: AtomicWaker::new(),
-            heard: Mutex::default(),
-        })
+        Arc::new(Tap { opened, listens, heard: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
@@ -74,24 +60,6 @@ impl Tap {
     /// Did more bytes come than the last answer announced?
     pub(super) fn overrun(&self) -> bool {
         self.lock().overrun
-    }
-
-    /// Not to be used again, once its answer has been read.
-    pub(super) fn doom(&self) {
-        // Over HTTP/2 others have their answers on it too.
-        self.doomed.store(self.listens, Ordering::Release);
-    }
-
-    /// Nobody reads its answer any more. A doomed connection ends with that.
-    pub(super) fn over(&self) {
-        if self.doomed.load(Ordering::Acquire) {
-            self.over.store(true, Ordering::Release);
-            self.reader.wake();
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        self.over.load(Ordering::Acquire)
     }
 
     /// It has served before, and died without a byte of the current answer.
@@ -188,14 +156,6 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_ready() {
             self.tap.read(&buf.filled()[before..]);
-            return polled;
-        }
-        if self.tap.doomed.load(Ordering::Acquire) {
-            self.tap.reader.register(cx.waker());
-            if self.tap.has_ended() {
-                // As if the other side had closed it.
-                return Poll::Ready(Ok(()));
-            }
         }
         polled
     }
