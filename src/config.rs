@@ -114,7 +114,7 @@ pub struct Upstream {
 /// Connections to an upstream.
 #[derive(Debug, Clone, Copy)]
 pub struct Pool {
-    /// All together, of HTTP/1.1; who comes when there are so many waits for one.
+    /// To each host; who comes when there are so many waits for one.
     pub connections: usize,
     /// Idle ones kept for each host.
     pub idle: usize,

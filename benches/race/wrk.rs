@@ -69,17 +69,22 @@ pub(crate) fn median(rounds: &[Round]) -> Round {
     middle
 }
 
+/// Connections that fill the cache.
+const WORKERS: u32 = 64;
+
 /// Asks for `/1024/0` to `/1024/count - 1`, each once, from several connections.
 pub(crate) fn fill(server: &Server, from: u32, count: u32) {
     use std::io::{Read, Write};
     let address = server.address;
-    let workers: Vec<_> = (0..16)
+    let workers: Vec<_> = (0..WORKERS)
         .map(|worker| {
             std::thread::spawn(move || {
                 let mut stream = std::net::TcpStream::connect(address).expect("it listens");
                 let mut buffer = vec![0; 4096];
-                for n in (from + worker..count).step_by(16) {
-                    write!(stream, "GET /1024/{n} HTTP/1.1\r\nHost: a\r\n\r\n").expect("written");
+                for n in (from + worker..count).step_by(WORKERS as usize) {
+                    // In one piece: several small ones would wait for each other (Nagle).
+                    let request = format!("GET /1024/{n} HTTP/1.1\r\nHost: a\r\n\r\n");
+                    stream.write_all(request.as_bytes()).expect("written");
                     let (mut have, mut whole) = (0, None);
                     while whole.is_none_or(|whole| have < whole) {
                         let read = stream.read(&mut buffer[have..]).expect("an answer");

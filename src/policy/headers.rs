@@ -37,6 +37,8 @@ pub fn make_room(headers: &mut HeaderMap) {
     for name in PLACES {
         headers.entry(name).or_insert(HeaderValue::from_static(""));
     }
+    // It is kept for long: a clone takes no more than what it holds, half of what growing took.
+    *headers = headers.clone();
 }
 
 /// The fields of a stored head, without empty places.
