@@ -4,20 +4,28 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use rustls::client::WantsClientCert;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig};
 
 use crate::config::{ListenTls, Tls};
 
+/// The client's side of TLS, for connections that never use it: nobody is trusted, and no file is read.
+pub fn unused_client_config() -> Result<ClientConfig, String> {
+    with_roots(RootCertStore::empty()).map(|builder| builder.with_no_client_auth())
+}
+
+fn with_roots(roots: RootCertStore) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    Ok(builder.map_err(|e| e.to_string())?.with_root_certificates(roots))
+}
+
 /// The client's side of TLS. The error is one clear line.
 pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .with_root_certificates(roots(tls.ca.as_deref())?);
+    let builder = with_roots(roots(tls.ca.as_deref())?)?;
     match &tls.identity {
         None => Ok(builder.with_no_client_auth()),
         Some((cert, key)) => {

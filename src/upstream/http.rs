@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
+use http::uri::Scheme;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
 use tokio::time::{Sleep, timeout};
 
 use super::casing::Casings;
@@ -69,7 +71,10 @@ impl HttpUpstream {
             http2: config.http2,
             guarded: matches!(config.target, Target::Hosts(_)),
         };
-        Self::client(config.timeouts, &config.tls, &terms, config.pool, clock)
+        // The system's certificates take a megabyte or two to read.
+        let speaks_tls = !matches!(&config.target, Target::Origin { scheme, .. } if *scheme == Scheme::HTTP);
+        let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
+        Self::client(config.timeouts, tls?, &terms, config.pool, clock)
     }
 
     /// A client for anything else.
@@ -77,17 +82,17 @@ impl HttpUpstream {
         let pool = Pool { connections: MANY, idle: MANY, max_age: Duration::from_hours(1) };
         let terms =
             Terms { limit: timeouts.connect, patience: timeouts.connect, most: MANY, http2: false, guarded: false };
-        Self::client(timeouts, &config::Tls::default(), &terms, pool, clock)
+        Self::client(timeouts, tls::client_config(&config::Tls::default())?, &terms, pool, clock)
     }
 
     fn client(
         timeouts: Timeouts,
-        tls: &config::Tls,
+        tls: ClientConfig,
         terms: &Terms,
         pool: Pool,
         clock: Clock,
     ) -> Result<HttpUpstream, String> {
-        let connector = Connector::new(terms, tls::client_config(tls)?, clock.clone());
+        let connector = Connector::new(terms, tls, clock.clone());
         let client = Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
