@@ -74,7 +74,7 @@ impl HttpUpstream {
         // The system's certificates take a megabyte or two to read.
         let speaks_tls = !matches!(&config.target, Target::Origin { scheme, .. } if *scheme == Scheme::HTTP);
         let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
-        Self::client(config.timeouts, tls?, &terms, config.pool, clock)
+        Ok(Self::client(config.timeouts, tls?, &terms, config.pool, clock))
     }
 
     /// A client for anything else.
@@ -82,7 +82,7 @@ impl HttpUpstream {
         let pool = Pool { connections: MANY, idle: MANY, max_age: Duration::from_hours(1) };
         let terms =
             Terms { limit: timeouts.connect, patience: timeouts.connect, most: MANY, http2: false, guarded: false };
-        Self::client(timeouts, tls::client_config(&config::Tls::default())?, &terms, pool, clock)
+        Ok(Self::client(timeouts, tls::client_config(&config::Tls::default())?, &terms, pool, clock))
     }
 
     fn client(
@@ -91,7 +91,7 @@ impl HttpUpstream {
         terms: &Terms,
         pool: Pool,
         clock: Clock,
-    ) -> Result<HttpUpstream, String> {
+    ) -> HttpUpstream {
         let connector = Connector::new(terms, tls, clock.clone());
         let client = Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -105,7 +105,7 @@ impl HttpUpstream {
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_timeout(PING_ANSWER)
             .build(connector);
-        Ok(HttpUpstream { client, casings: Casings::default(), timeouts, max_age: pool.max_age, clock })
+        HttpUpstream { client, casings: Casings::default(), timeouts, max_age: pool.max_age, clock }
     }
 
     async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
