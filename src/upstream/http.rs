@@ -85,13 +85,7 @@ impl HttpUpstream {
         Ok(Self::client(timeouts, tls::client_config(&config::Tls::default())?, &terms, pool, clock))
     }
 
-    fn client(
-        timeouts: Timeouts,
-        tls: ClientConfig,
-        terms: &Terms,
-        pool: Pool,
-        clock: Clock,
-    ) -> HttpUpstream {
+    fn client(timeouts: Timeouts, tls: ClientConfig, terms: &Terms, pool: Pool, clock: Clock) -> HttpUpstream {
         let connector = Connector::new(terms, tls, clock.clone());
         let client = Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
