@@ -14,7 +14,7 @@ use crate::config::{ListenTls, Tls};
 
 /// The client's side of TLS, for connections that never use it: nobody is trusted, and no file is read.
 pub fn unused_client_config() -> Result<ClientConfig, String> {
-    with_roots(RootCertStore::empty()).map(ConfigBuilder::with_no_client_auth)
+    with_roots(RootCertStore::empty()).map(ConfigBuilder::<ClientConfig, WantsClientCert>::with_no_client_auth)
 }
 
 fn with_roots(roots: RootCertStore) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, String> {
