@@ -61,15 +61,8 @@ impl SendError {
 impl SendError {
     /// Did anything try to reach the upstream?
     pub fn was_tried(&self) -> bool {
-        match self.failure {
-            Failure::Throttled | Failure::Unavailable => self.ended != Ended::Unsent,
-            Failure::Timeout
-            | Failure::Connect
-            | Failure::Malformed
-            | Failure::Status(_)
-            | Failure::Empty
-            | Failure::Internal => true,
-        }
+        let held_back = matches!(self.failure, Failure::Throttled | Failure::Unavailable);
+        !held_back || self.ended != Ended::Unsent
     }
 }
 

@@ -46,7 +46,7 @@ impl Proxy {
             // Until its turn has come, a client that leaves takes its write with it.
             match self.turn(&asked, &place, visit.begun).await {
                 Ok(()) => self.clone().write(asked.clone(), place, body).await,
-                Err(late) => Sent { answer: Err(late), at: self.commons.clock.instant() },
+                Err(late) => Sent { answer: Err(late), at: self.commons.clock.instant(), wait: None },
             }
         };
         let took = self.commons.clock.instant().saturating_duration_since(sent.at);
@@ -85,7 +85,7 @@ impl Proxy {
     async fn write(self: Arc<Self>, asked: Arc<Parts>, place: Place, body: Body) -> Sent {
         let at = self.commons.clock.instant();
         let write = async move {
-            let sent = self.send_once(&asked, &place, body).await;
+            let sent = self.send_now(&asked, &place, body, &|_| {}).await;
             let may_have_changed = match &sent.answer {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
                 // No answer says nothing about what was done.
@@ -100,6 +100,7 @@ impl Proxy {
         let panicked = |e: tokio::task::JoinError| Sent {
             answer: Err(SendError::unanswered(Failure::Internal, e.to_string())),
             at,
+            wait: None,
         };
         tokio::spawn(write).await.unwrap_or_else(panicked)
     }

@@ -189,15 +189,10 @@ impl Proxy {
     /// Seconds after which it is worth to come again.
     fn retry_in(&self, asked: Asked<'_>, failure: Failure) -> u64 {
         let Ok(place) = self.site.locate(asked.uri, asked.headers) else { return RETRY_SOON };
-        let closed = match failure {
-            Failure::Unavailable => self.site.breakers.opens_in(place.connect.as_str(), self.commons.clock.now()),
-            Failure::Throttled => self.closed_for(&place, asked.headers),
-            Failure::Timeout
-            | Failure::Connect
-            | Failure::Malformed
-            | Failure::Status(_)
-            | Failure::Empty
-            | Failure::Internal => None,
+        let closed = if failure == Failure::Unavailable {
+            self.site.breakers.opens_in(place.connect.as_str(), self.commons.clock.now())
+        } else {
+            self.closed_for(&place, asked.headers)
         };
         closed.map_or(RETRY_SOON, |left| left.as_secs() + 1)
     }

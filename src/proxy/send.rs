@@ -14,7 +14,6 @@ use super::budget::Bucket;
 use super::forward::outgoing;
 use super::site::Place;
 use crate::body::Body;
-use crate::policy::circuit::Circuit;
 use crate::policy::outcome::Failure;
 use crate::policy::quota::retry_after;
 use crate::policy::retry::{Ended, RetryBudget};
@@ -24,6 +23,8 @@ use crate::upstream::SendError;
 pub(super) struct Sent {
     pub(super) answer: Result<Response<Body>, SendError>,
     pub(super) at: Instant,
+    /// The upstream wants to hear nothing for so long.
+    pub(super) wait: Option<Duration>,
 }
 
 /// An upstream that says "again, at once" is asked again after this.
@@ -40,42 +41,45 @@ impl Proxy {
         shape: impl Fn(&mut Request<Body>),
     ) -> Sent {
         let begun = self.commons.clock.instant();
-        for made in 1.. {
+        loop {
             if let Err(late) = self.turn(asked, place, begun).await {
-                return Sent { answer: Err(late), at: self.commons.clock.instant() };
+                return Sent { answer: Err(late), at: self.commons.clock.instant(), wait: None };
             }
-            let copy = body.try_clone();
-            let sent = self.attempt(asked, place, body, &shape).await;
-            let again = match &sent.answer {
-                Ok(answer) => self.absorbs(answer, asked, place, begun, copy.is_some()),
-                Err(error) => self.retry(&asked.method, error, made).await,
-            };
-            match copy.filter(|_| again) {
-                Some(copy) => body = copy,
-                None => return sent,
-            }
+            let copy = body.try_clone().filter(|_| asked.method.is_safe());
+            let sent = self.send_now(asked, place, body, &shape).await;
+            let in_time = sent.wait.is_some_and(|wait| wait <= self.patience(begun));
+            let Some(copy) = copy.filter(|_| in_time) else { return sent };
+            self.commons.telemetry.absorbed();
+            body = copy;
         }
-        unreachable!("the loop returns")
     }
 
-    /// Sends a write whose turn has come. It is not sent again, but where nothing of it can have been.
-    pub(super) async fn send_once(&self, asked: &Parts, place: &Place, mut body: Body) -> Sent {
-        for made in 1.. {
+    /// Sends what has had its turn, again only where nothing of it can have been done. A 429 closes its bucket for as
+    /// long as it says.
+    pub(super) async fn send_now(
+        &self,
+        asked: &Parts,
+        place: &Place,
+        mut body: Body,
+        shape: &impl Fn(&mut Request<Body>),
+    ) -> Sent {
+        let mut made = 0;
+        loop {
             let copy = body.try_clone();
-            let sent = self.attempt(asked, place, body, &|_| {}).await;
-            let again = match &sent.answer {
-                Ok(answer) => {
-                    self.obey(answer, asked, place);
-                    false
-                }
-                Err(error) => self.retry(&asked.method, error, made).await,
-            };
-            match copy.filter(|_| again) {
-                Some(copy) => body = copy,
-                None => return sent,
+            let mut request = outgoing(asked, place, body);
+            shape(&mut request);
+            let at = self.commons.clock.instant();
+            let answer = self.through_breaker(request, place).await;
+            made += 1;
+            let pause = answer.as_ref().err().and_then(|error| self.retry_pause(&asked.method, error, made));
+            if let (Some(pause), Some(copy)) = (pause, copy) {
+                tokio::time::sleep(pause).await;
+                body = copy;
+                continue;
             }
+            let wait = answer.as_ref().ok().and_then(|answer| self.obey(answer, asked, place));
+            return Sent { answer, at, wait };
         }
-        unreachable!("the loop returns")
     }
 
     /// Waits for a turn, as long as the budget lets a request wait that came at `begun`.
@@ -93,24 +97,6 @@ impl Proxy {
         self.site.budgets.max_wait().saturating_sub(waited)
     }
 
-    /// One attempt, made anew from what was asked.
-    async fn attempt(&self, asked: &Parts, place: &Place, body: Body, shape: &impl Fn(&mut Request<Body>)) -> Sent {
-        let mut request = outgoing(asked, place, body);
-        shape(&mut request);
-        let at = self.commons.clock.instant();
-        Sent { answer: self.through_breaker(request, place).await, at }
-    }
-
-    /// Should a 429 be waited for, and the request sent again?
-    fn absorbs(&self, answer: &Response<Body>, asked: &Parts, place: &Place, begun: Instant, can: bool) -> bool {
-        let Some(wait) = self.obey(answer, asked, place) else { return false };
-        let again = can && asked.method.is_safe() && wait <= self.patience(begun);
-        if again {
-            self.commons.telemetry.absorbed();
-        }
-        again
-    }
-
     /// Closes the bucket for as long as a 429 says.
     fn obey(&self, answer: &Response<Body>, asked: &Parts, place: &Place) -> Option<Duration> {
         if answer.status() != StatusCode::TOO_MANY_REQUESTS {
@@ -123,15 +109,11 @@ impl Proxy {
         Some(wait)
     }
 
-    /// Waits before the one retry that is safe, if this is one.
-    async fn retry(&self, method: &Method, error: &SendError, made: u32) -> bool {
+    /// How long to wait before the one retry that is safe, if this is one and there is some left to spend.
+    fn retry_pause(&self, method: &Method, error: &SendError, made: u32) -> Option<Duration> {
         let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
-        let Some(pause) = self.site.retry.pause(method, error.ended, made, jitter) else { return false };
-        let may = error.was_tried() && self.retries().withdraw();
-        if may {
-            tokio::time::sleep(pause).await;
-        }
-        may
+        let pause = self.site.retry.pause(method, error.ended, made, jitter)?;
+        (error.was_tried() && self.retries().withdraw()).then_some(pause)
     }
 
     fn retries(&self) -> MutexGuard<'_, RetryBudget> {
@@ -139,27 +121,28 @@ impl Proxy {
     }
 
     async fn through_breaker(&self, request: Request<Body>, place: &Place) -> Result<Response<Body>, SendError> {
-        let upstream = &*self.site.name;
-        let breaker = |change: &dyn Fn(&mut Circuit) -> bool| self.site.breakers.with(place.connect.as_str(), change);
-        let tolerance = self.site.tolerance;
-        if let Err(wait) = self.site.breakers.admits(place.connect.as_str(), tolerance, self.commons.clock.now()) {
+        let (upstream, host) = (&*self.site.name, place.connect.as_str());
+        let (breakers, tolerance, clock) = (&self.site.breakers, self.site.tolerance, &self.commons.clock);
+        if let Err(wait) = breakers.admits(host, tolerance, clock.now()) {
             let message = format!("the breaker is open: the next try is in {wait:?}");
             return Err(unsent(Failure::Unavailable, message));
         }
         self.retries().deposit();
         let answer = self.site.upstream.send(request).await;
-        let now = self.commons.clock.now();
-        let host = place.connect.as_str();
-        if answer.as_ref().is_err_and(|error| error.client.is_some()) {
+        let now = clock.now();
+        match &answer {
             // The client's fault says nothing about the upstream.
-            return answer;
-        }
-        if answer.as_ref().is_err_and(|error| error.silent) {
-            if breaker(&|circuit| circuit.failed(tolerance, now)) {
-                warn!(upstream, host, "the breaker opens: nobody answers there");
+            Err(error) if error.client.is_some() => {}
+            Err(error) if error.silent => {
+                if breakers.with(host, |circuit| circuit.failed(tolerance, now)) {
+                    warn!(upstream, host, "the breaker opens: nobody answers there");
+                }
             }
-        } else if breaker(&|circuit| circuit.succeeded(now)) {
-            info!(upstream, host, "the breaker closes");
+            Ok(_) | Err(_) => {
+                if breakers.with(host, |circuit| circuit.succeeded(now)) {
+                    info!(upstream, host, "the breaker closes");
+                }
+            }
         }
         answer
     }

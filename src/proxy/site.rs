@@ -55,8 +55,6 @@ pub struct Site {
     pub tolerance: Tolerance,
     /// … and which of its hosts are not.
     pub breakers: Breakers,
-    /// Tells credentials.
-    credentials: Option<Arc<Plan>>,
     /// Request headers that are part of some key.
     keyed: HashSet<HeaderName>,
     /// Where every request goes, if that is one place.
@@ -98,8 +96,6 @@ impl Site {
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
         let (budgets, breakers) = (Budgets::new(budget), Breakers::default());
-        // What carries a credential is the same for all rules.
-        let credentials = router.plans().first().cloned();
         Site {
             id,
             name,
@@ -115,7 +111,6 @@ impl Site {
             budgets,
             tolerance,
             breakers,
-            credentials,
             keyed,
             fixed,
         }
@@ -128,7 +123,8 @@ impl Site {
 
     /// Does this request header carry a credential, or seem to?
     pub fn is_credential(&self, name: &HeaderName) -> bool {
-        self.credentials.as_ref().is_some_and(|plan| plan.key.is_credential(name))
+        // The same for all rules.
+        self.router.plans().first().is_some_and(|plan| plan.key.is_credential(name))
     }
 
     /// Is this request header part of some key?

@@ -43,13 +43,17 @@ impl Desk {
         normalise(&mut request);
         let proxy = &self.proxy;
         let guarded = guard::check(&request, &self.limits, |name| proxy.site.is_keyed(name));
-        let upgrade = asks_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
+        let names_one = request.headers().contains_key(UPGRADE);
+        let upgrade = (names_one && asks_upgrade(&request)).then(|| hyper::upgrade::on(&mut request));
         let (mut parts, incoming) = request.into_parts();
         if let Err(rejection) = guarded {
             return self.refuse(&parts, &rejection);
         }
-        if upgrade.is_none() && parts.headers.remove(UPGRADE).is_some() && incoming.is_end_stream() {
-            self.word.stays();
+        if names_one && upgrade.is_none() {
+            parts.headers.remove(UPGRADE);
+            if incoming.is_end_stream() {
+                self.word.stays();
+            }
         }
         // Key, variant and upstream must see the same headers.
         strip_nominated(&mut parts.headers);
@@ -96,7 +100,7 @@ impl Desk {
     fn refuse(&self, parts: &Parts, rejection: &Rejection) -> Handled {
         self.word.linger();
         let mut response = self.proxy.rejected(parts, rejection);
-        if parts.version < http::Version::HTTP_2 {
+        if parts.version < Version::HTTP_2 {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         Handled::Now(response)
@@ -112,8 +116,7 @@ impl Desk {
 
 /// RFC 9110 §7.8: over HTTP/1.1, named by Connection too. One with a body stays what it is.
 fn asks_upgrade(request: &Request<Incoming>) -> bool {
-    request.headers().contains_key(UPGRADE)
-        && request.version() == Version::HTTP_11
+    request.version() == Version::HTTP_11
         && request.body().is_end_stream()
         && nominated(request.headers()).any(|name| name == UPGRADE)
 }

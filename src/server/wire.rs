@@ -118,7 +118,14 @@ impl<S> Wire<S> {
 
     fn look(&mut self, bytes: &[u8]) -> io::Result<Scanned> {
         match &mut self.speech {
-            Speech::Http1(scanner) => Ok(scanner.scan(bytes)),
+            Speech::Http1(scanner) => {
+                let scanned = scanner.scan(bytes);
+                if scanned.passed > 0 {
+                    // A head was whole: the next one has all of its time.
+                    self.head_due = None;
+                }
+                Ok(scanned)
+            }
             Speech::Http2(meter) => {
                 meter.count(bytes).map(|()| Scanned { passed: bytes.len(), refused: None }).map_err(invalid)
             }
@@ -224,14 +231,14 @@ impl<S: AsyncRead + Unpin> Wire<S> {
         }
     }
 
-    /// Reads what a line or head still lacks. False at the end.
+    /// Reads what a line or head still lacks. True at the end.
     fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut space = [0; 4096];
         let mut came = ReadBuf::new(&mut space);
         ready!(Pin::new(&mut self.stream).poll_read(cx, &mut came))?;
         self.held.extend_from_slice(came.filled());
         self.unseen = true;
-        Poll::Ready(Ok(!came.filled().is_empty()))
+        Poll::Ready(Ok(came.filled().is_empty()))
     }
 }
 
@@ -269,16 +276,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
                 // What follows a refused head is nobody's request.
                 return Poll::Pending;
             }
-            let read = if this.held.is_empty() {
-                this.poll_straight(cx, buf).map_ok(|done| (done, true))
-            } else {
-                this.poll_more(cx).map_ok(|more| (!more, more))
-            };
+            let read = if this.held.is_empty() { this.poll_straight(cx, buf) } else { this.poll_more(cx) };
             match read {
                 Poll::Pending => return this.nothing_comes(cx),
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Ready(Ok((true, _))) => return Poll::Ready(Ok(())),
-                Poll::Ready(Ok((false, _))) => {}
+                Poll::Ready(Ok(false)) => {}
+                Poll::Ready(done) => return Poll::Ready(done.map(drop)),
             }
         }
     }
