@@ -107,6 +107,8 @@ struct State {
     shelves: Shelves,
     buckets: HashMap<String, Bucket>,
     faults: Faults,
+    /// How often each target was asked for.
+    asked: HashMap<String, u32>,
 }
 
 type Answer = Response<UnsyncBoxBody<Bytes, Cut>>;
@@ -127,7 +129,7 @@ impl Shop {
     /// Two shops with full shelves.
     pub fn new(options: Options, clock: Clock) -> Shop {
         let shelves = Shelves::new(options.products);
-        let state = State { shelves, buckets: HashMap::new(), faults: options.faults };
+        let state = State { shelves, buckets: HashMap::new(), faults: options.faults, asked: HashMap::new() };
         Shop { options, clock, state: Mutex::new(state), requests: AtomicU64::new(0), throttled: AtomicU64::new(0) }
     }
 
@@ -154,7 +156,7 @@ impl Shop {
             _ => {}
         }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        let (fault, delay) = self.fate(number);
+        let target = parts.uri.path_and_query().map_or("/", |target| target.as_str()).to_owned();
         let response = match self.admit(&parts.headers) {
             Err(refusal) => *refusal,
             Ok((shop, used)) => {
@@ -168,6 +170,7 @@ impl Shop {
         if response.status() == StatusCode::TOO_MANY_REQUESTS {
             return Ok(full(response));
         }
+        let (fault, delay) = self.fate(number, target);
         tokio::time::sleep(delay).await;
         match fault {
             Fault::None => Ok(full(response)),
@@ -180,13 +183,20 @@ impl Shop {
         }
     }
 
-    /// A request's fault and delay: the same sequence at every start.
-    fn fate(&self, number: u64) -> (Fault, Duration) {
-        let faults = self.lock().faults;
+    /// A request's fault and delay. Faults are spread evenly over the requests for each target (multiples of the golden
+    /// ratio): half of them fail where half are to, and never more than two in a row, so that nothing depends on luck.
+    fn fate(&self, number: u64, target: String) -> (Fault, Duration) {
+        const GOLDEN: f64 = 0.618_033_988_749_895;
+        let mut state = self.lock();
+        let faults = state.faults;
+        let start = f64::from(blake3::hash(target.as_bytes()).as_bytes()[0]) / 256.0;
+        let turn = state.asked.entry(target).or_default();
+        *turn = turn.wrapping_add(1);
+        let roll = (start + f64::from(*turn) * GOLDEN).fract();
+        drop(state);
         let digest = blake3::hash(&number.to_be_bytes());
         let part =
             |i: usize| f64::from(u16::from_be_bytes([digest.as_bytes()[i], digest.as_bytes()[i + 1]])) / 65536.0;
-        let roll = part(0);
         let mut edge = 0.0;
         let kinds = [
             (faults.errors, Fault::Error),
