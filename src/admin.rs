@@ -24,7 +24,7 @@ pub use client::AdminClient;
 pub use explain::ExplainRequest;
 pub use purge::PurgeRequest;
 
-use crate::config::Secret;
+use crate::config::{Limits, Secret};
 use crate::proxy::{Commons, Proxy};
 
 /// The largest request body.
@@ -37,13 +37,20 @@ pub struct Admin {
     proxies: Vec<Arc<Proxy>>,
     token: Option<Secret>,
     address: SocketAddr,
+    limits: Limits,
     draining: AtomicBool,
 }
 
 impl Admin {
     /// The API of these proxies, on this address.
-    pub fn new(commons: Arc<Commons>, proxies: Vec<Arc<Proxy>>, token: Option<Secret>, address: SocketAddr) -> Admin {
-        Admin { commons, proxies, token, address, draining: AtomicBool::new(false) }
+    pub fn new(
+        commons: Arc<Commons>,
+        proxies: Vec<Arc<Proxy>>,
+        token: Option<Secret>,
+        address: SocketAddr,
+        limits: Limits,
+    ) -> Admin {
+        Admin { commons, proxies, token, address, limits, draining: AtomicBool::new(false) }
     }
 
     /// From now on not ready.

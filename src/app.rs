@@ -89,7 +89,7 @@ impl App {
                 let token = if admin.token.is_some() { "set" } else { "none" };
                 lines.push(format!("listening admin addr={address} token={token}"));
                 let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
-                Some((listener, Arc::new(Admin::new(commons.clone(), proxies, admin.token, address))))
+                Some((listener, Arc::new(Admin::new(commons.clone(), proxies, admin.token, address, limits))))
             }
         };
         lines.extend(config.notes);

@@ -62,6 +62,13 @@ async fn it_says_why_something_is_not_cached() {
         assert_eq!(told["decision"], format!("passed through ({reason})"), "{told}");
         assert!(told["why"].as_str().is_some_and(|why| why.len() > 20), "{told}");
     }
+    let long = format!("/{}", "a".repeat(9000));
+    for (request, refusal) in [
+        (json!({ "url": long }), "refused with 414 (url_too_long)"),
+        (json!({ "method": "TRACE", "url": "/" }), "refused with 405 (method_not_allowed)"),
+    ] {
+        assert_eq!(explain(&sidecar, request).await["decision"], refusal);
+    }
     sidecar.get("/other").await;
     let told = explain(&sidecar, json!({ "url": "/other" })).await;
     let why = told["not_stored"].as_str().expect("why");

@@ -11,12 +11,14 @@ use http::header::HOST;
 use http::uri::Authority;
 use http::{Method, Request, Uri};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::{Admin, problem};
 use crate::body::Body;
-use crate::config::Target;
+use crate::config::{Limits, Target};
 use crate::policy::headers::strip_nominated;
 use crate::proxy::Proxy;
+use crate::server::guard;
 
 /// A request to be explained.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
@@ -39,7 +41,7 @@ pub(super) async fn explain(
     request: Result<Json<ExplainRequest>, JsonRejection>,
 ) -> Response {
     let told = match request {
-        Ok(Json(request)) => answer(&request, admin.proxies.iter().map(AsRef::as_ref), true),
+        Ok(Json(request)) => answer(&request, admin.proxies.iter().map(AsRef::as_ref), &admin.limits, true),
         Err(rejection) => Err(rejection.body_text()),
     };
     match told {
@@ -52,6 +54,7 @@ pub(super) async fn explain(
 pub fn answer<'p>(
     asked: &ExplainRequest,
     proxies: impl Iterator<Item = &'p Proxy> + Clone,
+    limits: &Limits,
     running: bool,
 ) -> Result<serde_json::Value, String> {
     let uri: Uri = asked.url.parse().map_err(|e| format!("{:?} is no URL: {e}", asked.url))?;
@@ -70,12 +73,19 @@ pub fn answer<'p>(
         request = request.header(name, value);
     }
     // As a client sends it: the path, and whom it is for in Host.
-    if let (Some(authority), None) = (uri.authority(), request.headers_ref().and_then(|headers| headers.get(HOST))) {
-        request = request.header(HOST, authority.as_str());
+    if request.headers_ref().is_some_and(|headers| !headers.contains_key(HOST)) {
+        request = request.header(HOST, uri.authority().map_or("localhost", Authority::as_str));
     }
     let body = if asked.body.is_empty() { Body::Empty } else { Body::Full(asked.body.clone().into()) };
     let target = uri.path_and_query().map_or("/", |target| target.as_str());
     let mut request = request.uri(target).body(body).map_err(|e| e.to_string())?;
+    if let Err(refused) = guard::check(&request, limits, |name| proxy.site.is_keyed(name)) {
+        return Ok(json!({
+            "request": format!("{} {target}", request.method()),
+            "decision": format!("refused with {} ({})", refused.status.as_u16(), refused.code),
+            "why": refused.message,
+        }));
+    }
     strip_nominated(request.headers_mut());
     Ok(proxy.explain(&request, running))
 }

@@ -41,8 +41,9 @@ pub(super) async fn explain(args: ExplainArgs) -> Result<ExitCode, String> {
     let told = if offline {
         let flags = Flags { config, ..Flags::default() };
         let config = config::load(&flags).map_err(|errors| super::run::errors(&errors))?;
+        let limits = config.limits;
         let proxies = app::proxies(config)?;
-        let mut told = explain::answer(&request, proxies.iter(), false)?;
+        let mut told = explain::answer(&request, proxies.iter(), &limits, false)?;
         told["note"] = "from the configuration alone; without --offline the running sidecar is asked".into();
         told
     } else {
