@@ -260,7 +260,7 @@ impl Validator<'_> {
                 false
             }
         };
-        Log { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
+        Log { filter: given.filter.clone().unwrap_or_else(|| "info,fred=error".into()), json }
     }
 }
 

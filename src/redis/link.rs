@@ -391,6 +391,21 @@ fn must_reconnect(message: &str) -> bool {
     ["READONLY", "NOAUTH", "WRONGPASS", "MASTERDOWN", "CLUSTERDOWN"].iter().any(|word| message.starts_with(word))
 }
 
+/// The driver writes the system's errors as Rust does: `Os { …, message: "Connection refused" }`. People read the message.
 fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+    let line = text.lines().next().unwrap_or_default();
+    let said = line.strip_prefix("Os {").and_then(|os| os.split_once("message: \""));
+    said.and_then(|(_, message)| message.split_once('"')).map_or(line, |(message, _)| message).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_read_the_message() {
+        let refused = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
+        assert_eq!(first_line(refused), "Connection refused");
+        assert_eq!(first_line("NOAUTH Authentication required.\nmore"), "NOAUTH Authentication required.");
+    }
 }
