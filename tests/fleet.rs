@@ -33,6 +33,16 @@ fn counting() -> impl Fn(&crate::support::origin::Ask) -> Reply + Send + Sync + 
     |ask| Reply::new(200, ask.number.to_string())
 }
 
+/// Waits until three sidecars wait for the lease of a fourth.
+async fn three_in_line(redis: &Redis) {
+    until("three wait in line", || {
+        let lines = redis.keys("{sidecache}:1:line:*");
+        let count: usize = lines.first().and_then(|line| redis.observer().scard(line).ok()).unwrap_or(0);
+        (count == 3).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_one_purges_none_serves() {
     let redis = Redis::start();
@@ -273,12 +283,7 @@ async fn a_cold_key_is_fetched_once_in_the_fleet() {
         }
     }
     origin.asked(1).await;
-    until("three wait in line", || {
-        let lines = redis.keys("{sidecache}:1:line:*");
-        let count: usize = lines.first().and_then(|line| redis.observer().scard(line).ok()).unwrap_or(0);
-        (count == 3).then_some(())
-    })
-    .await;
+    three_in_line(&redis).await;
     gate.open();
     while let Some(answer) = clients.join_next().await {
         assert_eq!(answer.expect("answered").text(), "x");
@@ -430,12 +435,7 @@ async fn answers_that_must_be_validated_do_not_make_a_queue() {
         clients.spawn(async move { get(address, "/x", &[]).await.status });
     }
     origin.asked(1).await;
-    until("three wait in line", || {
-        let lines = redis.keys("{sidecache}:1:line:*");
-        let count: usize = lines.first().and_then(|line| redis.observer().scard(line).ok()).unwrap_or(0);
-        (count == 3).then_some(())
-    })
-    .await;
+    three_in_line(&redis).await;
     gate.open();
     for status in soon("all are answered", clients.join_all()).await {
         assert_eq!(status, 200);
