@@ -14,6 +14,7 @@ pub mod entry;
 pub mod failure;
 pub mod freshness;
 pub mod glob;
+pub mod head;
 pub mod headers;
 pub mod inspect;
 pub mod invalidation;

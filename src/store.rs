@@ -1,5 +1,6 @@
 //! Where entries are kept: in memory, and behind it, if the operator wishes, in a Redis that the fleet shares.
 
+mod alike;
 mod behind;
 pub mod memory;
 pub mod pack;

@@ -13,7 +13,7 @@ use std::pin::Pin;
 use ::http::{Request, Response};
 
 use crate::body::{Body, BodyError};
-use crate::policy::entry::Casing;
+use crate::policy::head::Casing;
 use crate::policy::outcome::Failure;
 use crate::policy::retry::Ended;
 

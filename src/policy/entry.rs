@@ -1,4 +1,4 @@
-//! What is stored: an answer's head, made ready to send, its body, and what the verdict on it needs.
+//! What is stored: an answer's packed head, its body, and what the verdict on it needs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,33 +6,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use http::{Extensions, StatusCode};
 
+use super::head::Head;
 use super::invalidation::{Address, Position, Standing};
-use super::links::LinkPatch;
+use super::key::KeyName;
 use super::{Tick, millis};
-
-/// A response head, ready to be sent many times: without hop-by-hop fields and `Age`, with `Date`.
-#[derive(Debug, Clone)]
-pub struct Head {
-    /// Its status.
-    pub status: StatusCode,
-    /// Its fields, in values that own their bytes and nobody else's.
-    pub headers: HeaderMap,
-    /// How the upstream wrote its field names, where that is not Title-Case.
-    pub casing: Option<Casing>,
-    /// `Link` and `Location` values that name the upstream.
-    pub links: Vec<LinkPatch>,
-}
-
-/// How an upstream writes its field names.
-#[derive(Debug, Clone)]
-pub struct Casing {
-    /// The names that are not in Title-Case, one a line.
-    pub names: Arc<[u8]>,
-    /// The HTTP library's own record of them, as response extensions: it can be cloned, not read.
-    pub record: Arc<Extensions>,
-}
 
 /// How long an entry may be used for what. Milliseconds, from the moment the answer came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,7 +50,7 @@ impl Terms {
 
 /// The request headers an answer depends on, and what they were: RFC 9111 §4.1.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Variant(pub Vec<(HeaderName, Box<[HeaderValue]>)>);
+pub struct Variant(pub Box<[(HeaderName, Box<[HeaderValue]>)]>);
 
 impl Variant {
     /// What `names` were in a request.
@@ -104,7 +82,7 @@ impl Variant {
 #[derive(Debug)]
 pub struct Entry {
     /// Its head.
-    pub head: Arc<Head>,
+    pub head: Head,
     /// Its whole body.
     pub body: Bytes,
     /// Which requests it is for, among those of its key.
@@ -118,11 +96,13 @@ pub struct Entry {
     /// The ledger's position before its fetch began.
     pub position: Position,
     /// The short public name of its key.
-    pub key_name: Box<str>,
+    pub key_name: KeyName,
     /// Its tags, for people.
     pub tags: Box<[String]>,
     /// The rule it came under.
     pub rule: Arc<str>,
+    /// No other entry was found to have a head of the same shape: it counts as this one's.
+    pub owns_shape: bool,
     /// The ledger's epoch at the last check, and what it said: `epoch << 2 | standing`.
     checked: AtomicU64,
     /// Somebody sees to its refresh before it expires.
@@ -133,7 +113,7 @@ impl Entry {
     /// An entry as it is built when its body is complete. `checked` starts at its own position.
     #[allow(clippy::too_many_arguments)] // each is one field, named at the only place that builds entries
     pub fn new(
-        head: Arc<Head>,
+        head: Head,
         body: Bytes,
         variant: Variant,
         born: Tick,
@@ -145,7 +125,22 @@ impl Entry {
         let checked = AtomicU64::new(pack(position, Standing::Valid));
         let About { key_name, tags, rule } = about;
         let seen_to = AtomicBool::new(false);
-        Entry { head, body, variant, born, terms, address, position, key_name, tags, rule, checked, seen_to }
+        let owns_shape = true;
+        Entry {
+            head,
+            body,
+            variant,
+            born,
+            terms,
+            address,
+            position,
+            key_name,
+            tags,
+            rule,
+            owns_shape,
+            checked,
+            seen_to,
+        }
     }
 
     /// Milliseconds since it came.
@@ -168,8 +163,11 @@ impl Entry {
     /// is not refreshed together.
     pub fn is_due(&self, ahead: Duration, now: Tick) -> bool {
         let left = self.terms.fresh_for - i64::try_from(self.resident(now)).unwrap_or(i64::MAX);
-        let spread =
-            self.key_name.bytes().fold(self.born.0, |spread, byte| spread.wrapping_mul(31) + u64::from(byte));
+        let spread = self
+            .key_name
+            .as_str()
+            .bytes()
+            .fold(self.born.0, |spread, byte| spread.wrapping_mul(31) + u64::from(byte));
         let from = millis(ahead) / 2 + millis(ahead) * (spread % 256) / 512;
         left > 0 && left.unsigned_abs() <= from
     }
@@ -205,8 +203,9 @@ impl Entry {
         let variant: usize =
             self.variant.0.iter().map(|(_, v)| 48 + v.iter().map(|v| v.len() + 40).sum::<usize>()).sum();
         let tags: usize = self.tags.iter().map(|tag| tag.len() + 24).sum();
-        let address = self.address.authority.len() + self.address.target.len() + self.address.subjects.len() * 16;
-        (self.body.len() + self.head.weight() + variant + tags + address + self.key_name.len()) as u64
+        let address = self.address.target.len() + size_of_val(&*self.address.subjects);
+        let shape = if self.owns_shape { self.head.shape().weight() } else { 0 };
+        (self.body.len() + self.head.weight() + shape + variant + tags + address) as u64
             + size_of::<Entry>() as u64
             + ALLOCATIONS
     }
@@ -216,26 +215,15 @@ impl Entry {
 #[derive(Debug, Clone)]
 pub struct About {
     /// The short public name of its key.
-    pub key_name: Box<str>,
+    pub key_name: KeyName,
     /// Its tags.
     pub tags: Box<[String]>,
     /// Its rule.
     pub rule: Arc<str>,
 }
 
-/// What the allocator adds to an entry's ten or so blocks.
-const ALLOCATIONS: u64 = 160;
-
-/// A header map's slot: hash, links, name and value.
-const HEADER_SLOT: usize = 104;
-
-impl Head {
-    /// Bytes it takes in memory.
-    pub fn weight(&self) -> usize {
-        let fields: usize = self.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + HEADER_SLOT).sum();
-        size_of::<Head>() + fields + self.links.len() * size_of::<LinkPatch>()
-    }
-}
+/// What counting and the allocator add to an entry's four or so blocks.
+const ALLOCATIONS: u64 = 112;
 
 fn pack(epoch: Position, standing: Standing) -> u64 {
     epoch.0 << 2 | standing as u64
@@ -248,41 +236,58 @@ pub fn own(value: &HeaderValue) -> HeaderValue {
     copy
 }
 
-/// All answers stored under one key: one per variant, the newest first (RFC 9111 §4.1).
-#[derive(Debug, Clone, Default)]
-pub struct Resource {
-    variants: Vec<Arc<Entry>>,
+/// All answers stored under one key: one per variant, the newest first (RFC 9111 §4.1). Most have one.
+#[derive(Debug, Clone)]
+pub enum Resource {
+    /// The only one.
+    One(Arc<Entry>),
+    /// Some.
+    Many(Arc<Vec<Arc<Entry>>>),
 }
 
 /// So many variants of one URL are kept.
 pub const MAX_VARIANTS: usize = 16;
 
+impl From<Arc<Entry>> for Resource {
+    fn from(entry: Arc<Entry>) -> Resource {
+        Resource::One(entry)
+    }
+}
+
 impl Resource {
+    fn of(mut variants: Vec<Arc<Entry>>) -> Option<Resource> {
+        match variants.len() {
+            0 | 1 => variants.pop().map(Resource::One),
+            2.. => Some(Resource::Many(Arc::new(variants))),
+        }
+    }
+
     /// The newest answer that this request selects.
     pub fn select(&self, request: &HeaderMap) -> Option<&Arc<Entry>> {
-        self.variants.iter().find(|entry| entry.variant.selected_by(request))
+        self.variants().iter().find(|entry| entry.variant.selected_by(request))
     }
 
     /// All of them.
     pub fn variants(&self) -> &[Arc<Entry>] {
-        &self.variants
+        match self {
+            Resource::One(entry) => std::slice::from_ref(entry),
+            Resource::Many(variants) => variants,
+        }
     }
 
     /// A copy with `entry` in the place of its like, within `max_weight` bytes.
     #[must_use]
     pub fn with(&self, entry: Arc<Entry>, max_weight: u64) -> Resource {
-        let mut variants = vec![entry];
-        let mut weight = variants[0].weight();
-        for other in
-            self.variants.iter().filter(|other| other.variant != variants[0].variant).cloned().collect::<Vec<_>>()
-        {
+        let mut weight = entry.weight();
+        let mut variants = vec![entry.clone()];
+        for other in self.variants().iter().filter(|other| other.variant != entry.variant) {
             weight += other.weight();
             if variants.len() == MAX_VARIANTS || weight > max_weight {
                 break;
             }
-            variants.push(other);
+            variants.push(other.clone());
         }
-        Resource { variants }
+        Resource::of(variants).unwrap_or(Resource::One(entry))
     }
 
     /// A copy without what this request selects; `None` if nothing is left.
@@ -292,13 +297,16 @@ impl Resource {
 
     /// A copy with only those that `keep` keeps; `None` if that is none.
     pub fn filtered(&self, keep: impl Fn(&Entry) -> bool) -> Option<Resource> {
-        let variants: Vec<_> = self.variants.iter().filter(|entry| keep(entry)).cloned().collect();
-        (!variants.is_empty()).then_some(Resource { variants })
+        Resource::of(self.variants().iter().filter(|entry| keep(entry)).cloned().collect())
     }
 
     /// Bytes it takes in memory.
     pub fn weight(&self) -> u64 {
-        self.variants.iter().map(|entry| entry.weight() + 8).sum::<u64>() + size_of::<Resource>() as u64
+        let list = match self {
+            Resource::One(_) => 0,
+            Resource::Many(variants) => 64 + 8 * variants.len() as u64,
+        };
+        self.variants().iter().map(|entry| entry.weight()).sum::<u64>() + list
     }
 }
 
@@ -306,16 +314,18 @@ impl Resource {
 pub(crate) mod testing {
     //! An entry of no particular content.
 
+    use http::StatusCode;
+
     use crate::policy::tags::UpstreamId;
 
-    use super::{About, Address, Arc, Bytes, Entry, Head, HeaderMap, Position, StatusCode, Terms, Tick, Variant};
+    use super::{About, Address, Bytes, Entry, Head, HeaderMap, KeyName, Position, Terms, Tick, Variant};
 
     pub(crate) fn entry(terms: Terms) -> Entry {
-        let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
+        let head = Head::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new());
         let address =
             Address { upstream: UpstreamId(0), authority: "".into(), target: "/".into(), subjects: Box::default() };
-        let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
+        let about = About { key_name: KeyName::default(), tags: Box::default(), rule: "".into() };
         let body = Bytes::from_static(b"body");
-        Entry::new(Arc::new(head), body, Variant::default(), Tick(0), terms, address, Position(0), about)
+        Entry::new(head, body, Variant::default(), Tick(0), terms, address, Position(0), about)
     }
 }

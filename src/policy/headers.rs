@@ -2,9 +2,8 @@
 
 use std::time::SystemTime;
 
-use bytes::{Bytes, BytesMut};
 use http::header::{
-    AGE, CONNECTION, CONTENT_LENGTH, DATE, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    CONNECTION, CONTENT_LENGTH, DATE, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
 use smallvec::SmallVec;
@@ -27,24 +26,6 @@ const HOP_BY_HOP: [HeaderName; 10] = [
 pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 /// W3C Server Timing.
 pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
-
-/// Fields that every answer from the cache gets: their places in a stored head are made when storing, so that
-/// a hit need not enlarge its copy.
-const PLACES: [HeaderName; 3] = [AGE, CACHE_STATUS, SERVER_TIMING];
-
-/// Makes those places.
-pub fn make_room(headers: &mut HeaderMap) {
-    for name in PLACES {
-        headers.entry(name).or_insert(HeaderValue::from_static(""));
-    }
-    // It is kept for long: a clone takes no more than what it holds, half of what growing took.
-    *headers = headers.clone();
-}
-
-/// The fields of a stored head, without empty places.
-pub fn without_room(headers: &HeaderMap) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
-    headers.iter().filter(|(name, value)| !(value.is_empty() && PLACES.contains(name)))
-}
 
 /// What could make the upstream see another request than the one the cache keyed.
 const OVERRIDES: [HeaderName; 3] =
@@ -122,26 +103,6 @@ pub fn only(names: &[HeaderName], headers: &HeaderMap) -> HeaderMap {
     })
 }
 
-/// A copy whose values lie in one allocation of just their size, not in the network buffer they came in.
-pub fn compact(headers: &HeaderMap) -> HeaderMap {
-    let mut storage = BytesMut::with_capacity(headers.values().map(HeaderValue::len).sum());
-    for value in headers.values() {
-        storage.extend_from_slice(value.as_bytes());
-    }
-    let storage: Bytes = storage.freeze();
-    // Room for what every answer from the cache gets besides.
-    let mut copy = HeaderMap::with_capacity(headers.len() + 4);
-    let mut start = 0;
-    for (name, value) in headers {
-        let end = start + value.len();
-        if let Ok(value) = HeaderValue::from_maybe_shared(storage.slice(start..end)) {
-            copy.append(name, value);
-        }
-        start = end;
-    }
-    copy
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,14 +117,5 @@ mod tests {
         }
         strip_hop_by_hop(&mut headers);
         assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-stay"]);
-    }
-
-    #[test]
-    fn a_compact_copy_is_equal_and_keeps_repeated_fields() {
-        let mut headers = HeaderMap::new();
-        headers.append("link", HeaderValue::from_static("<a>"));
-        headers.append("x", HeaderValue::from_static(""));
-        headers.append("link", HeaderValue::from_static("<b>"));
-        assert_eq!(compact(&headers), headers);
     }
 }

@@ -11,6 +11,7 @@
 //! of [`super::chain`].
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::glob::Glob;
 use super::tags::{Subject, UpstreamId};
@@ -78,7 +79,7 @@ pub struct Address {
     /// The upstream.
     pub upstream: UpstreamId,
     /// The upstream's authority.
-    pub authority: Box<str>,
+    pub authority: Arc<str>,
     /// Path and query.
     pub target: Box<str>,
     /// All it can be purged by.

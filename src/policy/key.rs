@@ -219,8 +219,24 @@ pub fn is_private(key: &[u8]) -> bool {
 }
 
 /// A short public name of a key, as `Cache-Status: …; key=` shows it: 64 bits of its BLAKE3 digest, in hex.
-pub fn short_name(key: &[u8]) -> String {
-    blake3::hash(key).to_hex()[..16].to_owned()
+pub fn short_name(key: &[u8]) -> KeyName {
+    KeyName::from_hex(blake3::hash(key).to_hex().as_str())
+}
+
+/// 16 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KeyName([u8; 16]);
+
+impl KeyName {
+    /// The first 16 of these digits.
+    pub fn from_hex(digits: &str) -> KeyName {
+        KeyName(digits.as_bytes().first_chunk().copied().unwrap_or_default())
+    }
+
+    /// The digits.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]

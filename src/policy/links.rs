@@ -14,6 +14,13 @@ pub struct LinkPatch {
     pieces: Vec<Box<[u8]>>,
 }
 
+impl LinkPatch {
+    /// Bytes it takes in memory.
+    pub fn weight(&self) -> usize {
+        size_of::<LinkPatch>() + self.pieces.iter().map(|piece| piece.len() + size_of_val(piece)).sum::<usize>()
+    }
+}
+
 /// Finds the values that name `authority`, with either scheme.
 pub fn find(headers: &HeaderMap, authority: &str) -> Vec<LinkPatch> {
     let mut patches = Vec::new();

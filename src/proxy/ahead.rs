@@ -64,7 +64,7 @@ impl Proxy {
             headers,
             born,
         };
-        let name = format!("{}-{}", entry.key_name, &entry.variant.digest().to_hex()[..16]);
+        let name = format!("{}-{}", entry.key_name.as_str(), &entry.variant.digest().to_hex()[..16]);
         tokio::spawn(async move {
             let Some(body) = refresh.seal(&fleet.ring.load(), salt()) else { return };
             match fleet.redis.offer(&name, Bytes::from(body), ahead / 2).await {

@@ -83,7 +83,7 @@ impl Proxy {
             format!("{name}: {}", if values.is_empty() { "(absent)".into() } else { values.join(", ") })
         };
         json!({
-            "name": short_name(key),
+            "name": short_name(key).as_str(),
             "tenant": tenant,
             "authority": place.keyed.as_deref().unwrap_or("the upstream's"),
             "path": request.uri().path(),
@@ -108,7 +108,7 @@ impl Proxy {
             }
         };
         told["decision"] = decision.into();
-        told["entry"] = entry.map_or(Value::Null, |entry| self.entry(&entry));
+        told["entry"] = entry.map_or(Value::Null, |entry| self.told_entry(&entry));
         if let Some((left, reason)) = self.commons.flights.why_hit_for_miss(key, now) {
             let why = reason.map_or("its answers have to be validated each time", advice::of_skip);
             told["not_stored"] =
@@ -118,7 +118,7 @@ impl Proxy {
         told["being_fetched"] = self.commons.flights.is_flying(key).into();
     }
 
-    fn entry(&self, entry: &Entry) -> Value {
+    fn told_entry(&self, entry: &Entry) -> Value {
         let now = self.commons.clock.now();
         let vary: Vec<&str> = entry.variant.0.iter().map(|(name, _)| name.as_str()).collect();
         json!({

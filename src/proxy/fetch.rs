@@ -20,8 +20,9 @@ use crate::body::fanout::{Ending, Fanout, Held};
 use crate::body::{Body, BodyError};
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
-use crate::policy::entry::{About, Casing, Entry, Head, Terms, Variant};
-use crate::policy::headers::{add_date, compact, make_room, only, strip_hop_by_hop};
+use crate::policy::entry::{About, Entry, Terms, Variant};
+use crate::policy::head::{Casing, Head};
+use crate::policy::headers::{add_date, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
 use crate::policy::invalidation::Standing;
 use crate::policy::key::short_name;
@@ -58,7 +59,7 @@ impl Proxy {
         let shape = |request: &mut Request<Body>| {
             request.extensions_mut().insert(MayBeStored);
             if job.asked.method == Method::GET {
-                condition(request.headers_mut(), job.stale.as_deref().map(|entry| &*entry.head));
+                condition(request.headers_mut(), job.stale.as_deref().map(|entry| entry.head.headers()).as_ref());
             }
             if job.plan.reject_empty.is_some() {
                 readable_codings_only(request);
@@ -98,7 +99,7 @@ impl Proxy {
         if came.response.status() == StatusCode::NOT_MODIFIED
             && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
         {
-            if of_another(&stale.head.headers, came.response.headers()) {
+            if of_another(&stale.head.headers(), came.response.headers()) {
                 return lead.land(Landing::Failed(Failure::Malformed));
             }
             return self.validated(lead, job, stale, &came);
@@ -135,7 +136,7 @@ impl Proxy {
 
     /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
     fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
-        let headers = freshen(&stale.head.headers, came.response.headers());
+        let headers = freshen(&stale.head.headers(), came.response.headers());
         let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
         let asked = Asked::from(&*job.asked);
         let (store, stored) = match decide(&asked, &answered, &job.plan) {
@@ -146,8 +147,8 @@ impl Proxy {
                 (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip))
             }
         };
-        let head = Arc::new(head(stale.head.status, &headers, stale.head.casing.clone(), job, &store, came));
-        let entry = Arc::new(entry(job, head.clone(), stale.body.clone(), &store, came.born));
+        let head = head(stale.head.status, &headers, stale.head.casing().cloned(), job, &store, came);
+        let entry = self.entry(job, head.clone(), stale.body.clone(), &store, came.born);
         if stored.is_ok() {
             self.keep(job, &entry);
         }
@@ -208,7 +209,7 @@ impl Proxy {
     ) {
         let casing = came.response.extensions().get::<Casing>().cloned();
         let status = came.response.status();
-        let head = Arc::new(head(status, came.response.headers(), casing, job, &store, &came));
+        let head = head(status, came.response.headers(), casing, job, &store, &came);
         let length = declared_length(&came.response);
         let (purse, stall) = (&self.commons.purse, self.commons.shared_write_stall);
         let fanout = Fanout::new(purse, self.commons.max_entry_bytes, stall, length);
@@ -232,8 +233,9 @@ impl Proxy {
         let born = came.born;
         let keep = |whole: Option<Bytes>| {
             if let (Some(body), None) = (whole, failure) {
-                fanout.settle(&body);
-                self.keep(job, &Arc::new(entry(job, head.clone(), body, &store, born)));
+                let entry = self.entry(job, head.clone(), body, &store, born);
+                fanout.settle(&entry.body);
+                self.keep(job, &entry);
             }
         };
         self.pump(&mut lead, job, came.response.into_body(), &fanout, by, &keep).await;
@@ -299,17 +301,18 @@ impl Proxy {
             debug!(upstream = &*self.site.name, "not stored: {}", Skip::Invalidated.token());
         }
     }
-}
 
-/// What is stored.
-fn entry(job: &Job, head: Arc<Head>, body: Bytes, store: &Store, born: Tick) -> Entry {
-    let about = About {
-        key_name: short_name(&job.key).into(),
-        tags: tags(&job.plan, job.asked.uri.path()).into(),
-        rule: job.plan.name.clone(),
-    };
-    let variant = Variant::of(store.vary.clone(), &job.asked.headers);
-    Entry::new(head, body, variant, born, store.terms, job.address.clone(), job.position, about)
+    /// What is stored.
+    fn entry(&self, job: &Job, head: Head, body: Bytes, store: &Store, born: Tick) -> Arc<Entry> {
+        let about = About {
+            key_name: short_name(&job.key),
+            tags: tags(&job.plan, job.asked.uri.path()).into(),
+            rule: job.plan.name.clone(),
+        };
+        let variant = Variant::of(store.vary.clone(), &job.asked.headers);
+        let (address, position) = (job.address.clone(), job.position);
+        self.commons.memory.pack(Entry::new(head, body, variant, born, store.terms, address, position, about))
+    }
 }
 
 /// A head made ready to be sent many times.
@@ -321,14 +324,13 @@ fn head(
     store: &Store,
     came: &Came,
 ) -> Head {
-    let mut headers = compact(headers);
+    let mut headers = headers.clone();
     for name in store.drop.iter().chain([&AGE]) {
         headers.remove(name);
     }
     add_date(&mut headers, came.at);
-    make_room(&mut headers);
     let links = links::find(&headers, &job.place.host);
-    Head { status, headers, casing, links }
+    Head::new(status, &headers, casing, links)
 }
 
 fn declared_length(response: &Response<Body>) -> Option<u64> {

@@ -22,11 +22,11 @@ use crate::fleet::invalidations::Recorded;
 use crate::fleet::lease::{Claimed, Lease, Word, claim, subject};
 use crate::policy::Tick;
 use crate::policy::chain::LogId;
-use crate::policy::entry::{About, Entry, Head, Variant};
+use crate::policy::entry::{About, Entry, Variant};
 use crate::policy::freshness::{Demands, Verdict, judge};
-use crate::policy::headers::make_room;
+use crate::policy::head::Head;
 use crate::policy::invalidation::Address;
-use crate::policy::key::KeyBuf;
+use crate::policy::key::{KeyBuf, KeyName};
 use crate::policy::links;
 use crate::policy::outcome::Skip;
 use crate::policy::plan::Plan;
@@ -164,7 +164,7 @@ impl Proxy {
             Err(_trouble) => return Looked::Trouble,
             Ok(None) => return Looked::Nothing,
             Ok(Some(Found::Waiting(entry))) => Some(entry),
-            Ok(Some(Found::Answer(answer))) => self.adopt(fleet, place, job, *answer).await.map(Arc::new),
+            Ok(Some(Found::Answer(answer))) => self.adopt(fleet, place, job, *answer).await,
         };
         let now = self.commons.clock.now();
         let Some(entry) = found.filter(|entry| entry.variant.selected_by(&job.asked.headers)) else {
@@ -186,14 +186,13 @@ impl Proxy {
     }
 
     /// An entry of ours from a record: with our own times and positions.
-    async fn adopt(&self, fleet: &Fleet, place: &Place, job: &Job, answer: Answer) -> Option<Entry> {
-        let Answer { address, status, mut headers, casing, body, born, seen, terms, vary, tags, rule } = answer;
+    async fn adopt(&self, fleet: &Fleet, place: &Place, job: &Job, answer: Answer) -> Option<Arc<Entry>> {
+        let Answer { address, status, headers, casing, body, born, seen, terms, vary, tags, rule } = answer;
         let born: Tick = fleet.redis.time().tick(born)?;
         if born > self.commons.clock.now().plus(FUTURE) {
             return None;
         }
         let casing = self.site.upstream.casing(&casing).await;
-        make_room(&mut headers);
         let links = links::find(&headers, &job.place.host);
         // The record may be of another target with the same key: one that differs in parameters that don't count.
         let same = *address.target == *job.address.target && tags == site::tags(&job.plan, job.asked.uri.path());
@@ -206,11 +205,12 @@ impl Proxy {
             Address { upstream, authority: authority.into(), target: target.into(), subjects }
         };
         let rule = if *rule == *job.plan.name { job.plan.name.clone() } else { rule.into() };
-        let about = About { key_name: place.name()[..16].into(), tags: tags.into(), rule };
-        let head = Arc::new(Head { status, headers, casing, links });
+        let about = About { key_name: KeyName::from_hex(place.name()), tags: tags.into(), rule };
+        let head = Head::new(status, &headers, casing, links);
         let variant = Variant::of(vary, &job.asked.headers);
         let position = self.commons.invalidations.position_of(seen);
-        Some(Entry::new(head, body, variant, born, terms, address, position, about))
+        let entry = Entry::new(head, body, variant, born, terms, address, position, about);
+        Some(self.commons.memory.pack(entry))
     }
 
     /// Waits, if there is a fleet that can be told, until a purge of ours is in its log.

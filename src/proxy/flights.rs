@@ -17,7 +17,8 @@ use crate::body::Body;
 use crate::body::fanout::{Fanout, Reader};
 use crate::fleet::invalidations::Invalidations;
 use crate::policy::Tick;
-use crate::policy::entry::{Entry, Head, Variant};
+use crate::policy::entry::{Entry, Variant};
+use crate::policy::head::Head;
 use crate::policy::invalidation::{Address, Position};
 use crate::policy::outcome::{Failure, Skip};
 
@@ -46,7 +47,7 @@ pub enum Landing {
 #[derive(Debug)]
 pub struct Arrival {
     /// Its head, as it will be stored.
-    pub head: Arc<Head>,
+    pub head: Head,
     /// What the upstream said: 304 where `head` was freshened by it.
     pub status: StatusCode,
     /// Set if it is a failure.

@@ -15,7 +15,8 @@ use super::texts::{Text, Timing, append, stored_status, text};
 use super::visit::{Quest, Visit};
 use crate::body::{Body, BodyError};
 use crate::policy::asked::Asked;
-use crate::policy::entry::{Entry, Head};
+use crate::policy::entry::Entry;
+use crate::policy::head::Head;
 use crate::policy::headers::{CACHE_STATUS, SERVER_TIMING, add_date};
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
@@ -66,7 +67,7 @@ impl Proxy {
         let mut response = from_head(asked, &entry.head, body, &self.site.listens);
         let headers = response.headers_mut();
         headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
-        let status = stored_status(outcome, &entry.key_name);
+        let status = stored_status(outcome, entry.key_name.as_str());
         self.finish(response, &status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
 
@@ -317,12 +318,12 @@ pub fn body_rejection(fault: BodyError) -> Rejection {
 fn from_head(asked: Asked<'_>, head: &Head, body: Body, listens: &Scheme) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = head.status;
-    response.headers_mut().clone_from(&head.headers);
-    if let Some(casing) = &head.casing {
+    head.write_to(response.headers_mut());
+    if let Some(casing) = head.casing() {
         response.extensions_mut().clone_from(&casing.record);
     }
-    if !head.links.is_empty() {
-        rewrite_links(&head.links, response.headers_mut(), asked, listens);
+    if !head.links().is_empty() {
+        rewrite_links(head.links(), response.headers_mut(), asked, listens);
     }
     if not_modified(asked.method, asked.headers, head) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;

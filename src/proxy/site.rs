@@ -164,7 +164,7 @@ impl Site {
         let tags = tags(plan, uri.path());
         let scope = Scope { upstream: self.id, authority: place.keyed.as_deref() };
         let subjects = subjects(scope, target, &tags).into();
-        Address { upstream: self.id, authority: place.host.clone(), target: target.into(), subjects }
+        Address { upstream: self.id, authority: (&*place.host).into(), target: target.into(), subjects }
     }
 }
 

@@ -7,6 +7,7 @@ use http::HeaderMap;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
+use super::alike::Alike;
 use crate::config;
 use crate::policy::entry::{Entry, Resource};
 
@@ -21,7 +22,8 @@ type Key = Box<[u8]>;
 /// All that is stored, by key.
 #[derive(Debug)]
 pub struct Memory {
-    cache: Cache<Key, Arc<Resource>, Bytes>,
+    cache: Cache<Key, Resource, Bytes>,
+    alike: Alike,
     /// Writers change a resource by replacing it, one at a time.
     writing: Mutex<()>,
     max_resource: u64,
@@ -32,8 +34,8 @@ pub struct Memory {
 #[derive(Debug, Clone)]
 struct Bytes;
 
-impl Weighter<Key, Arc<Resource>> for Bytes {
-    fn weight(&self, key: &Key, resource: &Arc<Resource>) -> u64 {
+impl Weighter<Key, Resource> for Bytes {
+    fn weight(&self, key: &Key, resource: &Resource) -> u64 {
         key.len() as u64 + SLOT + resource.weight()
     }
 }
@@ -67,19 +69,28 @@ impl Memory {
             .build()
             .expect("all options are set");
         let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), DefaultLifecycle::default());
-        Memory { cache, writing: Mutex::new(()), max_resource, stored: AtomicU64::new(0), swept: AtomicU64::new(0) }
+        let (stored, swept) = (AtomicU64::new(0), AtomicU64::new(0));
+        Memory { cache, alike: Alike::default(), writing: Mutex::new(()), max_resource, stored, swept }
     }
 
     /// What is stored under a key. One hash, one shard lock for reading, no allocation.
-    pub fn get(&self, key: &[u8]) -> Option<Arc<Resource>> {
+    pub fn get(&self, key: &[u8]) -> Option<Resource> {
         self.cache.get(key)
+    }
+
+    /// An entry in as few bytes as can be, ready to be stored.
+    pub fn pack(&self, entry: Entry) -> Arc<Entry> {
+        Arc::new(self.alike.pack(entry))
     }
 
     /// Stores an answer beside the other variants of its key.
     pub fn put(&self, key: &[u8], entry: Arc<Entry>) {
         let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let resource = self.cache.peek(key).unwrap_or_default().with(entry, self.max_resource);
-        self.cache.insert(key.into(), Arc::new(resource));
+        let resource = match self.cache.peek(key) {
+            Some(others) => others.with(entry, self.max_resource),
+            None => Resource::One(entry),
+        };
+        self.cache.insert(key.into(), resource);
         self.stored.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -89,7 +100,7 @@ impl Memory {
         let Some(resource) = self.cache.peek(key) else { return };
         match resource.without(request) {
             Some(rest) if rest.variants().len() == resource.variants().len() => {}
-            Some(rest) => self.cache.insert(key.into(), Arc::new(rest)),
+            Some(rest) => self.cache.insert(key.into(), rest),
             None => drop(self.cache.remove(key)),
         }
     }
@@ -109,7 +120,7 @@ impl Memory {
         for key in changed.into_inner() {
             let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(resource) = self.cache.peek(&key).and_then(|resource| resource.filtered(&keep)) {
-                self.cache.insert(key, Arc::new(resource));
+                self.cache.insert(key, resource);
             }
         }
     }
@@ -140,8 +151,10 @@ fn shards(config: &config::Memory) -> usize {
 mod tests {
     use super::*;
     use crate::policy::Tick;
-    use crate::policy::entry::{About, Head, Terms, Variant};
+    use crate::policy::entry::{About, Terms, Variant};
+    use crate::policy::head::Head;
     use crate::policy::invalidation::{Address, Position};
+    use crate::policy::key::KeyName;
     use crate::policy::tags::UpstreamId;
     use http::StatusCode;
 
@@ -157,13 +170,13 @@ mod tests {
     }
 
     fn entry(size: usize) -> Arc<Entry> {
-        let head = Head { status: StatusCode::OK, headers: HeaderMap::new(), casing: None, links: Vec::new() };
+        let head = Head::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new());
         let address =
             Address { upstream: UpstreamId(0), authority: "".into(), target: "/".into(), subjects: Box::default() };
-        let about = About { key_name: "".into(), tags: Box::default(), rule: "".into() };
+        let about = About { key_name: KeyName::default(), tags: Box::default(), rule: "".into() };
         let terms = Terms { fresh_for: 1000, ..Terms::default() };
         let body = bytes::Bytes::from(vec![0; size]);
-        Arc::new(Entry::new(Arc::new(head), body, Variant::default(), Tick(0), terms, address, Position(0), about))
+        Arc::new(Entry::new(head, body, Variant::default(), Tick(0), terms, address, Position(0), about))
     }
 
     #[test]

@@ -31,7 +31,6 @@ use super::pack::Packing;
 use super::seal::{Forged, KEY_ID, Ring, SALT, TAG};
 use crate::policy::chain::LogId;
 use crate::policy::entry::{Entry, Terms};
-use crate::policy::headers::without_room;
 use crate::policy::tags::UpstreamId;
 
 const MAGIC: u8 = 0xff;
@@ -139,7 +138,6 @@ pub fn salt() -> [u8; SALT] {
 impl Sealing {
     /// The record of an entry that was born at `born` (fleet time), for the key `place`.
     pub fn answer(&self, entry: &Entry, born: u64, seen: LogId, place: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
-        let headers = without_room(&entry.head.headers);
         let meta = Meta {
             start: MetaStart {
                 address: MetaAddress {
@@ -153,8 +151,8 @@ impl Sealing {
             born,
             terms: entry.terms.into(),
             vary: entry.variant.0.iter().map(|(name, _)| name.as_str()).collect(),
-            headers: headers.map(|(name, value)| (name.as_str(), value.as_bytes())).collect(),
-            casing: entry.head.casing.as_ref().map_or(&[], |casing| &casing.names),
+            headers: entry.head.lines().map(|(name, value)| (name.as_str(), value)).collect(),
+            casing: entry.head.casing().map_or(&[], |casing| &casing.names),
             tags: entry.tags.iter().map(String::as_str).collect(),
             rule: &entry.rule,
         };
@@ -319,7 +317,7 @@ fn read(head: &Head, meta: &[u8], body: &[u8]) -> Result<Record, Unreadable> {
         Packing::None => return Err(Unreadable::Forged),
         Packing::Lz4 | Packing::Zstd => packing.unpack(body, head.size).map(Bytes::from).ok_or(Unreadable::Forged)?,
     };
-    let mut headers = HeaderMap::with_capacity(meta.headers.len() + 4);
+    let mut headers = HeaderMap::with_capacity(meta.headers.len());
     for (name, value) in meta.headers {
         let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Unreadable::Forged)?;
         headers.append(name, HeaderValue::from_bytes(value).map_err(|_| Unreadable::Forged)?);
@@ -343,10 +341,11 @@ fn read(head: &Head, meta: &[u8], body: &[u8]) -> Result<Record, Unreadable> {
 mod tests {
     use super::*;
     use crate::policy::Tick;
-    use crate::policy::entry::{About, Head as EntryHead, Variant};
+    use crate::policy::entry::{About, Variant};
+    use crate::policy::head::Head as EntryHead;
     use crate::policy::invalidation::{Address, Position};
+    use crate::policy::key::KeyName;
     use proptest::prelude::*;
-    use std::sync::Arc;
 
     const SALT_OF_TESTS: [u8; SALT] = *b"salt of the test";
     const PLACE: &str = "sidecache:1:s:00";
@@ -363,7 +362,7 @@ mod tests {
             let name = HeaderName::from_bytes(name.as_bytes()).expect("a name");
             headers.append(name, HeaderValue::from_str(value).expect("a value"));
         }
-        let head = EntryHead { status: StatusCode::OK, headers, casing: None, links: Vec::new() };
+        let head = EntryHead::new(StatusCode::OK, &headers, None, Vec::new());
         let address = Address {
             upstream: UpstreamId(7),
             authority: "shop.example".into(),
@@ -371,11 +370,11 @@ mod tests {
             subjects: Box::default(),
         };
         let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
-        let about = About { key_name: "".into(), tags, rule: "product".into() };
-        let variant = Variant(vec![(http::header::ACCEPT_ENCODING, [HeaderValue::from_static("gzip")].into())]);
+        let about = About { key_name: KeyName::default(), tags, rule: "product".into() };
+        let variant = Variant([(http::header::ACCEPT_ENCODING, [HeaderValue::from_static("gzip")].into())].into());
         let terms = Terms { initial_age: 1, fresh_for: -2, if_error: 3, always_validate: true, ..Terms::default() };
         let body = Bytes::copy_from_slice(body);
-        Entry::new(Arc::new(head), body, variant, Tick(0), terms, address, Position(1), about)
+        Entry::new(head, body, variant, Tick(0), terms, address, Position(1), about)
     }
 
     fn answer(sealing: &Sealing, record: &[u8]) -> Answer {
@@ -446,7 +445,7 @@ mod tests {
             let record = sealing.answer(&entry, 9, SEEN, PLACE, salt()).expect("a record");
             let read = answer(&sealing, &record);
             prop_assert_eq!(&read.body[..], &body[..]);
-            prop_assert_eq!(read.headers, entry.head.headers.clone());
+            prop_assert_eq!(read.headers.iter().map(|(n, v)| (n, v.as_bytes())).collect::<Vec<_>>(), entry.head.lines().collect::<Vec<_>>());
             let mut changed = record.clone();
             changed[at.index(record.len())] ^= 1 << bit;
             prop_assert!(sealing.open(&changed, PLACE).is_err());

@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::tap::lines;
-use crate::policy::entry::Casing;
+use crate::policy::head::Casing;
 
 /// An upstream has few ways to write its heads. One that has more gets Title-Case.
 const MAX_KNOWN: usize = 256;

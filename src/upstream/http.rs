@@ -26,7 +26,7 @@ use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
 use crate::config::{self, Pool, Target, Timeouts};
-use crate::policy::entry::Casing;
+use crate::policy::head::Casing;
 use crate::policy::outcome::Failure;
 use crate::policy::retry::Ended;
 use crate::tls;
