@@ -9,6 +9,7 @@ pub mod asked;
 pub mod breaker;
 pub mod chain;
 pub mod circuit;
+pub mod date;
 pub mod directives;
 pub mod entry;
 pub mod failure;
@@ -20,15 +21,19 @@ pub mod inspect;
 pub mod invalidation;
 pub mod key;
 pub mod links;
+pub mod lists;
 pub mod outcome;
 pub mod plan;
 pub mod quota;
+pub mod ranges;
 pub mod retry;
 pub mod revalidate;
 pub mod route;
 pub mod storage;
 pub mod tags;
 pub mod target;
+pub mod targeted;
+pub mod variant;
 
 use std::time::Duration;
 

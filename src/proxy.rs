@@ -35,6 +35,7 @@ use crate::policy::freshness::Demands;
 use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
 use crate::policy::outcome::{Bypass, StaleReason};
 use crate::policy::plan::Plan;
+use crate::policy::ranges::asks_for_part;
 use crate::policy::route::Route;
 use crate::store::Memory;
 use crate::telemetry::Telemetry;
@@ -126,6 +127,9 @@ impl Proxy {
             Lookup::Fetch(miss) if demands.only_if_cached() => {
                 self.only_if_cached(request, place.into_owned(), plan, key, miss, visit)
             }
+            Lookup::Fetch(_) if asks_for_part(request.method(), request.headers()) => {
+                Handled::later(self.clone().relay(request, place.into_owned(), Bypass::Range, visit))
+            }
             Lookup::Fetch(miss) => {
                 let (place, plan) = (place.into_owned(), plan.clone());
                 Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))
@@ -142,9 +146,6 @@ impl Proxy {
         };
         if !matches!(request.body(), Body::Empty) {
             return Err(Bypass::RequestBody);
-        }
-        if headers.contains_key(http::header::RANGE) {
-            return Err(Bypass::Range);
         }
         let demands = Demands::of(plan, headers);
         if demands.no_store() {

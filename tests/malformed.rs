@@ -62,20 +62,26 @@ async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_after_the_body_spoil_answer_and_connection() {
-    let origin = Origin::start(|ask| match ask.target.as_str() {
+async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_too() {
+    let smuggled = format!("body{OK}Content-Length: 3\r\n\r\nbad");
+    let origin = Origin::start(move |ask| match ask.target.as_str() {
         "/long" => Reply::fresh(60, "body and more").header("Content-Length", "4"),
+        "/two" => Reply::fresh(60, smuggled.clone()).header("Content-Length", "4"),
         _ => Reply::fresh(60, "clean"),
     })
     .await;
     let sidecar = Sidecar::before(&origin, "").await;
     let mut client = Client::connect(sidecar.address).await;
-    client.ask("GET", "/long", &[], b"").await;
+    client.ask("GET", "/two", &[], b"").await;
     if let Some(answer) = client.answer_to("GET").await {
         assert_eq!(answer.text(), "body", "nothing beyond the announced length gets through");
     }
     assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    let connections = origin.connections();
+    assert_eq!(sidecar.get("/long").await.text(), "body", "RFC 9112 section 6.3: the answer ends where it said");
     assert_eq!(sidecar.get("/clean").await.text(), "clean");
+    assert_eq!(origin.connections(), connections + 2, "each on a connection of its own");
+    assert_eq!(sidecar.commons.memory.usage().entries, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,6 +6,8 @@
 use http::HeaderMap;
 use http::header::{CACHE_CONTROL, HeaderName, PRAGMA};
 
+use super::lists::members;
+
 /// delta-seconds are capped here: RFC 9111 §1.2.2.
 const MAX_DELTA: u64 = 1 << 31;
 
@@ -26,6 +28,8 @@ pub struct CacheControl {
     pub must_revalidate: bool,
     /// `proxy-revalidate`.
     pub proxy_revalidate: bool,
+    /// `must-understand`: who knows the status may set `no-store` aside, who does not must not store.
+    pub must_understand: bool,
     /// `only-if-cached`.
     pub only_if_cached: bool,
     /// `max-age`; present but unreadable counts as 0.
@@ -64,36 +68,57 @@ impl CacheControl {
     }
 
     fn read(&mut self, value: &[u8]) {
-        for (name, argument) in Directives(value) {
-            let is = |wanted: &str| name.eq_ignore_ascii_case(wanted.as_bytes());
-            if is("no-store") {
-                self.no_store = true;
-            } else if is("no-cache") {
-                self.fields_or(argument, |s| &mut s.no_cache);
-            } else if is("private") {
-                self.fields_or(argument, |s| &mut s.private);
-            } else if is("public") {
-                self.public = true;
-            } else if is("must-revalidate") {
-                self.must_revalidate = true;
-            } else if is("proxy-revalidate") {
-                self.proxy_revalidate = true;
-            } else if is("only-if-cached") {
-                self.only_if_cached = true;
-            } else if is("max-age") {
-                keep_smaller(&mut self.max_age, seconds(argument).unwrap_or(0));
-            } else if is("s-maxage") {
-                keep_smaller(&mut self.s_maxage, seconds(argument).unwrap_or(0));
-            } else if is("min-fresh") {
-                self.min_fresh = seconds(argument).or(self.min_fresh);
-            } else if is("max-stale") {
-                self.max_stale = argument.map_or(Some(u64::MAX), |a| seconds(Some(a)));
-            } else if is("stale-while-revalidate") {
-                keep_smaller(&mut self.stale_while_revalidate, seconds(argument).unwrap_or(0));
-            } else if is("stale-if-error") {
-                keep_smaller(&mut self.stale_if_error, seconds(argument).unwrap_or(0));
-            }
+        for member in members(value, true) {
+            let Some(eq) = member.iter().position(|b| *b == b'=') else {
+                self.add(member, None);
+                continue;
+            };
+            let (name, value) = (&member[..eq], &member[eq + 1..]);
+            let value = value.strip_prefix(b"\"").map_or(value, |v| v.strip_suffix(b"\"").unwrap_or(v));
+            self.add(name, Some(value));
         }
+    }
+
+    /// Takes one directive in. One that we don't know says nothing.
+    pub(super) fn add(&mut self, name: &[u8], argument: Option<&[u8]>) {
+        let zero_if_unreadable = || seconds(argument).unwrap_or(0);
+        match name.to_ascii_lowercase().as_slice() {
+            b"no-store" => self.no_store = true,
+            b"no-cache" => self.fields_or(argument, |s| &mut s.no_cache),
+            b"private" => self.fields_or(argument, |s| &mut s.private),
+            b"public" => self.public = true,
+            b"must-revalidate" => self.must_revalidate = true,
+            b"proxy-revalidate" => self.proxy_revalidate = true,
+            b"must-understand" => self.must_understand = true,
+            b"only-if-cached" => self.only_if_cached = true,
+            b"max-age" => keep_smaller(&mut self.max_age, zero_if_unreadable()),
+            b"s-maxage" => keep_smaller(&mut self.s_maxage, zero_if_unreadable()),
+            b"min-fresh" => self.min_fresh = seconds(argument).or(self.min_fresh),
+            b"max-stale" => self.max_stale = argument.map_or(Some(u64::MAX), |a| seconds(Some(a))),
+            b"stale-while-revalidate" => keep_smaller(&mut self.stale_while_revalidate, zero_if_unreadable()),
+            b"stale-if-error" => keep_smaller(&mut self.stale_if_error, zero_if_unreadable()),
+            _ => {}
+        }
+    }
+
+    /// Directives whose argument is a number of seconds.
+    pub(super) fn takes_seconds(name: &str) -> bool {
+        matches!(
+            name,
+            "max-age" | "s-maxage" | "min-fresh" | "max-stale" | "stale-while-revalidate" | "stale-if-error"
+        )
+    }
+
+    /// Directives whose argument is a list of field names.
+    pub(super) fn takes_fields(name: &str) -> bool {
+        matches!(name, "no-cache" | "private")
+    }
+
+    /// Directives that we act on.
+    pub(super) fn knows(name: &str) -> bool {
+        let flags =
+            ["no-store", "public", "must-revalidate", "proxy-revalidate", "must-understand", "only-if-cached"];
+        Self::takes_seconds(name) || Self::takes_fields(name) || flags.contains(&name)
     }
 
     fn fields_or(&mut self, argument: Option<&[u8]>, flag: fn(&mut Self) -> &mut bool) {
@@ -124,49 +149,6 @@ pub fn seconds(argument: Option<&[u8]>) -> Option<u64> {
     }
     let value = digits.iter().fold(0u64, |n, d| n.saturating_mul(10).saturating_add(u64::from(d - b'0')));
     Some(value.min(MAX_DELTA))
-}
-
-/// Splits `a, b=c, d="e, f"` into names and arguments, quotes taken off.
-struct Directives<'a>(&'a [u8]);
-
-impl<'a> Iterator for Directives<'a> {
-    type Item = (&'a [u8], Option<&'a [u8]>);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let rest = self.0;
-            if rest.is_empty() {
-                return None;
-            }
-            let end = end_of_member(rest);
-            self.0 = rest.get(end + 1..).unwrap_or_default();
-            let member = rest[..end].trim_ascii();
-            if member.is_empty() {
-                continue;
-            }
-            let Some(eq) = member.iter().position(|b| *b == b'=') else {
-                return Some((member, None));
-            };
-            let (name, value) = (&member[..eq], &member[eq + 1..]);
-            let value = value.strip_prefix(b"\"").map_or(value, |v| v.strip_suffix(b"\"").unwrap_or(v));
-            return Some((name, Some(value)));
-        }
-    }
-}
-
-/// Index of the comma that ends the first member, or the length. Commas in quotes don't count.
-fn end_of_member(list: &[u8]) -> usize {
-    let (mut quoted, mut escaped) = (false, false);
-    for (i, byte) in list.iter().enumerate() {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
-            b',' if !quoted => return i,
-            _ => {}
-        }
-    }
-    list.len()
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderMap;
 
 use super::head::Head;
 use super::invalidation::{Address, Position, Standing};
 use super::key::KeyName;
+use super::variant::Variant;
 use super::{Tick, millis};
 
 /// How long an entry may be used for what. Milliseconds, from the moment the answer came.
@@ -45,36 +46,6 @@ impl Terms {
             [self.while_revalidate, self.if_error, self.disconnected, self.last_known_good, self.validation];
         let beyond = longest.into_iter().max().unwrap_or(0);
         beyond.saturating_add_signed(self.fresh_for)
-    }
-}
-
-/// The request headers an answer depends on, and what they were: RFC 9111 §4.1.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Variant(pub Box<[(HeaderName, Box<[HeaderValue]>)]>);
-
-impl Variant {
-    /// What `names` were in a request.
-    pub fn of(names: Vec<HeaderName>, request: &HeaderMap) -> Variant {
-        let values = |name: &HeaderName| request.get_all(name).iter().map(own).collect();
-        Variant(names.into_iter().map(|name| (name.clone(), values(&name))).collect())
-    }
-
-    /// A digest of the names and values.
-    pub fn digest(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        for (name, values) in &self.0 {
-            hasher.update(name.as_str().as_bytes()).update(&[0xff]);
-            for value in values {
-                hasher.update(&(value.len() as u64).to_be_bytes()).update(value.as_bytes());
-            }
-            hasher.update(&[0xfe]);
-        }
-        hasher.finalize()
-    }
-
-    /// Would this request select the same answer?
-    pub fn selected_by(&self, request: &HeaderMap) -> bool {
-        self.0.iter().all(|(name, values)| request.get_all(name).iter().eq(values.iter()))
     }
 }
 
@@ -227,13 +198,6 @@ const ALLOCATIONS: u64 = 112;
 
 fn pack(epoch: Position, standing: Standing) -> u64 {
     epoch.0 << 2 | standing as u64
-}
-
-/// A copy of a value that shares no bytes with the buffer it was read into.
-pub fn own(value: &HeaderValue) -> HeaderValue {
-    let mut copy = HeaderValue::from_bytes(value.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""));
-    copy.set_sensitive(value.is_sensitive());
-    copy
 }
 
 /// All answers stored under one key: one per variant, the newest first (RFC 9111 §4.1). Most have one.

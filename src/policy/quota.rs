@@ -4,6 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use http::header::{HeaderMap, RETRY_AFTER};
 
+use super::date;
+
 /// A longer `Retry-After` is taken for a mistake, and cut.
 const LONGEST: Duration = Duration::from_hours(1);
 
@@ -42,7 +44,7 @@ pub fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let wait = if text.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
         Duration::try_from_secs_f64(text.parse().ok()?).unwrap_or(LONGEST)
     } else {
-        httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
+        date::parse(text.as_bytes(), now)?.duration_since(now).unwrap_or_default()
     };
     Some(wait.min(LONGEST))
 }

@@ -1,18 +1,22 @@
 //! Conditional requests, in both directions: asked by a client of us (RFC 9110 §13), and by us of the
 //! upstream (RFC 9111 §4.3).
 
+use std::time::SystemTime;
+
 use http::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, HeaderMap, HeaderName, IF_MATCH,
-    IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, LAST_MODIFIED,
+    IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, LAST_MODIFIED, RANGE,
 };
 use http::{Method, StatusCode};
 
+use super::date;
 use super::head::Head;
+use super::lists::members;
 
-/// Takes the client's own conditions off a request that the cache makes for itself, and puts in those of
-/// what is stored.
+/// Takes the client's own conditions, and a wish for a part, off a request that the cache makes for itself, and puts
+/// in the conditions of what is stored.
 pub fn condition(request: &mut HeaderMap, stored: Option<&HeaderMap>) {
-    for name in [IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_MATCH, IF_UNMODIFIED_SINCE, IF_RANGE] {
+    for name in [IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_MATCH, IF_UNMODIFIED_SINCE, IF_RANGE, RANGE] {
         request.remove(name);
     }
     let Some(stored) = stored else { return };
@@ -26,7 +30,7 @@ pub fn condition(request: &mut HeaderMap, stored: Option<&HeaderMap>) {
 
 /// Would a 304 do for this client? `If-None-Match` first, `If-Modified-Since` only without it:
 /// RFC 9110 §13.2.2.
-pub fn not_modified(method: &Method, request: &HeaderMap, head: &Head) -> bool {
+pub fn not_modified(method: &Method, request: &HeaderMap, head: &Head, now: impl FnOnce() -> SystemTime) -> bool {
     if head.status != StatusCode::OK || (*method != Method::GET && *method != Method::HEAD) {
         return false;
     }
@@ -34,7 +38,8 @@ pub fn not_modified(method: &Method, request: &HeaderMap, head: &Head) -> bool {
         return head.get(&ETAG).is_some_and(|etag| none_match_fails(request, etag));
     }
     let Some(since) = request.get(IF_MODIFIED_SINCE) else { return false };
-    let date = |value: &[u8]| httpdate::parse_http_date(std::str::from_utf8(value).ok()?).ok();
+    let now = now();
+    let date = |value: &[u8]| date::parse(value, now);
     match (head.get(&LAST_MODIFIED).and_then(date), date(since.as_bytes())) {
         (Some(modified), Some(since)) => modified <= since,
         (None, _) | (_, None) => false,
@@ -45,34 +50,8 @@ pub fn not_modified(method: &Method, request: &HeaderMap, head: &Head) -> bool {
 fn none_match_fails(request: &HeaderMap, etag: &[u8]) -> bool {
     let opaque = |tag: &[u8]| tag.strip_prefix(b"W/").unwrap_or(tag).to_vec();
     let stored = opaque(etag);
-    let members = request.get_all(IF_NONE_MATCH).iter().flat_map(|value| EntityTags(value.as_bytes()));
-    members.into_iter().any(|tag| tag == b"*" || opaque(tag) == stored)
-}
-
-/// Splits a list of entity tags; a comma in quotes does not count.
-struct EntityTags<'a>(&'a [u8]);
-
-impl<'a> Iterator for EntityTags<'a> {
-    type Item = &'a [u8];
-
-    fn next(&mut self) -> Option<&'a [u8]> {
-        loop {
-            if self.0.is_empty() {
-                return None;
-            }
-            let mut quoted = false;
-            let separates = |byte: &u8| {
-                quoted ^= *byte == b'"';
-                *byte == b',' && !quoted
-            };
-            let end = self.0.iter().position(separates).unwrap_or(self.0.len());
-            let member = self.0[..end].trim_ascii();
-            self.0 = self.0.get(end + 1..).unwrap_or_default();
-            if !member.is_empty() {
-                return Some(member);
-            }
-        }
-    }
+    let mut tags = request.get_all(IF_NONE_MATCH).iter().flat_map(|value| members(value.as_bytes(), false));
+    tags.any(|tag| tag == b"*" || opaque(tag) == stored)
 }
 
 /// The fields of a 304 to a client: RFC 9110 §15.4.5. Everything but what describes the body that is not sent.
@@ -92,7 +71,8 @@ pub fn of_another(stored: &HeaderMap, answered: &HeaderMap) -> bool {
 /// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
 /// bytes stay (RFC 9111 §3.2).
 pub fn freshen(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {
-    const KEPT: [HeaderName; 3] = [CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_RANGE];
+    const KEPT: [HeaderName; 4] =
+        [CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_RANGE, HeaderName::from_static("content-md5")];
     let mut merged = stored.clone();
     merged.remove(DATE);
     for name in answered.keys().filter(|name| !KEPT.contains(name)) {
@@ -129,7 +109,7 @@ mod tests {
             (&[], false),
         ];
         for (lines, expected) in table {
-            assert_eq!(not_modified(&Method::GET, &map(lines), &head), *expected, "{lines:?}");
+            assert_eq!(not_modified(&Method::GET, &map(lines), &head, SystemTime::now), *expected, "{lines:?}");
         }
     }
 

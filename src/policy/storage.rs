@@ -3,17 +3,19 @@
 use std::time::{Duration, SystemTime};
 
 use http::header::{
-    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName,
-    HeaderValue, LAST_MODIFIED, SET_COOKIE, VARY,
+    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_TYPE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, HeaderValue,
+    LAST_MODIFIED, SET_COOKIE, VARY,
 };
 use http::{Method, StatusCode};
 
 use super::asked::Asked;
+use super::date;
 use super::directives::{CacheControl, seconds};
 use super::entry::Terms;
 use super::millis;
 use super::outcome::Skip;
 use super::plan::{CacheMode, Plan};
+use super::targeted;
 
 /// Without a lifetime, a tenth of the time since Last-Modified (RFC 9111 §4.2.2), at most this.
 const HEURISTIC_CAP: Duration = Duration::from_hours(24);
@@ -38,6 +40,12 @@ pub struct Answered<'a> {
     pub delay: Duration,
 }
 
+impl Answered<'_> {
+    fn date(&self, name: &HeaderName) -> Option<SystemTime> {
+        date::parse(self.headers.get(name)?.as_bytes(), self.at)
+    }
+}
+
 /// Store it, so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Store {
@@ -51,7 +59,7 @@ pub struct Store {
 
 /// The decision.
 pub fn decide(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan) -> Result<Store, Skip> {
-    if answered.status == StatusCode::PARTIAL_CONTENT || answered.headers.contains_key(CONTENT_RANGE) {
+    if answered.status == StatusCode::PARTIAL_CONTENT {
         return Err(Skip::Partial);
     }
     if *asked.method == Method::HEAD {
@@ -122,8 +130,13 @@ fn by_rule(
 }
 
 fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec<HeaderName>) -> Result<Store, Skip> {
-    let directives = CacheControl::of_response(answered.headers);
-    if directives.no_store {
+    let targeted = targeted::directives(answered.headers);
+    let for_all = targeted.is_none();
+    let directives = targeted.unwrap_or_else(|| CacheControl::of_response(answered.headers));
+    if directives.must_understand && !understood(answered.status) {
+        return Err(Skip::Status);
+    }
+    if directives.no_store && !directives.must_understand {
         return Err(Skip::NoStore);
     }
     if directives.private {
@@ -138,18 +151,20 @@ fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec
         return Err(Skip::Status);
     }
     let age = initial_age(answered);
-    let lifetime = lifetime(answered, &directives);
+    let lifetime = lifetime(answered, &directives, for_all);
     let validator = has_validator(answered.headers);
     let fresh_for = match lifetime {
         Some(lifetime) => signed(lifetime).saturating_sub(signed(age)),
-        None if validator && understood(answered.status) => -1,
-        None if understood(answered.status) => return Err(Skip::NoFreshness),
+        None if validator && heuristically_cacheable(answered.status) => -1,
+        None if heuristically_cacheable(answered.status) => return Err(Skip::NoFreshness),
         None => return Err(Skip::Status),
     };
     let never_stale = directives.must_revalidate
         || directives.proxy_revalidate
         || directives.s_maxage.is_some()
-        || directives.no_cache;
+        || directives.no_cache
+        // A failure that may be kept for a while stands in for nothing afterwards.
+        || answered.status.is_server_error();
     let window = |said: Option<u64>, configured: Option<Duration>| {
         if never_stale { 0 } else { said.map_or_else(|| configured.map_or(0, millis), |s| s.saturating_mul(1000)) }
     };
@@ -171,19 +186,21 @@ fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec
 }
 
 /// Freshness lifetime in milliseconds: RFC 9111 §4.2.1, then §4.2.2.
-fn lifetime(answered: &Answered<'_>, directives: &CacheControl) -> Option<u64> {
+///
+/// `with_expires`: no targeted field has displaced it (RFC 9213 §2.2).
+fn lifetime(answered: &Answered<'_>, directives: &CacheControl, with_expires: bool) -> Option<u64> {
     if let Some(seconds) = directives.s_maxage.or(directives.max_age) {
         return Some(seconds.saturating_mul(1000));
     }
-    let date = date(answered.headers, &DATE).unwrap_or(answered.at);
-    if answered.headers.contains_key(EXPIRES) {
-        let expires = self::date(answered.headers, &EXPIRES);
+    let date = answered.date(&DATE).unwrap_or(answered.at);
+    if with_expires && answered.headers.contains_key(EXPIRES) {
+        let expires = answered.date(&EXPIRES);
         return Some(expires.and_then(|e| e.duration_since(date).ok()).map_or(0, millis));
     }
     if !(heuristically_cacheable(answered.status) || directives.public) {
         return None;
     }
-    let modified = self::date(answered.headers, &LAST_MODIFIED)?;
+    let modified = answered.date(&LAST_MODIFIED)?;
     let since = date.duration_since(modified).ok()?;
     Some(millis((since / 10).min(HEURISTIC_CAP)))
 }
@@ -194,12 +211,8 @@ pub fn initial_age(answered: &Answered<'_>) -> u64 {
     let age = seconds(first.map(<[u8]>::trim_ascii)).unwrap_or(0).saturating_mul(1000);
     // Date has whole seconds: compare whole seconds, so that a fresh answer is not a second old.
     let second = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let apparent = date(answered.headers, &DATE).map_or(0, |date| second(answered.at).saturating_sub(second(date)));
+    let apparent = answered.date(&DATE).map_or(0, |date| second(answered.at).saturating_sub(second(date)));
     age.saturating_add(millis(answered.delay)).max(apparent.saturating_mul(1000))
-}
-
-fn date(headers: &HeaderMap, name: &HeaderName) -> Option<SystemTime> {
-    httpdate::parse_http_date(headers.get(name)?.to_str().ok()?).ok()
 }
 
 fn has_validator(headers: &HeaderMap) -> bool {
@@ -227,9 +240,10 @@ fn heuristically_cacheable(status: StatusCode) -> bool {
     matches!(status.as_u16(), 200 | 203 | 204 | 300 | 301 | 308 | 404 | 405 | 410 | 414 | 501)
 }
 
-/// Final statuses whose caching rules we know: RFC 9111 §3.
+/// Final statuses whose meaning we know, for `must-understand`: those of RFC 9110 §15, but what is about a part or
+/// about nothing (206, 304).
 fn understood(status: StatusCode) -> bool {
-    heuristically_cacheable(status)
+    matches!(status.as_u16(), 200..=205 | 300..=303 | 305 | 307 | 308 | 400..=417 | 421 | 422 | 426 | 500..=505)
 }
 
 fn never_stored(status: StatusCode, request_head: usize) -> bool {

@@ -20,7 +20,8 @@ use crate::body::fanout::{Ending, Fanout, Held};
 use crate::body::{Body, BodyError};
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
-use crate::policy::entry::{About, Entry, Terms, Variant};
+use crate::policy::entry::{About, Entry, Terms};
+use crate::policy::freshness::stands_in;
 use crate::policy::head::{Casing, Head};
 use crate::policy::headers::{add_date, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
@@ -28,8 +29,10 @@ use crate::policy::invalidation::Standing;
 use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
+use crate::policy::plan::CacheMode;
 use crate::policy::revalidate::{condition, freshen, of_another};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
+use crate::policy::variant::Variant;
 use crate::upstream::MayBeStored;
 
 /// An answer's head, with the time of its arrival.
@@ -104,7 +107,8 @@ impl Proxy {
             }
             return self.validated(lead, job, stale, &came);
         }
-        if let Some(failure) = Failure::from_status(came.response.status()) {
+        let failure = Failure::from_status(came.response.status());
+        if let Some(failure) = failure.filter(|failure| !self.may_store_failure(job, &came, *failure)) {
             let shared = failure_vary(&came.answered(), &job.plan).filter(|_| job.asked.method == Method::GET);
             let Some(vary) = shared else { return self.released(lead, job, came.response, Skip::Status) };
             let store = Store { terms: Terms::default(), vary, drop: Vec::new() };
@@ -121,6 +125,21 @@ impl Proxy {
             }
             Ok(store) => self.stream(lead, job, came, store, None, by).await,
         }
+    }
+
+    /// Does the upstream itself say for how long its failure is good (RFC 9111 §3), and is there nothing better?
+    fn may_store_failure(&self, job: &Job, came: &Came, failure: Failure) -> bool {
+        let now = self.commons.clock.now();
+        let stands_in = |stale: &Arc<Entry>| {
+            stands_in(stale, self.commons.invalidations.standing(stale, now), failure, now).is_some()
+        };
+        let covered = job.plan.fallback.as_ref().is_some_and(|payload| payload.covers(failure));
+        matches!(failure, Failure::Status(_))
+            && job.plan.mode == CacheMode::Http
+            && !covered
+            && !job.stale.as_ref().is_some_and(stands_in)
+            && decide(&Asked::from(&*job.asked), &came.answered(), &job.plan)
+                .is_ok_and(|store| store.terms.fresh_for > 0)
     }
 
     /// Not for sharing. Next time nobody waits for it.

@@ -22,7 +22,7 @@ use crate::fleet::invalidations::Recorded;
 use crate::fleet::lease::{Claimed, Lease, Word, claim, subject};
 use crate::policy::Tick;
 use crate::policy::chain::LogId;
-use crate::policy::entry::{About, Entry, Variant};
+use crate::policy::entry::{About, Entry};
 use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::head::Head;
 use crate::policy::invalidation::Address;
@@ -31,6 +31,7 @@ use crate::policy::links;
 use crate::policy::outcome::Skip;
 use crate::policy::plan::Plan;
 use crate::policy::tags::{Scope, subjects};
+use crate::policy::variant::Variant;
 use crate::store::shared::{Found, Place};
 use crate::store::wire::{Answer, WireAddress};
 

@@ -17,10 +17,11 @@ use crate::body::Body;
 use crate::body::fanout::{Fanout, Reader};
 use crate::fleet::invalidations::Invalidations;
 use crate::policy::Tick;
-use crate::policy::entry::{Entry, Variant};
+use crate::policy::entry::Entry;
 use crate::policy::head::Head;
 use crate::policy::invalidation::{Address, Position};
 use crate::policy::outcome::{Failure, Skip};
+use crate::policy::variant::Variant;
 
 /// For so long nobody waits for a key whose answer could not be shared.
 const HIT_FOR_MISS: Duration = Duration::from_mins(2);

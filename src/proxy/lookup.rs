@@ -6,10 +6,11 @@ use http::HeaderMap;
 
 use super::Proxy;
 use crate::policy::Tick;
-use crate::policy::entry::{Entry, Variant};
+use crate::policy::entry::Entry;
 use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::key::KeyBuf;
 use crate::policy::outcome::Forward;
+use crate::policy::variant::Variant;
 
 /// The next step.
 #[derive(Debug)]

@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use http::header::{
-    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION, RETRY_AFTER,
+    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION,
+    RETRY_AFTER,
 };
 use http::uri::Scheme;
 use http::{Method, Request, Response, StatusCode};
@@ -21,6 +22,7 @@ use crate::policy::headers::{CACHE_STATUS, SERVER_TIMING, add_date};
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Fetched, Outcome, StaleReason};
 use crate::policy::plan::{Payload, Plan};
+use crate::policy::ranges::{Part, asks_for_part, content_range, multipart, part};
 use crate::policy::revalidate::{not_modified, without_content};
 use crate::policy::target::client_authority;
 use crate::telemetry::Answered;
@@ -64,9 +66,12 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let body = Body::Full(entry.body.clone());
-        let mut response = from_head(asked, &entry.head, body, &self.site.listens);
-        let headers = response.headers_mut();
-        headers.insert(AGE, HeaderValue::from(entry.age(visit.now)));
+        let mut response = self.from_head(asked, &entry.head, body);
+        response.headers_mut().insert(AGE, HeaderValue::from(entry.age(visit.now)));
+        if asks_for_part(asked.method, asked.headers) && response.status() == StatusCode::OK {
+            let part = part(asked.headers, &entry.head, entry.body.len(), || self.commons.clock.wall());
+            cut(&mut response, entry, part);
+        }
         let status = stored_status(outcome, entry.key_name.as_str());
         self.finish(response, &status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
@@ -100,7 +105,7 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let asked = asked.into();
-        let mut response = from_head(asked, &arrival.head, body, &self.site.listens);
+        let mut response = self.from_head(asked, &arrival.head, body);
         let headers = response.headers_mut();
         // First hand it has no age, and everything that is not stored.
         let collapsed = matches!(outcome, Outcome::Relayed { fetched, .. } if fetched.collapsed);
@@ -250,6 +255,26 @@ impl Proxy {
         response
     }
 
+    /// A head that is sent many times, to this client.
+    fn from_head(&self, asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
+        let mut response = Response::new(body);
+        *response.status_mut() = head.status;
+        head.write_to(response.headers_mut());
+        if let Some(casing) = head.casing() {
+            response.extensions_mut().clone_from(&casing.record);
+        }
+        if !head.links().is_empty() {
+            rewrite_links(head.links(), response.headers_mut(), asked, &self.site.listens);
+        }
+        if not_modified(asked.method, asked.headers, head, || self.commons.clock.wall()) {
+            *response.status_mut() = StatusCode::NOT_MODIFIED;
+            *response.body_mut() = Body::Empty;
+            without_content(response.headers_mut());
+        }
+        without_body_for_head(asked.method, &mut response);
+        response
+    }
+
     #[allow(clippy::too_many_arguments)] // the one door: everything that is said about an answer is said here
     fn finish(
         &self,
@@ -314,24 +339,31 @@ pub fn body_rejection(fault: BodyError) -> Rejection {
     }
 }
 
-/// A head that is sent many times, to this client.
-fn from_head(asked: Asked<'_>, head: &Head, body: Body, listens: &Scheme) -> Response<Body> {
-    let mut response = Response::new(body);
-    *response.status_mut() = head.status;
-    head.write_to(response.headers_mut());
-    if let Some(casing) = head.casing() {
-        response.extensions_mut().clone_from(&casing.record);
+/// Makes an answer with a whole body one with a part of it.
+fn cut(response: &mut Response<Body>, entry: &Entry, part: Part) {
+    let length = entry.body.len();
+    let (status, body, field, value) = match part {
+        Part::Whole => return,
+        Part::One(range) => {
+            let value = content_range(&range, length);
+            (StatusCode::PARTIAL_CONTENT, entry.body.slice(range), CONTENT_RANGE, value)
+        }
+        Part::Several(ranges) => {
+            let boundary = format!("sidecache-{}", entry.key_name.as_str());
+            let Some(body) = multipart(&entry.head, &entry.body, &ranges, &boundary) else { return };
+            (StatusCode::PARTIAL_CONTENT, body, CONTENT_TYPE, format!("multipart/byteranges; boundary={boundary}"))
+        }
+        Part::Nowhere => {
+            (StatusCode::RANGE_NOT_SATISFIABLE, Bytes::new(), CONTENT_RANGE, format!("bytes */{length}"))
+        }
+    };
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+    if let Ok(value) = HeaderValue::try_from(value) {
+        headers.insert(field, value);
     }
-    if !head.links().is_empty() {
-        rewrite_links(head.links(), response.headers_mut(), asked, listens);
-    }
-    if not_modified(asked.method, asked.headers, head) {
-        *response.status_mut() = StatusCode::NOT_MODIFIED;
-        *response.body_mut() = Body::Empty;
-        without_content(response.headers_mut());
-    }
-    without_body_for_head(asked.method, &mut response);
-    response
+    *response.body_mut() = Body::Full(body);
 }
 
 fn without_body_for_head(method: &Method, response: &mut Response<Body>) {

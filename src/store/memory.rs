@@ -151,11 +151,12 @@ fn shards(config: &config::Memory) -> usize {
 mod tests {
     use super::*;
     use crate::policy::Tick;
-    use crate::policy::entry::{About, Terms, Variant};
+    use crate::policy::entry::{About, Terms};
     use crate::policy::head::Head;
     use crate::policy::invalidation::{Address, Position};
     use crate::policy::key::KeyName;
     use crate::policy::tags::UpstreamId;
+    use crate::policy::variant::Variant;
     use http::StatusCode;
 
     const MIB: u64 = 1 << 20;

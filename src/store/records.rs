@@ -5,8 +5,8 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::wire::Sealing;
-use crate::policy::entry::Variant;
 use crate::policy::key::is_private;
+use crate::policy::variant::Variant;
 use crate::redis::{Class, Redis};
 
 /// All records of a fleet.

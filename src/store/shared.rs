@@ -17,8 +17,9 @@ use super::records::Records;
 use super::walk::Walks;
 use super::wire::{Answer, HEAD, Record, Sealing, Unreadable};
 use crate::policy::chain::Seen;
-use crate::policy::entry::{Entry, Variant};
+use crate::policy::entry::Entry;
 use crate::policy::invalidation::{Position, Selector};
+use crate::policy::variant::Variant;
 use crate::redis::{Redis, Trouble};
 
 /// Beyond all windows of a record, before Redis collects it.

@@ -341,10 +341,11 @@ fn read(head: &Head, meta: &[u8], body: &[u8]) -> Result<Record, Unreadable> {
 mod tests {
     use super::*;
     use crate::policy::Tick;
-    use crate::policy::entry::{About, Variant};
+    use crate::policy::entry::About;
     use crate::policy::head::Head as EntryHead;
     use crate::policy::invalidation::{Address, Position};
     use crate::policy::key::KeyName;
+    use crate::policy::variant::Variant;
     use proptest::prelude::*;
 
     const SALT_OF_TESTS: [u8; SALT] = *b"salt of the test";

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HeaderMap, TRANSFER_ENCODING, UPGRADE};
+use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING, UPGRADE};
 use http::uri::Scheme;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -20,7 +20,7 @@ use tokio::time::{Sleep, timeout};
 
 use super::casing::Casings;
 use super::connect::{CONNECT_TIMED_OUT, Connector, NoPlace, Terms};
-use super::tap::Tap;
+use super::tap::{Overrun, Tap};
 use super::{MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
@@ -139,7 +139,7 @@ impl HttpUpstream {
         }
         let idle = self.timeouts.idle;
         Ok(response.map(|body| {
-            let guarded = Guarded { body, idle, pause: None, tap };
+            let guarded = Guarded { body, idle, pause: None, tap, connection };
             if head_only { Body::Empty } else { Body::stream(guarded) }
         }))
     }
@@ -174,12 +174,11 @@ fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Optio
     let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
     let (first, more) = (lengths.next(), lengths.next().is_some());
     let encodings = headers.get_all(TRANSFER_ENCODING).iter().count();
-    let chunked = headers.get(TRANSFER_ENCODING).is_none_or(|te| te.as_bytes().eq_ignore_ascii_case(b"chunked"));
     if more || first.is_some_and(|value| !value.as_bytes().iter().all(u8::is_ascii_digit)) {
         Some("the answer has more than one Content-Length, or one that is no number")
     } else if first.is_some() && encodings > 0 {
         Some("the answer has both Content-Length and Transfer-Encoding")
-    } else if encodings > 1 || !chunked {
+    } else if encodings > 1 || headers.get(TRANSFER_ENCODING).is_some_and(is_coded) {
         Some("the answer has a Transfer-Encoding other than chunked")
     } else if version == Version::HTTP_10 && encodings > 0 {
         Some("an HTTP/1.0 answer has a Transfer-Encoding")
@@ -188,6 +187,18 @@ fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Optio
     } else {
         None
     }
+}
+
+/// Has a body a coding that we would have to take off? One that is no registered coding (RFC 9112 §7) says nothing:
+/// such a body ends with its connection, and stays as it is.
+fn is_coded(encoding: &HeaderValue) -> bool {
+    let value = encoding.as_bytes();
+    let known = ["chunked", "gzip", "x-gzip", "deflate", "compress", "x-compress", "identity"];
+    let names_known = || {
+        let words = value.split(|b| !b.is_ascii_alphanumeric() && *b != b'-');
+        words.into_iter().any(|word| known.iter().any(|coding| word.eq_ignore_ascii_case(coding.as_bytes())))
+    };
+    !value.eq_ignore_ascii_case(b"chunked") && (names_known() || HeaderName::from_bytes(value).is_err())
 }
 
 fn send_error(error: &ClientError) -> SendError {
@@ -225,12 +236,19 @@ fn send_error(error: &ClientError) -> SendError {
     SendError { failure, ended, client, silent: error.is_connect() && !crowded, message }
 }
 
-/// The answer's body: an error if it stands still, ends early, or is followed by more than was announced.
+/// The answer's body: an error if it stands still, ends early, or is followed by what looks like another answer.
 struct Guarded {
     body: Incoming,
     idle: Duration,
     pause: Option<Pin<Box<Sleep>>>,
     tap: Option<Arc<Tap>>,
+    connection: CaptureConnection,
+}
+
+impl Guarded {
+    fn overrun(&self) -> Option<Overrun> {
+        self.tap.as_ref().and_then(|tap| tap.overrun())
+    }
 }
 
 impl HttpBody for Guarded {
@@ -241,11 +259,15 @@ impl HttpBody for Guarded {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(next) => {
                 self.pause = None;
-                let overrun = || self.tap.as_ref().is_some_and(|tap| tap.overrun());
+                if self.overrun().is_some() {
+                    poison(&self.connection);
+                }
                 Poll::Ready(match next {
                     Some(Ok(frame)) => Some(Ok(frame)),
                     Some(Err(_)) => Some(Err(BodyError::Upstream(Failure::Connect))),
-                    None if overrun() => Some(Err(BodyError::Upstream(Failure::Malformed))),
+                    None if self.overrun() == Some(Overrun::Answer) => {
+                        Some(Err(BodyError::Upstream(Failure::Malformed)))
+                    }
                     None => None,
                 })
             }
@@ -258,7 +280,7 @@ impl HttpBody for Guarded {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream() && !self.tap.as_ref().is_some_and(|tap| tap.overrun())
+        self.body.is_end_stream() && self.overrun() != Some(Overrun::Answer)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -31,7 +31,16 @@ struct Heard {
     answers: u64,
     /// Bytes of the current answer have come.
     answering: bool,
-    overrun: bool,
+    overrun: Option<Overrun>,
+}
+
+/// What came after an answer that had come to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Overrun {
+    /// Bytes without meaning: they are no part of the answer (RFC 9112 §6.3).
+    Junk,
+    /// What looks like another answer: somebody may have smuggled it in.
+    Answer,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -57,8 +66,8 @@ impl Tap {
         if heard.phase == Phase::Head { Vec::new() } else { heard.head.clone() }
     }
 
-    /// Did more bytes come than the last answer announced?
-    pub(super) fn overrun(&self) -> bool {
+    /// Did more bytes come than the last answer announced? Then the connection is of no use any more.
+    pub(super) fn overrun(&self) -> Option<Overrun> {
         self.lock().overrun
     }
 
@@ -80,24 +89,34 @@ impl Tap {
         }
     }
 
-    fn read(&self, mut bytes: &[u8]) {
+    /// Hears bytes; returns how many of them belong to the answer.
+    fn read(&self, mut bytes: &[u8]) -> usize {
+        let all = bytes.len();
         if !self.listens {
-            return;
+            return all;
         }
         let mut heard = self.lock();
+        if heard.overrun.is_some() {
+            return 0;
+        }
         heard.answering |= !bytes.is_empty();
         while !bytes.is_empty() {
             match heard.phase {
-                Phase::Body(None) => return,
+                Phase::Body(None) => return all,
                 Phase::Body(Some(left)) => {
                     let taken = left.min(bytes.len() as u64);
                     heard.phase = Phase::Body(Some(left - taken));
-                    heard.overrun |= taken < bytes.len() as u64;
-                    return;
+                    let rest = &bytes[usize::try_from(taken).unwrap_or(bytes.len())..];
+                    if !rest.is_empty() {
+                        let answer = rest.starts_with(b"HTTP/") || b"HTTP/".starts_with(rest);
+                        heard.overrun = Some(if answer { Overrun::Answer } else { Overrun::Junk });
+                    }
+                    return all - rest.len();
                 }
                 Phase::Head => bytes = heard.head_bytes(bytes),
             }
         }
+        all
     }
 }
 
@@ -155,7 +174,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_ready() {
-            self.tap.read(&buf.filled()[before..]);
+            // What is no part of an answer is not passed on: to the client it looks as if the connection had ended.
+            let heard = self.tap.read(&buf.filled()[before..]);
+            buf.set_filled(before + heard);
         }
         polled
     }
@@ -206,15 +227,23 @@ mod tests {
             tap.read(&wire[..cut]);
             tap.read(&wire[cut..]);
             assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
-            assert!(!tap.overrun());
+            assert_eq!(tap.overrun(), None);
         }
     }
 
     #[test]
     fn it_hears_bytes_after_the_body() {
         let tap = tap();
-        tap.read(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabcd");
-        assert!(tap.overrun());
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
+        assert_eq!(tap.read(&[&head[..], b"abcd"].concat()), head.len() + 3);
+        assert_eq!(tap.overrun(), Some(Overrun::Junk));
+        assert_eq!(tap.read(b"more"), 0);
+        for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
+            let tap = Tap::new(Tick(0), true);
+            assert_eq!(tap.read(&[&head[..], b"abc"].concat()), head.len() + 3);
+            assert_eq!(tap.read(smuggled), 0);
+            assert_eq!(tap.overrun(), Some(Overrun::Answer));
+        }
     }
 
     #[test]

@@ -1,0 +1,62 @@
+//! Lists in field values: members between commas, without the space around them, empty ones left out
+//! (RFC 9110 §5.6.1). A comma in quotes separates nothing.
+
+/// The members of one field line. `escapes`: a backslash takes the meaning off the quote after it, as in a
+/// quoted-string (RFC 9110 §5.6.4), but not in an entity tag (§8.8.3).
+pub fn members(list: &[u8], escapes: bool) -> Members<'_> {
+    Members { rest: list, escapes }
+}
+
+/// See [`members`].
+#[derive(Debug, Clone)]
+pub struct Members<'l> {
+    rest: &'l [u8],
+    escapes: bool,
+}
+
+impl<'l> Iterator for Members<'l> {
+    type Item = &'l [u8];
+
+    fn next(&mut self) -> Option<&'l [u8]> {
+        while !self.rest.is_empty() {
+            let end = end_of_first(self.rest, self.escapes);
+            let member = self.rest[..end].trim_ascii();
+            self.rest = self.rest.get(end + 1..).unwrap_or_default();
+            if !member.is_empty() {
+                return Some(member);
+            }
+        }
+        None
+    }
+}
+
+/// Index of the comma that ends the first member, or the length.
+fn end_of_first(list: &[u8], escapes: bool) -> usize {
+    let (mut quoted, mut escaped) = (false, false);
+    for (i, byte) in list.iter().enumerate() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted && escapes => escaped = true,
+            b'"' => quoted = !quoted,
+            b',' if !quoted => return i,
+            _ => {}
+        }
+    }
+    list.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_in_quotes_separate_nothing() {
+        let split = |list: &'static str, escapes| -> Vec<_> {
+            members(list.as_bytes(), escapes).map(|member| String::from_utf8_lossy(member).into_owned()).collect()
+        };
+        assert_eq!(split(" a ,, b=\"c, d\" ,", true), ["a", "b=\"c, d\""]);
+        assert_eq!(split("\"a\\\", b\", c", true), ["\"a\\\", b\"", "c"]);
+        assert_eq!(split("\"a\\\", \"b\"", false), ["\"a\\\"", "\"b\""]);
+        assert!(split(" , ", true).is_empty());
+    }
+}

@@ -1,0 +1,223 @@
+//! Parts of a stored answer: `Range`, `If-Range`, `Content-Range` (RFC 9110 §13.1.5, §14).
+
+use std::ops::Range;
+use std::time::{Duration, SystemTime};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header::{CONTENT_TYPE, DATE, ETAG, HeaderMap, IF_RANGE, LAST_MODIFIED, RANGE};
+use http::{Method, StatusCode};
+use memchr::memmem;
+
+use super::date;
+use super::head::Head;
+use super::lists::members;
+
+/// Who asks for more parts than this gets the whole (RFC 9110 §14.2 leaves it to us).
+const MAX_PARTS: usize = 16;
+
+/// How much of a stored answer a request is to get. Offsets in bytes, ends excluded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// All of it, with its own status.
+    Whole,
+    /// One part: 206.
+    One(Range<usize>),
+    /// Several: 206, `multipart/byteranges`.
+    Several(Vec<Range<usize>>),
+    /// Nothing of it is where it was looked for: 416.
+    Nowhere,
+}
+
+/// Does a request ask for a part of something?
+pub fn asks_for_part(method: &Method, request: &HeaderMap) -> bool {
+    *method == Method::GET && request.contains_key(RANGE)
+}
+
+/// How much of a stored answer of `length` bytes a GET asks for.
+pub fn part(request: &HeaderMap, head: &Head, length: usize, now: impl FnOnce() -> SystemTime) -> Part {
+    let mut lines = request.get_all(RANGE).iter();
+    let (Some(range), None) = (lines.next(), lines.next()) else { return Part::Whole };
+    if head.status != StatusCode::OK || !still_current(request, head, now) {
+        return Part::Whole;
+    }
+    let Some(ranges) = parse(range.as_bytes(), length) else { return Part::Whole };
+    let asked: usize = ranges.iter().map(Range::len).sum();
+    match &ranges[..] {
+        [] => Part::Nowhere,
+        [one] => Part::One(one.clone()),
+        // A request for more than there is makes work, and no sense.
+        _ if ranges.len() > MAX_PARTS || asked > length => Part::Whole,
+        _ => Part::Several(ranges),
+    }
+}
+
+/// `If-Range`: is what is stored what the client has the rest of? By strong comparison: RFC 9110 §13.1.5.
+fn still_current(request: &HeaderMap, head: &Head, now: impl FnOnce() -> SystemTime) -> bool {
+    let Some(condition) = request.get(IF_RANGE).map(|value| value.as_bytes()) else { return true };
+    if condition.starts_with(b"\"") {
+        return head.get(&ETAG) == Some(condition);
+    }
+    let now = now();
+    let of = |name| date::parse(head.get(name)?, now);
+    // A date is a strong validator only if the answer was made a second after it or later: RFC 9110 §8.8.2.2.
+    match (date::parse(condition, now), of(&LAST_MODIFIED), of(&DATE)) {
+        (Some(condition), Some(modified), Some(made)) => {
+            condition == modified && made.duration_since(modified).is_ok_and(|age| age >= Duration::from_secs(1))
+        }
+        _ => false,
+    }
+}
+
+/// The parts of `length` bytes that a `Range` value names and that exist; none if it is not one in bytes.
+fn parse(value: &[u8], length: usize) -> Option<Vec<Range<usize>>> {
+    let (unit, set) = value.split_at(value.iter().position(|byte| *byte == b'=')?);
+    if !unit.eq_ignore_ascii_case(b"bytes") {
+        return None;
+    }
+    let mut ranges = Vec::new();
+    let mut named = false;
+    for spec in members(&set[1..], false) {
+        named = true;
+        let dash = spec.iter().position(|byte| *byte == b'-')?;
+        let (first, last) = (number(&spec[..dash])?, number(&spec[dash + 1..])?);
+        let range = match (first, last) {
+            (None, None) => return None,
+            (None, Some(suffix)) => length.saturating_sub(suffix)..length,
+            (Some(first), None) => first..length,
+            (Some(first), Some(last)) if last < first => return None,
+            (Some(first), Some(last)) => first..length.min(last.saturating_add(1)),
+        };
+        if range.start < range.end {
+            ranges.push(range);
+        }
+    }
+    named.then_some(ranges)
+}
+
+/// A number, or nothing; `None` if it is neither. One that is too large is as large as can be.
+fn number(digits: &[u8]) -> Option<Option<usize>> {
+    if digits.is_empty() {
+        return Some(None);
+    }
+    digits
+        .iter()
+        .all(u8::is_ascii_digit)
+        .then(|| Some(digits.iter().fold(0usize, |n, d| n.saturating_mul(10).saturating_add(usize::from(d - b'0')))))
+}
+
+/// The value of `Content-Range` for a part of `length` bytes.
+pub fn content_range(range: &Range<usize>, length: usize) -> String {
+    format!("bytes {}-{}/{length}", range.start, range.end.saturating_sub(1))
+}
+
+/// The body of a `multipart/byteranges` answer (RFC 9110 §14.6), with `boundary` between its parts. None if the
+/// parts have the boundary in them.
+pub fn multipart(head: &Head, body: &Bytes, ranges: &[Range<usize>], boundary: &str) -> Option<Bytes> {
+    let mut whole = BytesMut::new();
+    for range in ranges {
+        let part = body.get(range.clone())?;
+        if memmem::find(part, boundary.as_bytes()).is_some() {
+            return None;
+        }
+        whole.put_slice(format!("--{boundary}\r\n").as_bytes());
+        if let Some(kind) = head.get(&CONTENT_TYPE) {
+            whole.put_slice(b"Content-Type: ");
+            whole.put_slice(kind);
+            whole.put_slice(b"\r\n");
+        }
+        whole.put_slice(format!("Content-Range: {}\r\n\r\n", content_range(range, body.len())).as_bytes());
+        whole.put_slice(part);
+        whole.put_slice(b"\r\n");
+    }
+    whole.put_slice(format!("--{boundary}--\r\n").as_bytes());
+    Some(whole.freeze())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+    use http::header::HeaderName;
+    use proptest::prelude::*;
+
+    fn map(lines: &[(&'static str, &str)]) -> HeaderMap {
+        let line =
+            |(n, v): &(&'static str, &str)| (HeaderName::from_static(n), HeaderValue::from_str(v).expect("a value"));
+        HeaderMap::from_iter(lines.iter().map(line))
+    }
+
+    fn stored() -> Head {
+        let lines = [
+            ("etag", "\"a\""),
+            ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT"),
+            ("date", "Fri, 20 Nov 2026 12:00:01 GMT"),
+        ];
+        Head::new(StatusCode::OK, &map(&lines), None, Vec::new())
+    }
+
+    fn of(lines: &[(&'static str, &str)]) -> Part {
+        part(&map(lines), &stored(), 10, SystemTime::now)
+    }
+
+    #[test]
+    fn parts() {
+        let table = [
+            ("bytes=0-1", Part::One(0..2)),
+            ("Bytes=0-1", Part::One(0..2)),
+            ("bytes=5-", Part::One(5..10)),
+            ("bytes=-3", Part::One(7..10)),
+            ("bytes=-30", Part::One(0..10)),
+            ("bytes=0-99999999999999999999", Part::One(0..10)),
+            ("bytes=10-", Part::Nowhere),
+            ("bytes=-0", Part::Nowhere),
+            ("bytes=0-0, 20-30", Part::One(0..1)),
+            ("bytes=0-1, -2", Part::Several(vec![0..2, 8..10])),
+            ("bytes=0-8, 1-9", Part::Whole),
+            ("bytes=3-2", Part::Whole),
+            ("bytes=", Part::Whole),
+            ("bytes=-", Part::Whole),
+            ("bytes=a-b", Part::Whole),
+            ("lines=0-1", Part::Whole),
+            ("nonsense", Part::Whole),
+        ];
+        for (range, expected) in table {
+            assert_eq!(of(&[("range", range)]), expected, "{range}");
+        }
+        let many = vec!["0-0"; MAX_PARTS + 1].join(",");
+        assert_eq!(of(&[("range", &format!("bytes={many}"))]), Part::Whole);
+    }
+
+    #[test]
+    fn only_of_what_the_client_has_the_rest_of() {
+        let with = |condition| of(&[("range", "bytes=0-1"), ("if-range", condition)]);
+        assert_eq!(with("\"a\""), Part::One(0..2));
+        assert_eq!(with("Fri, 20 Nov 2026 12:00:00 GMT"), Part::One(0..2));
+        for other in ["\"b\"", "W/\"a\"", "Fri, 20 Nov 2026 12:00:01 GMT", "nonsense"] {
+            assert_eq!(with(other), Part::Whole, "{other}");
+        }
+    }
+
+    #[test]
+    fn several_parts_in_one_body() {
+        let head = Head::new(StatusCode::OK, &map(&[("content-type", "text/plain")]), None, Vec::new());
+        let body = Bytes::from_static(b"0123456789");
+        let made = multipart(&head, &body, &[0..2, 8..10], "b").expect("made");
+        let expected = "--b\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-1/10\r\n\r\n01\r\n\
+            --b\r\nContent-Type: text/plain\r\nContent-Range: bytes 8-9/10\r\n\r\n89\r\n--b--\r\n";
+        assert_eq!(made, expected);
+        assert_eq!(multipart(&head, &body, &[0..2, 8..10], "89"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_part_reaches_beyond_the_end(value in "bytes=[0-9, -]{0,20}", length in 0usize..40) {
+            match part(&map(&[("range", &value)]), &stored(), length, SystemTime::now) {
+                Part::Whole | Part::Nowhere => {}
+                Part::One(range) => prop_assert!(range.start < range.end && range.end <= length),
+                Part::Several(ranges) => {
+                    prop_assert!(ranges.iter().all(|range| range.start < range.end && range.end <= length));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Which requests a stored answer is for, among those of its key: `Vary`, and when two requests say the same
+//! (RFC 9111 §4.1).
+
+use http::header::{
+    ACCEPT_CHARSET, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, COOKIE, HOST, HeaderMap, HeaderName,
+    HeaderValue, ORIGIN, REFERER, USER_AGENT,
+};
+
+use super::lists::members;
+
+/// The request headers an answer depends on, and what they were: a list of names and their lines.
+#[derive(Debug, Clone, Default)]
+pub struct Variant(pub Box<[(HeaderName, Box<[HeaderValue]>)]>);
+
+/// When the values of a request header say the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// To the byte: a comma in it need not separate anything.
+    Exact,
+    /// As lists with the same members in the same order, on however many lines (RFC 9110 §5.3).
+    List,
+    /// As lists of tokens with weights, in any order and case (RFC 9110 §12.4.2, §12.5).
+    Preferences,
+}
+
+impl Reading {
+    fn of(name: &HeaderName) -> Reading {
+        const PREFERENCES: [HeaderName; 3] = [ACCEPT_CHARSET, ACCEPT_ENCODING, ACCEPT_LANGUAGE];
+        const EXACT: [HeaderName; 6] = [AUTHORIZATION, COOKIE, HOST, ORIGIN, REFERER, USER_AGENT];
+        if PREFERENCES.contains(name) {
+            Reading::Preferences
+        } else if EXACT.contains(name) {
+            Reading::Exact
+        } else {
+            Reading::List
+        }
+    }
+}
+
+impl Variant {
+    /// What `names` were in a request.
+    pub fn of(names: Vec<HeaderName>, request: &HeaderMap) -> Variant {
+        let values = |name: &HeaderName| request.get_all(name).iter().map(own).collect();
+        Variant(names.into_iter().map(|name| (name.clone(), values(&name))).collect())
+    }
+
+    /// A digest of the names and of what the values say: equal variants have equal digests.
+    pub fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        let mut part = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_be_bytes()).update(bytes);
+        };
+        for (name, values) in &self.0 {
+            part(name.as_str().as_bytes());
+            match Reading::of(name) {
+                Reading::Exact => values.iter().for_each(|line| part(line.as_bytes())),
+                Reading::List => listed(values.iter()).for_each(&mut part),
+                Reading::Preferences => {
+                    let mut tokens: Vec<Vec<u8>> =
+                        listed(values.iter()).map(|token| letters(token).collect()).collect();
+                    tokens.sort_unstable();
+                    tokens.dedup();
+                    tokens.iter().for_each(|token| part(token));
+                }
+            }
+            part(if values.is_empty() { b"absent" } else { b"end" });
+        }
+        hasher.finalize()
+    }
+
+    /// Would this request select the same answer? Allocates nothing.
+    pub fn selected_by(&self, request: &HeaderMap) -> bool {
+        self.0.iter().all(|(name, values)| alike(name, || values.iter(), || request.get_all(name).iter()))
+    }
+}
+
+impl PartialEq for Variant {
+    fn eq(&self, other: &Variant) -> bool {
+        self.0.len() == other.0.len()
+            && self.0.iter().zip(&other.0).all(|((name, values), (other_name, other_values))| {
+                name == other_name && alike(name, || values.iter(), || other_values.iter())
+            })
+    }
+}
+
+impl Eq for Variant {}
+
+/// Do these lines of a request header say the same?
+fn alike<'v, A, B>(name: &HeaderName, one: impl Fn() -> A, other: impl Fn() -> B) -> bool
+where
+    A: Iterator<Item = &'v HeaderValue>,
+    B: Iterator<Item = &'v HeaderValue>,
+{
+    if one().eq(other()) {
+        return true;
+    }
+    // To say nothing is not the same as not to speak.
+    if one().next().is_none() || other().next().is_none() {
+        return false;
+    }
+    match Reading::of(name) {
+        Reading::Exact => false,
+        Reading::List => listed(one()).eq(listed(other())),
+        Reading::Preferences => {
+            listed(one()).all(|token| has(listed(other()), token))
+                && listed(other()).all(|token| has(listed(one()), token))
+        }
+    }
+}
+
+fn has<'v>(mut tokens: impl Iterator<Item = &'v [u8]>, token: &[u8]) -> bool {
+    tokens.any(|known| letters(known).eq(letters(token)))
+}
+
+fn listed<'v>(lines: impl Iterator<Item = &'v HeaderValue>) -> impl Iterator<Item = &'v [u8]> {
+    lines.flat_map(|line| members(line.as_bytes(), true))
+}
+
+/// A token and its weight without case and space.
+fn letters(token: &[u8]) -> impl Iterator<Item = u8> {
+    token.iter().filter(|byte| !byte.is_ascii_whitespace()).map(u8::to_ascii_lowercase)
+}
+
+/// A copy of a value that shares no bytes with the buffer it was read into.
+fn own(value: &HeaderValue) -> HeaderValue {
+    let mut copy = HeaderValue::from_bytes(value.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""));
+    copy.set_sensitive(value.is_sensitive());
+    copy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn request(name: &'static str, lines: &[&str]) -> HeaderMap {
+        let name = HeaderName::from_static(name);
+        lines.iter().fold(HeaderMap::new(), |mut headers, line| {
+            headers.append(&name, HeaderValue::from_str(line).expect("a value"));
+            headers
+        })
+    }
+
+    #[test]
+    fn the_same_said_otherwise_is_the_same() {
+        let table: &[(&str, &[&str], &[&str], bool)] = &[
+            ("foo", &["1, 2"], &["1", "2"], true),
+            ("foo", &["1,2"], &[" 1, 2 "], true),
+            ("foo", &["1, 2"], &["2, 1"], false),
+            ("foo", &["\"1, 2\""], &["\"1,2\""], false),
+            ("foo", &["a"], &["A"], false),
+            ("foo", &[""], &[], false),
+            ("foo", &[], &[], true),
+            ("accept-language", &["en, de"], &["De ,eN"], true),
+            ("accept-language", &["en, de;q=0.5"], &["en", "de; q=0.5"], true),
+            ("accept-language", &["en, de"], &["en"], false),
+            ("accept-language", &["en, de"], &["en;q=0.5, de"], false),
+            ("accept-encoding", &["gzip, br"], &["br,gzip"], true),
+            ("user-agent", &["A (x, y)"], &["A (x,y)"], false),
+        ];
+        for (name, one, other, expected) in table {
+            let variant = |lines| Variant::of(vec![HeaderName::from_static(name)], &request(name, lines));
+            assert_eq!(variant(one).selected_by(&request(name, other)), *expected, "{name}: {one:?} {other:?}");
+            assert_eq!(variant(one) == variant(other), *expected, "{name}: {one:?} {other:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn equal_variants_have_equal_digests_and_others_do_not(
+            name in prop::sample::select(vec!["foo", "accept-language", "accept-encoding", "user-agent"]),
+            one in prop::collection::vec("[aA,\" ;q=]{0,8}", 0..3),
+            other in prop::collection::vec("[aA,\" ;q=]{0,8}", 0..3),
+        ) {
+            let variant = |lines: &[String]| {
+                let lines: Vec<_> = lines.iter().map(String::as_str).collect();
+                Variant::of(vec![HeaderName::from_static(name)], &request(name, &lines))
+            };
+            let (one, other) = (variant(&one), variant(&other));
+            prop_assert_eq!(one == other, one.digest() == other.digest());
+            prop_assert_eq!(one == other, other == one);
+        }
+    }
+}
