@@ -25,7 +25,7 @@ use crate::proxy::flights::Flights;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
 use crate::server;
-use crate::store::Memory;
+use crate::store::{Memory, Partials};
 use crate::telemetry::Telemetry;
 use crate::upstream::Upstream;
 use crate::upstream::http::HttpUpstream;
@@ -167,6 +167,7 @@ fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Part
     let commons = Commons {
         clock,
         memory: Memory::new(&config.memory),
+        partials: Partials::beside(config.memory.max_bytes),
         invalidations: fleet.as_ref().map_or_else(Arc::default, |fleet| fleet.invalidations.clone()),
         flights: Arc::new(Flights::default()),
         purse: Purse::new(config.memory.max_inflight_bytes),

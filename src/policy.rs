@@ -23,6 +23,7 @@ pub mod key;
 pub mod links;
 pub mod lists;
 pub mod outcome;
+pub mod partial;
 pub mod plan;
 pub mod quota;
 pub mod ranges;

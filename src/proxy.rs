@@ -1,6 +1,7 @@
 //! The way of a request. [`Proxy::handle`] is the table of contents: every step of it is a module below.
 
 pub mod ahead;
+pub mod aside;
 pub mod breakers;
 pub mod budget;
 pub mod explain;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response, Uri};
 
 use crate::body::Body;
 use crate::body::fanout::Purse;
@@ -37,7 +38,7 @@ use crate::policy::outcome::{Bypass, StaleReason};
 use crate::policy::plan::Plan;
 use crate::policy::ranges::asks_for_part;
 use crate::policy::route::Route;
-use crate::store::Memory;
+use crate::store::{Memory, Partials};
 use crate::telemetry::Telemetry;
 use flights::Flights;
 use lookup::Lookup;
@@ -51,6 +52,8 @@ pub struct Commons {
     pub clock: Clock,
     /// What is stored.
     pub memory: Memory,
+    /// Beginnings of answers.
+    pub partials: Partials,
     /// What was purged.
     pub invalidations: Arc<Invalidations>,
     /// What is being fetched.
@@ -127,11 +130,11 @@ impl Proxy {
             Lookup::Fetch(miss) if demands.only_if_cached() => {
                 self.only_if_cached(request, place.into_owned(), plan, key, miss, visit)
             }
-            Lookup::Fetch(_) if asks_for_part(request.method(), request.headers()) => {
-                Handled::later(self.clone().relay(request, place.into_owned(), Bypass::Range, visit))
-            }
             Lookup::Fetch(miss) => {
                 let (place, plan) = (place.into_owned(), plan.clone());
+                if asks_for_part(request.method(), request.headers()) {
+                    return Handled::later(self.clone().part(request, place, plan, key, miss, visit));
+                }
                 Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))
             }
         }
@@ -151,9 +154,14 @@ impl Proxy {
         if demands.no_store() {
             return Err(Bypass::NoStoreRequest);
         }
+        let key = self.key(uri, headers, place, plan)?;
+        Ok((plan, demands, key))
+    }
+
+    /// The key of a request under a rule.
+    fn key(&self, uri: &Uri, headers: &HeaderMap, place: &Place, plan: &Plan) -> Result<KeyBuf, Bypass> {
         let authority = place.keyed.as_deref();
         let parts = KeyParts { upstream: self.site.id, authority, path: uri.path(), query: uri.query(), headers };
-        let key = plan.key.key(&self.commons.secret.load(), &parts)?;
-        Ok((plan, demands, key))
+        plan.key.key(&self.commons.secret.load(), &parts)
     }
 }

@@ -4,6 +4,7 @@ mod alike;
 mod behind;
 pub mod memory;
 pub mod pack;
+mod partials;
 mod records;
 pub mod seal;
 pub mod shared;
@@ -11,4 +12,5 @@ mod walk;
 pub mod wire;
 
 pub use memory::Memory;
+pub use partials::Partials;
 pub use shared::Shared;

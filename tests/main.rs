@@ -19,6 +19,7 @@ mod malformed;
 mod protocols;
 mod redis;
 mod redis_outage;
+mod rfc9111;
 mod shopify;
 mod shutdown;
 mod staleness;

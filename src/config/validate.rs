@@ -180,7 +180,8 @@ impl Validator<'_> {
             max_inflight_bytes: given.max_inflight_bytes.map_or(32 << 20, |s| s.0),
             max_unverified: given.max_unverified.map_or(Duration::from_secs(30), |d| d.0),
         };
-        if memory.max_entry_bytes > memory.max_bytes / 2 {
+        // With none at all, Redis alone keeps answers.
+        if memory.max_bytes > 0 && memory.max_entry_bytes > memory.max_bytes / 2 {
             let span = given.max_entry_bytes.as_ref().or(given.max_bytes.as_ref()).map_or(0..0, Spanned::span);
             let message = "memory.max_entry_bytes must be at most half of memory.max_bytes, or one answer pushes out all others";
             self.fault(&span, message);

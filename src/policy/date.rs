@@ -46,7 +46,7 @@ fn asctime(text: &[u8]) -> Option<SystemTime> {
     at(day, month, number(year, 4)?, time)
 }
 
-fn after_day<'t>(text: &'t [u8], form: impl Fn(&'static [u8]) -> &'static [u8]) -> Option<&'t [u8]> {
+fn after_day(text: &[u8], form: impl Fn(&'static [u8]) -> &'static [u8]) -> Option<&[u8]> {
     DAYS.iter().find_map(|day| text.strip_prefix(form(day)))
 }
 
@@ -87,7 +87,7 @@ fn days_before(year: u64, month: u64) -> u64 {
 }
 
 fn days_in(month: u64, year: u64) -> u64 {
-    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     match month {
         2 if leap => 29,
         2 => 28,

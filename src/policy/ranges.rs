@@ -53,7 +53,7 @@ pub fn part(request: &HeaderMap, head: &Head, length: usize, now: impl FnOnce() 
 
 /// `If-Range`: is what is stored what the client has the rest of? By strong comparison: RFC 9110 §13.1.5.
 fn still_current(request: &HeaderMap, head: &Head, now: impl FnOnce() -> SystemTime) -> bool {
-    let Some(condition) = request.get(IF_RANGE).map(|value| value.as_bytes()) else { return true };
+    let Some(condition) = request.get(IF_RANGE).map(http::HeaderValue::as_bytes) else { return true };
     if condition.starts_with(b"\"") {
         return head.get(&ETAG) == Some(condition);
     }
@@ -79,13 +79,16 @@ fn parse(value: &[u8], length: usize) -> Option<Vec<Range<usize>>> {
     for spec in members(&set[1..], false) {
         named = true;
         let dash = spec.iter().position(|byte| *byte == b'-')?;
-        let (first, last) = (number(&spec[..dash])?, number(&spec[dash + 1..])?);
-        let range = match (first, last) {
-            (None, None) => return None,
-            (None, Some(suffix)) => length.saturating_sub(suffix)..length,
-            (Some(first), None) => first..length,
-            (Some(first), Some(last)) if last < first => return None,
-            (Some(first), Some(last)) => first..length.min(last.saturating_add(1)),
+        let range = match (&spec[..dash], &spec[dash + 1..]) {
+            (b"", suffix) => length.saturating_sub(number(suffix)?)..length,
+            (first, b"") => number(first)?..length,
+            (first, last) => {
+                let (first, last) = (number(first)?, number(last)?);
+                if last < first {
+                    return None;
+                }
+                first..length.min(last.saturating_add(1))
+            }
         };
         if range.start < range.end {
             ranges.push(range);
@@ -94,15 +97,10 @@ fn parse(value: &[u8], length: usize) -> Option<Vec<Range<usize>>> {
     named.then_some(ranges)
 }
 
-/// A number, or nothing; `None` if it is neither. One that is too large is as large as can be.
-fn number(digits: &[u8]) -> Option<Option<usize>> {
-    if digits.is_empty() {
-        return Some(None);
-    }
-    digits
-        .iter()
-        .all(u8::is_ascii_digit)
-        .then(|| Some(digits.iter().fold(0usize, |n, d| n.saturating_mul(10).saturating_add(usize::from(d - b'0')))))
+/// A number; one that is too large is as large as can be.
+fn number(digits: &[u8]) -> Option<usize> {
+    let right = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
+    right.then(|| digits.iter().fold(0usize, |n, d| n.saturating_mul(10).saturating_add(usize::from(d - b'0'))))
 }
 
 /// The value of `Content-Range` for a part of `length` bytes.

@@ -205,6 +205,14 @@ fn lifetime(answered: &Answered<'_>, directives: &CacheControl, with_expires: bo
     Some(millis((since / 10).min(HEURISTIC_CAP)))
 }
 
+/// Does it say itself how long it is good for (RFC 9111 §4.2.1)?
+pub fn has_explicit_lifetime(answered: &Answered<'_>) -> bool {
+    let directives = targeted::directives(answered.headers);
+    let with_expires = directives.is_none() && answered.headers.contains_key(EXPIRES);
+    let directives = directives.unwrap_or_else(|| CacheControl::of_response(answered.headers));
+    with_expires || directives.max_age.is_some() || directives.s_maxage.is_some()
+}
+
 /// RFC 9111 §4.2.3 `corrected_initial_age`, in milliseconds.
 pub fn initial_age(answered: &Answered<'_>) -> u64 {
     let first = answered.headers.get(AGE).map(|v| v.as_bytes().split(|b| *b == b',').next().unwrap_or_default());

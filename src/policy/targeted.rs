@@ -36,8 +36,18 @@ fn read(members: &Dictionary) -> Option<CacheControl> {
                 Some(i64::from(*number).max(0).to_string())
             }
             BareItem::String(fields) if CacheControl::takes_fields(name.as_str()) => Some(fields.as_str().to_owned()),
-            _ if CacheControl::knows(name.as_str()) => return None,
-            _ => continue,
+            BareItem::Integer(_)
+            | BareItem::String(_)
+            | BareItem::Decimal(_)
+            | BareItem::ByteSequence(_)
+            | BareItem::Token(_)
+            | BareItem::Date(_)
+            | BareItem::DisplayString(_) => {
+                if CacheControl::knows(name.as_str()) {
+                    return None;
+                }
+                continue;
+            }
         };
         if argument.is_none() && CacheControl::takes_seconds(name.as_str()) && name.as_str() != "max-stale" {
             return None;

@@ -60,7 +60,9 @@ impl Variant {
                         listed(values.iter()).map(|token| letters(token).collect()).collect();
                     tokens.sort_unstable();
                     tokens.dedup();
-                    tokens.iter().for_each(|token| part(token));
+                    for token in &tokens {
+                        part(token);
+                    }
                 }
             }
             part(if values.is_empty() { b"absent" } else { b"end" });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AGE, CONTENT_LENGTH, HeaderMap};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Response, StatusCode};
 use http_body::Body as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
@@ -13,7 +13,6 @@ use tracing::debug;
 use super::Proxy;
 use super::fleet::Next;
 use super::flights::{Arrival, Content, Landing, Lead};
-use super::forward::readable_codings_only;
 use super::job::Job;
 use super::site::tags;
 use crate::body::fanout::{Ending, Fanout, Held};
@@ -30,21 +29,20 @@ use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::plan::CacheMode;
-use crate::policy::revalidate::{condition, freshen, of_another};
+use crate::policy::revalidate::{freshen, of_another};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
 use crate::policy::variant::Variant;
-use crate::upstream::MayBeStored;
 
 /// An answer's head, with the time of its arrival.
-struct Came {
-    response: Response<Body>,
-    born: Tick,
-    at: std::time::SystemTime,
-    delay: Duration,
+pub(super) struct Came {
+    pub(super) response: Response<Body>,
+    pub(super) born: Tick,
+    pub(super) at: std::time::SystemTime,
+    pub(super) delay: Duration,
 }
 
 impl Came {
-    fn answered(&self) -> Answered<'_> {
+    pub(super) fn answered(&self) -> Answered<'_> {
         Answered { status: self.response.status(), headers: self.response.headers(), at: self.at, delay: self.delay }
     }
 }
@@ -59,16 +57,7 @@ impl Proxy {
         }
         // What is purged from here on is later than this fetch.
         job.position = self.commons.invalidations.position();
-        let shape = |request: &mut Request<Body>| {
-            request.extensions_mut().insert(MayBeStored);
-            if job.asked.method == Method::GET {
-                condition(request.headers_mut(), job.stale.as_deref().map(|entry| entry.head.headers()).as_ref());
-            }
-            if job.plan.reject_empty.is_some() {
-                readable_codings_only(request);
-            }
-        };
-        let sending = self.send(&job.asked, &job.place, Body::Empty, shape);
+        let sending = self.send_for(&job);
         let sent = if job.asked.method == Method::HEAD {
             // It can't be stored: when nobody waits any more, nobody needs it.
             tokio::select! {
@@ -309,7 +298,7 @@ impl Proxy {
     }
 
     /// Stores an entry, unless it was purged while it was fetched.
-    fn keep(&self, job: &Job, entry: &Arc<Entry>) {
+    pub(super) fn keep(&self, job: &Job, entry: &Arc<Entry>) {
         if self.commons.invalidations.standing(entry, self.commons.clock.now()) == Standing::Valid {
             self.store(job, entry);
             if entry.terms.for_others() {
@@ -322,7 +311,7 @@ impl Proxy {
     }
 
     /// What is stored.
-    fn entry(&self, job: &Job, head: Head, body: Bytes, store: &Store, born: Tick) -> Arc<Entry> {
+    pub(super) fn entry(&self, job: &Job, head: Head, body: Bytes, store: &Store, born: Tick) -> Arc<Entry> {
         let about = About {
             key_name: short_name(&job.key),
             tags: tags(&job.plan, job.asked.uri.path()).into(),
@@ -335,7 +324,7 @@ impl Proxy {
 }
 
 /// A head made ready to be sent many times.
-fn head(
+pub(super) fn head(
     status: StatusCode,
     headers: &HeaderMap,
     casing: Option<Casing>,

@@ -6,8 +6,8 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use http::Request;
 use http::header::HeaderName;
+use http::{Request, Response};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
@@ -231,35 +231,37 @@ impl Proxy {
         miss: Miss,
         visit: Visit,
     ) -> Handled {
-        let Some(fleet) = self.commons.fleet.clone() else {
+        if self.commons.fleet.is_none() {
             return Handled::Now(self.not_cached(&request, plan, &visit));
-        };
+        }
         let (proxy, plan) = (self.clone(), plan.clone());
         Handled::later(async move {
             let asked = Arc::new(request.into_parts().0);
-            let address = proxy.site.address(&place, &asked.uri, &plan);
-            let (position, stale) = (proxy.commons.invalidations.position(), miss.stale.clone());
-            let (help, ahead, lease) = (Help::Look, None, Mutex::default());
-            let job = Job {
-                asked: asked.clone(),
-                place: place.clone(),
-                plan: plan.clone(),
-                key: key.to_vec().into(),
-                address,
-                position,
-                stale,
-                help,
-                ahead,
-                lease,
-            };
-            let looked = proxy.look_there(&fleet, &fleet.shared.place(&key), &job).await;
             let quest = Quest { asked: asked.clone(), place: &place, plan: &plan, key, miss, visit: &visit };
-            let found = match looked {
-                Looked::Fresh(entry) | Looked::WhileRevalidate(entry) => proxy.found(&quest, &entry),
-                Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
-            };
+            let found = proxy.found_in_fleet(&quest).await;
             found.unwrap_or_else(|| proxy.not_cached(&*asked, &plan, &visit))
         })
+    }
+
+    /// An answer from what the fleet has stored, without asking the upstream.
+    pub(super) async fn found_in_fleet(&self, quest: &Quest<'_>) -> Option<Response<Body>> {
+        let fleet = self.commons.fleet.as_ref()?;
+        let job = Job {
+            asked: quest.asked.clone(),
+            place: quest.place.clone(),
+            plan: quest.plan.clone(),
+            key: quest.key.to_vec().into(),
+            address: self.site.address(quest.place, &quest.asked.uri, quest.plan),
+            position: self.commons.invalidations.position(),
+            stale: quest.miss.stale.clone(),
+            help: Help::Look,
+            ahead: None,
+            lease: Mutex::default(),
+        };
+        match self.look_there(fleet, &fleet.shared.place(&quest.key), &job).await {
+            Looked::Fresh(entry) | Looked::WhileRevalidate(entry) => self.found(quest, &entry),
+            Looked::Stale(_) | Looked::Nothing | Looked::Trouble => None,
+        }
     }
 
     /// Stores an entry here and for the fleet.

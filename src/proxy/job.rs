@@ -3,13 +3,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::request::Parts;
+use http::{Method, Request};
 
+use super::forward::readable_codings_only;
 use super::site::Place;
+use crate::body::Body;
 use crate::fleet::lease::Lease;
 use crate::policy::Tick;
 use crate::policy::entry::Entry;
 use crate::policy::invalidation::{Address, Position};
 use crate::policy::plan::Plan;
+use crate::policy::revalidate::condition;
+use crate::upstream::MayBeStored;
 
 /// How much of the fleet's help a flight wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +50,17 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// Makes of a client's request that of the cache.
+    pub(super) fn shape(&self, request: &mut Request<Body>) {
+        request.extensions_mut().insert(MayBeStored);
+        if self.asked.method == Method::GET {
+            condition(request.headers_mut(), self.stale.as_deref().map(|entry| entry.head.headers()).as_ref());
+        }
+        if self.plan.reject_empty.is_some() {
+            readable_codings_only(request);
+        }
+    }
+
     pub(super) fn lease(&self) -> MutexGuard<'_, Option<Lease>> {
         self.lease.lock().unwrap_or_else(PoisonError::into_inner)
     }

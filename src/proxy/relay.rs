@@ -17,10 +17,11 @@ use super::visit::Visit;
 use crate::body::Body;
 use crate::fleet::invalidations::Recorded;
 use crate::policy::headers::strip_hop_by_hop;
-use crate::policy::invalidation::{Selector, Strength};
+use crate::policy::invalidation::{Position, Selector, Strength};
 use crate::policy::outcome::{Bypass, Failure, Fetched, Outcome};
 use crate::policy::retry::Ended;
 use crate::policy::tags::{Scope, Subject};
+use crate::policy::target::target;
 use crate::telemetry::News;
 use crate::upstream::SendError;
 
@@ -35,6 +36,7 @@ impl Proxy {
     ) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let asked = Arc::new(parts);
+        let position = self.commons.invalidations.position();
         let sent = if asked.method.is_safe() {
             let shape = |request: &mut Request<Body>| {
                 if reason == Bypass::Upgrade {
@@ -45,7 +47,7 @@ impl Proxy {
         } else {
             // Until its turn has come, a client that leaves takes its write with it.
             match self.turn(&asked, &place, visit.begun).await {
-                Ok(()) => self.clone().write(asked.clone(), place, body).await,
+                Ok(()) => self.clone().write(asked.clone(), place.clone(), body).await,
                 Err(late) => Sent { answer: Err(late), at: self.commons.clock.instant(), wait: None },
             }
         };
@@ -55,6 +57,11 @@ impl Proxy {
                 let failure = Failure::from_status(response.status());
                 self.upstream_ended(failure, took, response.status().as_str());
                 strip_for_client(&mut response);
+                // A write's answer is of after the write, if nobody else has purged meanwhile.
+                let written = response.extensions_mut().remove::<Position>();
+                if reason == Bypass::Range || written.is_some() {
+                    response = self.aside(&asked, &place, written.unwrap_or(position), &visit, response);
+                }
                 let fetched = Fetched::bypass(reason, Some(response.status()));
                 self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, &visit)
             }
@@ -84,8 +91,9 @@ impl Proxy {
     /// A write goes to its answer even if its client leaves: what it changes must not be served from before.
     async fn write(self: Arc<Self>, asked: Arc<Parts>, place: Place, body: Body) -> Sent {
         let at = self.commons.clock.instant();
+        let before = self.commons.invalidations.position();
         let write = async move {
-            let sent = self.send_now(&asked, &place, body, &|_| {}).await;
+            let mut sent = self.send_now(&asked, &place, body, &|_| {}).await;
             let may_have_changed = match &sent.answer {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
                 // No answer says nothing about what was done.
@@ -94,6 +102,11 @@ impl Proxy {
             if may_have_changed {
                 let recorded = self.invalidate(&asked, &place, sent.answer.as_ref().ok().map(Response::headers));
                 self.told_fleet(recorded).await;
+                if let Ok(response) = &mut sent.answer
+                    && recorded.position.0 == before.0 + 1
+                {
+                    response.extensions_mut().insert(recorded.position);
+                }
             }
             sent
         };
@@ -105,14 +118,20 @@ impl Proxy {
         tokio::spawn(write).await.unwrap_or_else(panicked)
     }
 
+    /// Path and query that a field of an answer names, if they are of the same origin.
+    pub(super) fn named_target(&self, place: &Place, named: &HeaderValue) -> Option<String> {
+        let named: Uri = named.to_str().ok()?.parse().ok()?;
+        let same = named.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
+        same.then(|| target(&named).to_owned())
+    }
+
     /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and
     /// with any query; and the tags of the rule that caches it.
     fn invalidate(&self, asked: &Parts, place: &Place, answer: Option<&HeaderMap>) -> Recorded {
         let scope = Scope { upstream: self.site.id, authority: place.keyed.as_deref() };
         let named = [LOCATION, CONTENT_LOCATION].into_iter().filter_map(|name| {
-            let target: Uri = answer?.get(name)?.to_str().ok()?.parse().ok()?;
-            let same = target.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
-            same.then(|| target.path().to_owned())
+            let target = self.named_target(place, answer?.get(name)?)?;
+            Some(target.split_once('?').map_or(&*target, |(path, _)| path).to_owned())
         });
         let paths = named.chain([asked.uri.path().to_owned()]);
         let rules = self.site.router.rules_for_write(asked.uri.path());

@@ -158,7 +158,9 @@ impl Proxy {
         };
         let (asked, place, plan) = (quest.asked.clone(), quest.place.clone(), quest.plan.clone());
         let (key, stale) = (quest.key.to_vec().into(), quest.miss.stale.clone());
-        let (help, ahead, lease) = (help(quest, alone), None, Mutex::default());
+        let validated =
+            alone && flights.why_hit_for_miss(&quest.key, quest.visit.now).is_some_and(|why| why.1.is_none());
+        let (help, ahead, lease) = (help(quest, alone, validated), None, Mutex::default());
         let job = Job { asked, place, plan, key, address, position, stale, help, ahead, lease };
         Boarding::Lead(Box::new((lead, job)), waiter)
     }
@@ -251,13 +253,14 @@ impl Proxy {
 }
 
 /// How much of the fleet's help this request wants.
-fn help(quest: &Quest<'_>, alone: bool) -> Help {
+fn help(quest: &Quest<'_>, alone: bool, validated: bool) -> Help {
     if quest.miss.forward == Forward::Request {
         Help::None
     } else if quest.asked.method == Method::HEAD {
         Help::Look
     } else if alone {
-        Help::None
+        // What must be validated each time may be here to be validated, or there.
+        if validated && quest.miss.stale.is_none() { Help::Look } else { Help::None }
     } else {
         Help::All
     }

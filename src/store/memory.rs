@@ -85,13 +85,16 @@ impl Memory {
 
     /// Stores an answer beside the other variants of its key.
     pub fn put(&self, key: &[u8], entry: Arc<Entry>) {
+        self.stored.fetch_add(1, Ordering::Relaxed);
+        if self.cache.capacity() == 0 {
+            return;
+        }
         let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let resource = match self.cache.peek(key) {
             Some(others) => others.with(entry, self.max_resource),
             None => Resource::One(entry),
         };
         self.cache.insert(key.into(), resource);
-        self.stored.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Removes what a request selects: the upstream has answered it with something that is not stored.

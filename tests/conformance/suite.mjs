@@ -62,7 +62,7 @@ const runVariant = async name => {
     if (redis) {
       start('redis-server', ['--port', redisPort, '--bind', '127.0.0.1', '--save', '', '--dir', folder])
       await listens(redisPort, 'redis-server')
-      shared = `[redis]\nurl = "redis://127.0.0.1:${redisPort}"\nsecrets = ["a secret for the conformance suite"]\n`
+      shared = `[redis]\nurl = "redis://127.0.0.1:${redisPort}"\n`
     }
     const config = join(folder, 'config.toml')
     writeFileSync(config, `[[upstream]]\nname = "suite"\nurl = "http://127.0.0.1:${originPort}"\n` +

@@ -1,0 +1,176 @@
+//! What passes by and is worth keeping: the beginning of an answer, to be completed when somebody asks for the whole;
+//! the answer to a POST that says what a GET would bring.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http::header::CONTENT_LOCATION;
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode};
+
+use super::Proxy;
+use super::fetch::{Came, head};
+use super::job::{Help, Job};
+use super::lookup::Miss;
+use super::send::Sent;
+use super::site::Place;
+use super::visit::{Quest, Visit};
+use super::wait::copy_of;
+use crate::body::Body;
+use crate::body::overheard::overheard;
+use crate::policy::asked::Asked;
+use crate::policy::freshness::{Demands, Verdict, judge};
+use crate::policy::headers::strip_hop_by_hop;
+use crate::policy::invalidation::Position;
+use crate::policy::key::KeyBuf;
+use crate::policy::outcome::Bypass;
+use crate::policy::partial::{Partial, begins};
+use crate::policy::plan::{CacheMode, Plan};
+use crate::policy::route::Route;
+use crate::policy::storage::{Answered, decide, has_explicit_lifetime};
+
+/// What passes by is kept if it is not larger, in bytes.
+const MAX_ASIDE: u64 = 1 << 20;
+
+/// What an answer that passes by may be kept as.
+enum Kept {
+    /// The first bytes of so many.
+    Beginning(u64),
+    /// What a GET would bring.
+    ForGet,
+}
+
+impl Proxy {
+    /// A part of what is not in memory: from what the fleet has, or from the upstream.
+    pub(super) async fn part(
+        self: Arc<Self>,
+        request: Request<Body>,
+        place: Place,
+        plan: Arc<Plan>,
+        key: KeyBuf,
+        miss: Miss,
+        visit: Visit,
+    ) -> Response<Body> {
+        if self.commons.fleet.is_some() {
+            let asked = Arc::new(copy_of(&request).into_parts().0);
+            let quest = Quest { asked, place: &place, plan: &plan, key, miss, visit: &visit };
+            if let Some(response) = self.found_in_fleet(&quest).await {
+                return response;
+            }
+        }
+        self.relay(request, place, Bypass::Range, visit).await
+    }
+
+    /// Lets an answer pass, and keeps a copy if it is one to keep. `position`: before the request for it went out.
+    pub(super) fn aside(
+        self: &Arc<Self>,
+        asked: &Parts,
+        place: &Place,
+        position: Position,
+        visit: &Visit,
+        response: Response<Body>,
+    ) -> Response<Body> {
+        let Some(kept) = self.worth_keeping(asked, place, &response) else { return response };
+        let Route::Cache(plan) =
+            self.site.router.route(&Method::GET, asked.uri.path(), asked.uri.query(), &asked.headers)
+        else {
+            return response;
+        };
+        if plan.mode != CacheMode::Http {
+            return response;
+        }
+        let Ok(key) = self.key(&asked.uri, &asked.headers, place, plan) else { return response };
+        let mut get = Request::new(());
+        get.uri_mut().clone_from(&asked.uri);
+        get.headers_mut().clone_from(&asked.headers);
+        let job = Job {
+            asked: Arc::new(get.into_parts().0),
+            place: place.clone(),
+            plan: plan.clone(),
+            key: key.to_vec().into(),
+            address: self.site.address(place, &asked.uri, plan),
+            position,
+            stale: None,
+            help: Help::None,
+            ahead: None,
+            lease: Mutex::default(),
+        };
+        let (parts, body) = response.into_parts();
+        let came = Came {
+            response: Response::from_parts(parts.clone(), Body::Empty),
+            born: visit.later(),
+            at: self.commons.clock.wall(),
+            delay: visit.elapsed(),
+        };
+        let most = usize::try_from(MAX_ASIDE.min(self.commons.max_entry_bytes)).unwrap_or(0);
+        let proxy = self.clone();
+        let body = overheard(body, most, &self.commons.purse, move |body| proxy.put_aside(&job, &came, &kept, body));
+        Response::from_parts(parts, body)
+    }
+
+    fn worth_keeping(&self, asked: &Parts, place: &Place, response: &Response<Body>) -> Option<Kept> {
+        let (status, headers) = (response.status(), response.headers());
+        if asked.method == Method::GET {
+            return begins(status, headers).map(Kept::Beginning);
+        }
+        let of_same = || self.named_target(place, headers.get(CONTENT_LOCATION)?);
+        let target = asked.uri.path_and_query().map(http::uri::PathAndQuery::as_str);
+        (asked.method == Method::POST && status == StatusCode::OK && of_same().as_deref() == target)
+            .then_some(Kept::ForGet)
+    }
+
+    fn put_aside(&self, job: &Job, came: &Came, kept: &Kept, body: Bytes) {
+        let answered = Answered { status: StatusCode::OK, ..came.answered() };
+        let asked = Asked::from(&*job.asked);
+        let Ok(store) = decide(&asked, &answered, &job.plan) else { return };
+        // RFC 9110 §9.3.3: a POST's answer needs a lifetime of its own. A beginning without one is not worth it.
+        if store.terms.fresh_for <= 0 || !has_explicit_lifetime(&answered) {
+            return;
+        }
+        let head = head(came.response.status(), came.response.headers(), None, job, &store, came);
+        let entry = self.entry(job, head, body, &store, came.born);
+        match kept {
+            Kept::Beginning(length) => self.commons.partials.put(&job.key, Partial { start: entry, length: *length }),
+            Kept::ForGet => self.keep(job, &entry),
+        }
+    }
+
+    /// Sends a flight's request: for the rest only, if the beginning is here.
+    pub(super) async fn send_for(&self, job: &Job) -> Sent {
+        let beginning = self.beginning(job);
+        let sent = self.send(&job.asked, &job.place, Body::Empty, |request| {
+            job.shape(request);
+            if let Some(partial) = &beginning {
+                partial.ask_for_rest(request.headers_mut());
+            }
+        });
+        let sent = sent.await;
+        let Some(partial) = beginning else { return sent };
+        match sent.answer {
+            Ok(mut response)
+                if matches!(response.status(), StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE) =>
+            {
+                strip_hop_by_hop(response.headers_mut());
+                if let Some(whole) = partial.completed(response.status(), response.headers()) {
+                    let mut response = response.map(|rest| Body::prefixed(partial.start.body.clone(), rest));
+                    *response.status_mut() = StatusCode::OK;
+                    *response.headers_mut() = whole;
+                    return Sent { answer: Ok(response), ..sent };
+                }
+                // It may be of another representation: the whole, then.
+                self.send(&job.asked, &job.place, Body::Empty, |request| job.shape(request)).await
+            }
+            answer => Sent { answer, ..sent },
+        }
+    }
+
+    /// What is here of what a flight is to bring, if it still counts.
+    fn beginning(&self, job: &Job) -> Option<Arc<Partial>> {
+        let whole = job.asked.method == Method::GET && job.stale.is_none() && job.plan.mode == CacheMode::Http;
+        let partial = self.commons.partials.take(&job.key).filter(|_| whole)?;
+        let now = self.commons.clock.now();
+        let standing = self.commons.invalidations.standing(&partial.start, now);
+        let fresh = judge(&partial.start, standing, &Demands::default(), now) == Verdict::Fresh;
+        (fresh && partial.start.variant.selected_by(&job.asked.headers)).then_some(partial)
+    }
+}

@@ -1,0 +1,252 @@
+//! What RFC 9110 and 9111 ask of a shared cache, where the public suite does not look.
+
+use crate::support::{Origin, Reply, Sidecar, until};
+
+const DIGITS: &str = "0123456789";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_come_from_a_stored_whole() {
+    let origin = Origin::start(|_| {
+        Reply::fresh(60, DIGITS)
+            .header("ETag", "\"a\"")
+            .header("Content-Type", "text/plain")
+            .header("Last-Modified", "Fri, 20 Nov 2026 12:00:00 GMT")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/x").await;
+    let table: &[(&[(&str, &str)], u16, &str, Option<&str>)] = &[
+        (&[("Range", "bytes=2-4")], 206, "234", Some("bytes 2-4/10")),
+        (&[("Range", "bytes=-1")], 206, "9", Some("bytes 9-9/10")),
+        (&[("Range", "bytes=20-")], 416, "", Some("bytes */10")),
+        (&[("Range", "lines=1-2")], 200, DIGITS, None),
+        (&[("Range", "bytes=2-4"), ("If-Range", "\"a\"")], 206, "234", Some("bytes 2-4/10")),
+        (&[("Range", "bytes=2-4"), ("If-Range", "\"b\"")], 200, DIGITS, None),
+        (&[("Range", "bytes=2-4"), ("If-None-Match", "\"a\"")], 304, "", None),
+        (&[("Range", "bytes=2-4"), ("If-None-Match", "\"b\"")], 206, "234", Some("bytes 2-4/10")),
+    ];
+    for (lines, status, body, range) in table {
+        let answer = sidecar.get_with("/x", lines).await;
+        assert_eq!((answer.status, answer.text().as_str()), (*status, *body), "{lines:?}");
+        assert_eq!(answer.header("content-range"), *range, "{lines:?}");
+        assert!(answer.is_hit() && answer.header("age").is_some(), "{lines:?}: {answer:?}");
+    }
+    let several = sidecar.get_with("/x", &[("Range", "bytes=0-1, 8-")]).await;
+    let kind = several.header("content-type").expect("one").to_owned();
+    let boundary = kind.strip_prefix("multipart/byteranges; boundary=").expect("several parts");
+    let part = |range: &str, text: &str| {
+        format!("--{boundary}\r\nContent-Type: text/plain\r\nContent-Range: bytes {range}/10\r\n\r\n{text}\r\n")
+    };
+    assert_eq!(several.text(), part("0-1", "01") + &part("8-9", "89") + &format!("--{boundary}--\r\n"));
+    let head = crate::support::send(sidecar.address, "HEAD", "/x", &[("Range", "bytes=0-1")], b"").await;
+    assert_eq!((head.status, head.header("content-length")), (200, Some("10")), "only GET has ranges");
+    assert_eq!(origin.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_that_passes_by_is_completed_when_the_whole_is_asked_for() {
+    let origin = Origin::start(|ask| {
+        match ask.header("range") {
+            Some("bytes=0-3") => {
+                Reply::new(206, "0123").header("Content-Range", "bytes 0-3/10").header("Cache-Control", "max-age=60")
+            }
+            Some("bytes=4-") => Reply::new(206, "456789")
+                .header("Content-Range", "bytes 4-9/10")
+                .header("Cache-Control", "max-age=60"),
+            _ => Reply::fresh(60, "another"),
+        }
+        .header(
+            "ETag",
+            if ask.target == "/changed" && ask.header("range") != Some("bytes=0-3") { "\"b\"" } else { "\"a\"" },
+        )
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for (target, whole, asked) in [("/same", DIGITS, 2), ("/changed", "another", 3)] {
+        let before = origin.count();
+        let part = sidecar.get_with(target, &[("Range", "bytes=0-3")]).await;
+        assert_eq!((part.status, part.text().as_str()), (206, "0123"));
+        let answer = sidecar.get(target).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, whole), "{target}");
+        assert_eq!(answer.header("content-range"), None);
+        assert_eq!(origin.count() - before, asked, "{target}");
+        let rest = &origin.asks()[before + 1];
+        assert_eq!((rest.header("range"), rest.header("if-range")), (Some("bytes=4-"), Some("\"a\"")));
+        assert!(sidecar.get(target).await.is_hit());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_beginning_that_was_purged_completes_nothing() {
+    let origin = Origin::start(|ask| match ask.header("range") {
+        Some(_) => Reply::new(206, "0123")
+            .header("Content-Range", "bytes 0-3/10")
+            .header("Cache-Control", "max-age=60")
+            .header("ETag", "\"a\""),
+        None => Reply::fresh(60, DIGITS),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get_with("/x", &[("Range", "bytes=0-3")]).await;
+    sidecar.purge(r#"{"urls":["/x"]}"#).await;
+    assert_eq!(sidecar.get("/x").await.text(), DIGITS);
+    assert_eq!(origin.asks()[1].header("range"), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_to_a_post_is_kept_if_it_says_that_it_is_what_get_would_bring() {
+    let origin = Origin::start(|ask| {
+        let reply = Reply::new(200, format!("{} {}", ask.method, ask.number));
+        match ask.target.as_str() {
+            "/kept" => reply.header("Content-Location", "/kept").header("Cache-Control", "max-age=60"),
+            "/elsewhere" => reply.header("Content-Location", "/kept2").header("Cache-Control", "max-age=60"),
+            "/no-lifetime" => reply
+                .header("Content-Location", "/no-lifetime")
+                .header("Last-Modified", "Fri, 20 Nov 2020 12:00:00 GMT"),
+            _ => reply.header("Cache-Control", "max-age=60"),
+        }
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for (target, expected) in
+        [("/kept", "POST 0"), ("/elsewhere", "GET 2"), ("/no-lifetime", "GET 4"), ("/x", "GET 6")]
+    {
+        sidecar.send("POST", target, "body").await;
+        assert_eq!(sidecar.get(target).await.text(), expected, "{target}");
+    }
+    assert!(sidecar.get("/kept").await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
+    let names = [
+        "Connection",
+        "Keep-Alive",
+        "Proxy-Authenticate",
+        "Proxy-Authentication-Info",
+        "Proxy-Authorization",
+        "Proxy-Connection",
+        "TE",
+        "Trailer",
+        "Upgrade",
+    ];
+    let origin = Origin::start(move |_| {
+        let reply = Reply::fresh(60, "x").header("X-Named", "1").header("X-Twice", "1").header("X-Twice", "2");
+        let reply = names[1..].iter().fold(reply, |reply, name| reply.header(name, "some"));
+        reply.header("Connection", "X-Named").header("X-Unknown", "stays")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let lines: Vec<(&str, &str)> =
+        names[1..].iter().map(|name| (*name, "trailers")).chain([("X-Unknown", "stays")]).collect();
+    // With a credential for proxies the request passes through.
+    sidecar.get_with("/x", &lines).await;
+    let lines: Vec<_> = lines.into_iter().filter(|(name, _)| !name.starts_with("Proxy-Auth")).collect();
+    for hit in [false, true] {
+        let answer = sidecar.get_with("/x", &lines).await;
+        assert_eq!(answer.is_hit(), hit);
+        for name in names.iter().chain(&["X-Named"]).filter(|name| **name != "Connection") {
+            assert_eq!(answer.header(&name.to_ascii_lowercase()), None, "{name}");
+        }
+        assert_eq!(answer.header("x-unknown"), Some("stays"));
+        assert_eq!(answer.all("x-twice"), ["1", "2"]);
+    }
+    let ask = &origin.asks()[0];
+    for name in &names[1..] {
+        assert_eq!(ask.header(&name.to_ascii_lowercase()), None, "{name} went upstream");
+    }
+    assert_eq!((ask.header("x-unknown"), ask.header("via")), (Some("stays"), Some("1.1 sidecache")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_say_the_same_share_a_variant_and_tenants_do_not() {
+    let origin =
+        Origin::start(|ask| Reply::fresh(60, ask.number.to_string()).header("Vary", "Accept-Language, X-List")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let ask = async |lines: &[(&str, &str)]| sidecar.get_with("/x", lines).await.text();
+    assert_eq!(ask(&[("Accept-Language", "en, de"), ("X-List", "1, 2")]).await, "0");
+    assert_eq!(ask(&[("Accept-Language", "DE,en"), ("X-List", "1"), ("X-List", "2")]).await, "0");
+    assert_eq!(ask(&[("Accept-Language", "en, de"), ("X-List", "2, 1")]).await, "1");
+    assert_eq!(ask(&[("Accept-Language", "en;q=0.1, de"), ("X-List", "1, 2")]).await, "2");
+    let tenant = |name| [("X-Api-Key", name), ("Accept-Language", "de, en"), ("X-List", "1, 2")];
+    assert_eq!(ask(&tenant("a")).await, "3");
+    assert_eq!(ask(&tenant("b")).await, "4");
+    assert_eq!(ask(&tenant("a")).await, "3");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn variants_of_one_address_are_capped() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x").header("Vary", "X-V")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for i in 0..40 {
+        sidecar.get_with("/x", &[("X-V", &i.to_string())]).await;
+    }
+    assert_eq!(sidecar.commons.memory.usage().entries, 1);
+    assert!(sidecar.get_with("/x", &[("X-V", "39")]).await.is_hit(), "the newest stay");
+    assert!(!sidecar.get_with("/x", &[("X-V", "0")]).await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_kept_for_as_long_as_it_says_unless_there_is_something_better() {
+    let origin = Origin::start(|ask| match (ask.target.as_str(), ask.number) {
+        ("/bad", _) => Reply::new(503, "busy").header("Cache-Control", "max-age=10"),
+        ("/429", _) => Reply::new(429, "slow down").header("Cache-Control", "max-age=10"),
+        ("/good", 4) => Reply::fresh(5, "good").header("Cache-Control", "max-age=5, stale-if-error=60"),
+        _ => Reply::new(503, "busy").header("Cache-Control", "max-age=10"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    assert_eq!(sidecar.get("/bad").await.status, 503);
+    let kept = sidecar.get("/bad").await;
+    assert!(kept.is_hit() && kept.status == 503, "{kept:?}");
+    sidecar.turn(11);
+    assert!(!sidecar.get("/bad").await.is_hit());
+    for _ in 0..2 {
+        assert!(!sidecar.get("/429").await.is_hit(), "RFC 6585 section 4: never stored");
+    }
+    assert_eq!(sidecar.get("/good").await.text(), "good");
+    sidecar.turn(6);
+    for _ in 0..2 {
+        assert_eq!(sidecar.get("/good").await.text(), "good", "the stale answer is better than a failure");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn directives_for_caches_like_us_displace_those_for_all() {
+    let origin = Origin::start(|ask| {
+        let (field, value) = match ask.target.as_str() {
+            "/ours" => ("Sidecache-Cache-Control", "max-age=60"),
+            "/cdn" => ("CDN-Cache-Control", "max-age=60"),
+            _ => ("CDN-Cache-Control", "max-age=60, &&&"),
+        };
+        Reply::new(200, "x").header("Cache-Control", "no-store").header(field, value)
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for (target, hit) in [("/ours", true), ("/cdn", true), ("/invalid", false)] {
+        sidecar.get(target).await;
+        let again = sidecar.get(target).await;
+        assert_eq!(again.is_hit(), hit, "{target}");
+        assert_eq!(again.header("cache-control"), Some("no-store"), "fields go on as they came");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_cut_off_leaves_no_beginning() {
+    let origin = Origin::start(|ask| match ask.header("range") {
+        Some("bytes=0-3") => Reply::new(206, "0123")
+            .header("Content-Range", "bytes 0-3/10")
+            .header("Cache-Control", "max-age=60")
+            .header("ETag", "\"a\"")
+            .cut_after(2, false),
+        _ => Reply::fresh(60, DIGITS),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = crate::support::Client::connect(sidecar.address).await;
+    client.ask("GET", "/x", &[("Range", "bytes=0-3")], b"").await;
+    until("it is asked", || (origin.count() == 1).then_some(())).await;
+    let _broken = client.answer_to("GET").await;
+    assert_eq!(sidecar.get("/x").await.text(), DIGITS);
+    assert_eq!(origin.asks()[1].header("range"), None);
+}
