@@ -58,7 +58,7 @@ fn warm() -> Arc<Proxy> {
     let proxy = Arc::new(proxy);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let mut body = proxy.handle(request()).response().await.into_body();
+        let mut body = proxy.handle(request(), None).response().await.into_body();
         while body.next().await.is_some() {}
     });
     proxy
@@ -108,7 +108,7 @@ fn parts(criterion: &mut Criterion) {
     criterion.bench_function("the handler: a hit, with its answer", |b| {
         b.iter_batched(
             request,
-            |request| match proxy.handle(request) {
+            |request| match proxy.handle(request, None) {
                 Handled::Now(response) => response,
                 Handled::Later(_) => unreachable!("it is a hit"),
             },

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{HeaderMap, Request, Response, Uri};
+use http::{Extensions, HeaderMap, Request, Response, Uri};
 
 use crate::body::Body;
 use crate::body::fanout::Purse;
@@ -40,6 +40,7 @@ use crate::policy::ranges::asks_for_part;
 use crate::policy::route::Route;
 use crate::store::{Memory, Partials};
 use crate::telemetry::Telemetry;
+use crate::upstream::{Ear, Heard};
 use flights::Flights;
 use lookup::Lookup;
 use site::{Place, Site};
@@ -105,8 +106,8 @@ impl Handled {
 }
 
 impl Proxy {
-    /// Answers a request that has passed the guard.
-    pub fn handle(self: &Arc<Self>, request: Request<Body>) -> Handled {
+    /// Answers a request that has passed the guard. `ear`: who wants to hear interim answers to it.
+    pub fn handle(self: &Arc<Self>, mut request: Request<Body>, ear: Option<&Arc<dyn Ear>>) -> Handled {
         let visit = Visit::begin(&self.commons.clock);
         let place = match self.site.locate(request.uri(), request.headers()) {
             Ok(place) => place,
@@ -114,7 +115,11 @@ impl Proxy {
         };
         let (plan, demands, key) = match self.admit(&request, &place) {
             Ok(admitted) => admitted,
-            Err(reason) => return Handled::later(self.clone().relay(request, place.into_owned(), reason, visit)),
+            Err(reason) => {
+                let place = place.into_owned();
+                request.extensions_mut().extend(interims(ear));
+                return Handled::later(self.clone().relay(request, place, reason, visit));
+            }
         };
         match self.look_up(&key, request.headers(), &demands, visit.now) {
             Lookup::Fresh(entry) => {
@@ -132,6 +137,7 @@ impl Proxy {
             }
             Lookup::Fetch(miss) => {
                 let (place, plan) = (place.into_owned(), plan.clone());
+                request.extensions_mut().extend(interims(ear));
                 if asks_for_part(request.method(), request.headers()) {
                     return Handled::later(self.clone().part(request, place, plan, key, miss, visit));
                 }
@@ -164,4 +170,13 @@ impl Proxy {
         let parts = KeyParts { upstream: self.site.id, authority, path: uri.path(), query: uri.query(), headers };
         plan.key.key(&self.commons.secret.load(), &parts)
     }
+}
+
+/// What makes interim answers heard, as a request's extensions.
+fn interims(ear: Option<&Arc<dyn Ear>>) -> Extensions {
+    let mut extensions = Extensions::new();
+    if let Some(ear) = ear {
+        extensions.insert(Heard::by(ear));
+    }
+    extensions
 }

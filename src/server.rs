@@ -6,6 +6,7 @@ mod frames;
 pub mod framing;
 pub mod guard;
 mod intake;
+mod interim;
 mod normalise;
 mod receive;
 mod stalls;

@@ -9,8 +9,9 @@ mod tap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
-use ::http::{Request, Response};
+use ::http::{HeaderMap, Request, Response, StatusCode};
 
 use crate::body::{Body, BodyError};
 use crate::policy::head::Casing;
@@ -35,6 +36,37 @@ pub trait Upstream: fmt::Debug + Send + Sync + 'static {
 /// Goes with a request whose answer may be stored: it is to bring its [`Casing`].
 #[derive(Debug, Clone, Copy)]
 pub struct MayBeStored;
+
+/// Somebody who hears what is said ahead of answers: interim answers (RFC 9110 §15.2).
+pub trait Ear: fmt::Debug + Send + Sync {
+    /// Which request is being answered.
+    fn turn(&self) -> u64;
+
+    /// An interim answer to that request.
+    fn hear(&self, turn: u64, status: StatusCode, headers: &HeaderMap);
+}
+
+/// Goes with a request whose interim answers somebody wants to hear.
+#[derive(Debug, Clone)]
+pub struct Heard {
+    ear: Arc<dyn Ear>,
+    turn: u64,
+}
+
+impl Heard {
+    /// By this ear, for the request that is being answered now.
+    pub fn by(ear: &Arc<dyn Ear>) -> Heard {
+        Heard { ear: ear.clone(), turn: ear.turn() }
+    }
+
+    /// Passes one on.
+    fn hear(&self, status: StatusCode, headers: &HeaderMap) {
+        // 100 is between us and the upstream: the client has had its own.
+        if status != StatusCode::CONTINUE {
+            self.ear.hear(self.turn, status, headers);
+        }
+    }
+}
 
 /// No answer.
 #[derive(Debug, Clone)]

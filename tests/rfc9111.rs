@@ -1,6 +1,6 @@
 //! What RFC 9110 and 9111 ask of a shared cache, where the public suite does not look.
 
-use crate::support::{Origin, Reply, Sidecar, until};
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, until};
 
 const DIGITS: &str = "0123456789";
 
@@ -212,6 +212,31 @@ async fn a_failure_is_kept_for_as_long_as_it_says_unless_there_is_something_bett
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_head_freshens_what_is_stored_or_shows_that_it_is_outdated() {
+    let origin = Origin::start(|ask| {
+        let changed = ask.target == "/changed" && ask.number > 1;
+        Reply::new(200, "body")
+            .header("Cache-Control", "max-age=10")
+            .header("ETag", if changed { "\"2\"" } else { "\"1\"" })
+            .header("X-Number", &ask.number.to_string())
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/same").await;
+    sidecar.get("/changed").await;
+    sidecar.turn(11);
+    for target in ["/same", "/changed"] {
+        crate::support::send(sidecar.address, "HEAD", target, &[], b"").await;
+    }
+    let same = sidecar.get("/same").await;
+    assert!(same.is_hit(), "{same:?}");
+    assert_eq!((same.text().as_str(), same.header("x-number")), ("body", Some("2")));
+    let changed = sidecar.get("/changed").await;
+    assert!(!changed.is_hit());
+    assert_eq!(origin.asks()[4].header("if-none-match"), None, "nothing is left to validate");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn directives_for_caches_like_us_displace_those_for_all() {
     let origin = Origin::start(|ask| {
         let (field, value) = match ask.target.as_str() {
@@ -243,10 +268,63 @@ async fn what_was_cut_off_leaves_no_beginning() {
     })
     .await;
     let sidecar = Sidecar::before(&origin, "").await;
-    let mut client = crate::support::Client::connect(sidecar.address).await;
+    let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/x", &[("Range", "bytes=0-3")], b"").await;
     until("it is asked", || (origin.count() == 1).then_some(())).await;
     let _broken = client.answer_to("GET").await;
     assert_eq!(sidecar.get("/x").await.text(), DIGITS);
     assert_eq!(origin.asks()[1].header("range"), None);
+}
+
+const HINTS: &str = "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\
+    Connection: x-hop\r\nX-Hop: 1\r\n\r\n";
+const FINAL: &str = "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\nContent-Length: 4\r\n\r\nbody";
+const PASSED_ON: &str =
+    "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interim_answers_go_on_at_once_to_the_one_who_asked_and_are_not_stored() {
+    let gate = Gate::new();
+    let waits = gate.clone();
+    let origin = Origin::start(move |ask| match ask.target.as_str() {
+        "/slow" => Reply::raw_halfway(HINTS, &waits, FINAL),
+        _ => Reply::raw(format!("{HINTS}{FINAL}")),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.ask("GET", "/slow", &[], b"").await;
+    assert_eq!(String::from_utf8_lossy(client.read_some(PASSED_ON.len()).await), PASSED_ON, "before the answer");
+    gate.open();
+    let mut rest = Vec::new();
+    client.write(b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+    client.read_to_end(&mut rest).await;
+    let all = String::from_utf8_lossy(&rest).into_owned();
+    assert_eq!(all.matches("HTTP/1.1 103").count(), 1, "{all}");
+    assert_eq!(all.matches("HTTP/1.1 200 OK").count(), 2, "{all}");
+    assert!(all.contains("sidecache; hit"), "{all}");
+
+    let mut client = Client::connect(sidecar.address).await;
+    client.write(b"GET /at-once HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+    let mut all = Vec::new();
+    client.read_to_end(&mut all).await;
+    assert!(all.starts_with(format!("{PASSED_ON}HTTP/1.1 200 OK").as_bytes()), "{}", String::from_utf8_lossy(&all));
+
+    let mut client = Client::connect(sidecar.address).await;
+    client.write(b"GET /old-client HTTP/1.0\r\nHost: x\r\n\r\n").await;
+    let mut all = Vec::new();
+    client.read_to_end(&mut all).await;
+    assert!(all.starts_with(b"HTTP/1.0 200 OK") || all.starts_with(b"HTTP/1.1 200 OK"), "none for HTTP/1.0");
+    assert_eq!(origin.count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interim_answers_to_a_write_go_on_too() {
+    let origin = Origin::start(|_| Reply::raw(format!("{HINTS}{FINAL}"))).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = Client::connect(sidecar.address).await;
+    client.write(b"POST /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n1").await;
+    let mut all = Vec::new();
+    client.read_to_end(&mut all).await;
+    assert!(all.starts_with(format!("{PASSED_ON}HTTP/1.1 200 OK").as_bytes()), "{}", String::from_utf8_lossy(&all));
 }

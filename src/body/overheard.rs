@@ -95,8 +95,8 @@ mod tests {
         let mut body =
             overheard(body, most, &Purse::new(1000), move |all| *tell.lock().expect("no panic") = Some(all));
         while let Some(Ok(_)) = body.next().await {}
-        let all = told.lock().expect("no panic").take();
-        all
+        let mut told = told.lock().expect("no panic");
+        told.take()
     }
 
     #[tokio::test]

@@ -154,7 +154,7 @@ mod tests {
     }
 
     fn of(lines: &[(&'static str, &str)]) -> Part {
-        part(&map(lines), &stored(), 10, SystemTime::now)
+        part(&map(lines), &stored(), 10, || SystemTime::UNIX_EPOCH)
     }
 
     #[test]
@@ -209,7 +209,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_part_reaches_beyond_the_end(value in "bytes=[0-9, -]{0,20}", length in 0usize..40) {
-            match part(&map(&[("range", &value)]), &stored(), length, SystemTime::now) {
+            match part(&map(&[("range", &value)]), &stored(), length, || SystemTime::UNIX_EPOCH) {
                 Part::Whole | Part::Nowhere => {}
                 Part::One(range) => prop_assert!(range.start < range.end && range.end <= length),
                 Part::Several(ranges) => {

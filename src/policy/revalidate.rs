@@ -68,6 +68,14 @@ pub fn of_another(stored: &HeaderMap, answered: &HeaderMap) -> bool {
     matches!((strong(stored), strong(answered)), (Some(ours), Some(theirs)) if ours != theirs)
 }
 
+/// Does the answer to a HEAD speak of what is stored? All it says of validators and length is as stored
+/// (RFC 9111 §4.3.5).
+pub fn speaks_of(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> bool {
+    let same = |name: &HeaderName| answered.get(name).is_none_or(|value| stored.get(name) == Some(value));
+    let as_long = answered.get(CONTENT_LENGTH).is_none_or(|said| said.as_bytes() == length.to_string().as_bytes());
+    same(&ETAG) && same(&LAST_MODIFIED) && as_long
+}
+
 /// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
 /// bytes stay (RFC 9111 §3.2).
 pub fn freshen(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {
@@ -109,7 +117,11 @@ mod tests {
             (&[], false),
         ];
         for (lines, expected) in table {
-            assert_eq!(not_modified(&Method::GET, &map(lines), &head, SystemTime::now), *expected, "{lines:?}");
+            assert_eq!(
+                not_modified(&Method::GET, &map(lines), &head, || SystemTime::UNIX_EPOCH),
+                *expected,
+                "{lines:?}"
+            );
         }
     }
 
@@ -126,6 +138,21 @@ mod tests {
             ("cache-control", "max-age=9"),
         ];
         assert_eq!(merged, map(&expected));
+    }
+
+    #[test]
+    fn a_head_speaks_of_what_it_does_not_contradict() {
+        let stored = map(&[("etag", "\"1\""), ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT")]);
+        let table: &[(&[(&'static str, &'static str)], bool)] = &[
+            (&[], true),
+            (&[("etag", "\"1\""), ("content-length", "4")], true),
+            (&[("etag", "\"2\"")], false),
+            (&[("content-length", "5")], false),
+            (&[("last-modified", "Fri, 20 Nov 2026 12:00:01 GMT")], false),
+        ];
+        for (answered, expected) in table {
+            assert_eq!(speaks_of(&stored, 4, &map(answered)), *expected, "{answered:?}");
+        }
     }
 
     #[test]

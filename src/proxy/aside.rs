@@ -12,6 +12,7 @@ use super::Proxy;
 use super::fetch::{Came, head};
 use super::job::{Help, Job};
 use super::lookup::Miss;
+use super::relay::named_target;
 use super::send::Sent;
 use super::site::Place;
 use super::visit::{Quest, Visit};
@@ -28,6 +29,7 @@ use crate::policy::partial::{Partial, begins};
 use crate::policy::plan::{CacheMode, Plan};
 use crate::policy::route::Route;
 use crate::policy::storage::{Answered, decide, has_explicit_lifetime};
+use crate::policy::target::target;
 
 /// What passes by is kept if it is not larger, in bytes.
 const MAX_ASIDE: u64 = 1 << 20;
@@ -70,7 +72,7 @@ impl Proxy {
         visit: &Visit,
         response: Response<Body>,
     ) -> Response<Body> {
-        let Some(kept) = self.worth_keeping(asked, place, &response) else { return response };
+        let Some(kept) = worth_keeping(asked, place, &response) else { return response };
         let Route::Cache(plan) =
             self.site.router.route(&Method::GET, asked.uri.path(), asked.uri.query(), &asked.headers)
         else {
@@ -106,17 +108,6 @@ impl Proxy {
         let proxy = self.clone();
         let body = overheard(body, most, &self.commons.purse, move |body| proxy.put_aside(&job, &came, &kept, body));
         Response::from_parts(parts, body)
-    }
-
-    fn worth_keeping(&self, asked: &Parts, place: &Place, response: &Response<Body>) -> Option<Kept> {
-        let (status, headers) = (response.status(), response.headers());
-        if asked.method == Method::GET {
-            return begins(status, headers).map(Kept::Beginning);
-        }
-        let of_same = || self.named_target(place, headers.get(CONTENT_LOCATION)?);
-        let target = asked.uri.path_and_query().map(http::uri::PathAndQuery::as_str);
-        (asked.method == Method::POST && status == StatusCode::OK && of_same().as_deref() == target)
-            .then_some(Kept::ForGet)
     }
 
     fn put_aside(&self, job: &Job, came: &Came, kept: &Kept, body: Bytes) {
@@ -173,4 +164,14 @@ impl Proxy {
         let fresh = judge(&partial.start, standing, &Demands::default(), now) == Verdict::Fresh;
         (fresh && partial.start.variant.selected_by(&job.asked.headers)).then_some(partial)
     }
+}
+
+fn worth_keeping(asked: &Parts, place: &Place, response: &Response<Body>) -> Option<Kept> {
+    let (status, headers) = (response.status(), response.headers());
+    if asked.method == Method::GET {
+        return begins(status, headers).map(Kept::Beginning);
+    }
+    let of_same = || named_target(place, headers.get(CONTENT_LOCATION)?);
+    let same = || of_same().as_deref() == Some(target(&asked.uri));
+    (asked.method == Method::POST && status == StatusCode::OK && same()).then_some(Kept::ForGet)
 }

@@ -29,7 +29,7 @@ use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::plan::CacheMode;
-use crate::policy::revalidate::{freshen, of_another};
+use crate::policy::revalidate::{freshen, of_another, speaks_of};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
 use crate::policy::variant::Variant;
 
@@ -104,6 +104,12 @@ impl Proxy {
             return self.stream(lead, job, came, store, Some(failure), by).await;
         }
         let asked = Asked::from(&*job.asked);
+        if *asked.method == Method::HEAD
+            && came.response.status() == StatusCode::OK
+            && let Some(stored) = &job.stale
+        {
+            self.headed(job, stored, &came);
+        }
         match decide(&asked, &came.answered(), &job.plan) {
             Err(skip) => self.released(lead, job, came.response, skip),
             Ok(_) if declared_length(&came.response) > Some(self.commons.max_entry_bytes) => {
@@ -140,6 +146,21 @@ impl Proxy {
         }
         response.extensions_mut().insert(skip);
         lead.release(response);
+    }
+
+    /// The answer to a HEAD freshens what is stored, or shows that it is no longer current (RFC 9111 §4.3.5).
+    fn headed(&self, job: &Job, stored: &Arc<Entry>, came: &Came) {
+        let headers = stored.head.headers();
+        if !speaks_of(&headers, stored.body.len(), came.response.headers()) {
+            return self.displace(job);
+        }
+        let headers = freshen(&headers, came.response.headers());
+        let answered = Answered { status: stored.head.status, headers: &headers, ..came.answered() };
+        let asked = Asked { method: &Method::GET, ..Asked::from(&*job.asked) };
+        if let Ok(store) = decide(&asked, &answered, &job.plan) {
+            let head = head(stored.head.status, &headers, stored.head.casing().cloned(), job, &store, came);
+            self.keep(job, &self.entry(job, head, stored.body.clone(), &store, came.born));
+        }
     }
 
     /// 304: what is stored is good for another while (RFC 9111 §4.3.4).

@@ -118,19 +118,12 @@ impl Proxy {
         tokio::spawn(write).await.unwrap_or_else(panicked)
     }
 
-    /// Path and query that a field of an answer names, if they are of the same origin.
-    pub(super) fn named_target(&self, place: &Place, named: &HeaderValue) -> Option<String> {
-        let named: Uri = named.to_str().ok()?.parse().ok()?;
-        let same = named.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
-        same.then(|| target(&named).to_owned())
-    }
-
     /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and
     /// with any query; and the tags of the rule that caches it.
     fn invalidate(&self, asked: &Parts, place: &Place, answer: Option<&HeaderMap>) -> Recorded {
         let scope = Scope { upstream: self.site.id, authority: place.keyed.as_deref() };
         let named = [LOCATION, CONTENT_LOCATION].into_iter().filter_map(|name| {
-            let target = self.named_target(place, answer?.get(name)?)?;
+            let target = named_target(place, answer?.get(name)?)?;
             Some(target.split_once('?').map_or(&*target, |(path, _)| path).to_owned())
         });
         let paths = named.chain([asked.uri.path().to_owned()]);
@@ -144,6 +137,13 @@ impl Proxy {
         self.commons.telemetry.written();
         self.commons.invalidations.record(selectors, Strength::Hard, None)
     }
+}
+
+/// Path and query that a field of an answer names, if they are of the same origin.
+pub(super) fn named_target(place: &Place, named: &HeaderValue) -> Option<String> {
+    let named: Uri = named.to_str().ok()?.parse().ok()?;
+    let same = named.authority().is_none_or(|a| a.as_str().eq_ignore_ascii_case(&place.host));
+    same.then(|| target(&named).to_owned())
 }
 
 /// Hop-by-hop fields end here, but for a 101's: that is what it is about.

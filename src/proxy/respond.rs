@@ -66,7 +66,7 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let body = Body::Full(entry.body.clone());
-        let mut response = self.from_head(asked, &entry.head, body);
+        let mut response = self.with_head(asked, &entry.head, body);
         response.headers_mut().insert(AGE, HeaderValue::from(entry.age(visit.now)));
         if asks_for_part(asked.method, asked.headers) && response.status() == StatusCode::OK {
             let part = part(asked.headers, &entry.head, entry.body.len(), || self.commons.clock.wall());
@@ -105,7 +105,7 @@ impl Proxy {
         visit: &Visit,
     ) -> Response<Body> {
         let asked = asked.into();
-        let mut response = self.from_head(asked, &arrival.head, body);
+        let mut response = self.with_head(asked, &arrival.head, body);
         let headers = response.headers_mut();
         // First hand it has no age, and everything that is not stored.
         let collapsed = matches!(outcome, Outcome::Relayed { fetched, .. } if fetched.collapsed);
@@ -256,7 +256,7 @@ impl Proxy {
     }
 
     /// A head that is sent many times, to this client.
-    fn from_head(&self, asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
+    fn with_head(&self, asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
         let mut response = Response::new(body);
         *response.status_mut() = head.status;
         head.write_to(response.headers_mut());

@@ -29,7 +29,8 @@ use super::receive::{Desk, Meeting, tunnel};
 use super::stalls::{Stalls, Watched};
 use super::wire::{Speech, Wire};
 use crate::config::Limits;
-use crate::proxy::Proxy;
+use crate::proxy::{Handled, Proxy};
+use crate::upstream::Ear;
 
 /// Streams at once on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 100;
@@ -88,12 +89,20 @@ impl Door {
         let head = max_head(&self.limits);
         let (wire, word) = Wire::new(stream, Speech::Http1(Scanner::new(head)), first, &self.limits);
         let meeting = Meeting::default();
-        let desk = Desk { proxy: self.proxy.clone(), limits: self.limits, word, meeting: meeting.clone() };
+        let interims = word.interims.clone();
+        let ear: Option<Arc<dyn Ear>> = Some(interims.clone());
+        let (proxy, limits) = (self.proxy.clone(), self.limits);
+        let desk = Desk { proxy, limits, word, meeting: meeting.clone(), interims: ear };
         let at = seat.clone();
         let service = service_fn(move |request: Request<Incoming>| {
             at.serves();
-            let handled = desk.receive(request);
-            async move { Ok::<_, Infallible>(handled.response().await) }
+            let (handled, interims) = (desk.receive(request), interims.clone());
+            async move {
+                Ok::<_, Infallible>(match handled {
+                    Handled::Now(response) => response,
+                    Handled::Later(answer) => interims.before(answer).await,
+                })
+            }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -127,7 +136,9 @@ impl Door {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (wire, word) = Wire::new(stream, Speech::Http2(Meter::new()), first, &self.limits);
-        let desk = Desk { proxy: self.proxy.clone(), limits: self.limits, word, meeting: Meeting::default() };
+        let (proxy, limits) = (self.proxy.clone(), self.limits);
+        // The HTTP library has no way to send interim answers on a stream.
+        let desk = Desk { proxy, limits, word, meeting: Meeting::default(), interims: None };
         let (at, stalls) = (seat.clone(), Arc::new(Stalls::default()));
         let streams = stalls.clone();
         let service = service_fn(move |request: Request<Incoming>| {

@@ -21,6 +21,7 @@ use crate::config::Limits;
 use crate::policy::headers::{add_date, nominated, strip_nominated};
 use crate::proxy::respond::{Rejection, body_rejection};
 use crate::proxy::{Handled, Proxy};
+use crate::upstream::Ear;
 
 /// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
 pub(super) type Meeting = Arc<Mutex<Option<(OnUpgrade, Tunnel)>>>;
@@ -32,6 +33,8 @@ pub(super) struct Desk {
     pub(super) limits: Limits,
     pub(super) word: Arc<Word>,
     pub(super) meeting: Meeting,
+    /// Where interim answers go; none: they can't be passed on.
+    pub(super) interims: Option<Arc<dyn Ear>>,
 }
 
 impl Desk {
@@ -63,18 +66,27 @@ impl Desk {
         if !incoming.is_end_stream() {
             return self.with_body(parts, incoming);
         }
-        let handled = proxy.handle(Request::from_parts(parts, Body::Empty));
+        let ear = self.ear(&parts);
+        let handled = proxy.handle(Request::from_parts(parts, Body::Empty), ear);
         match upgrade {
             None => handled,
             Some(upgrade) => self.may_upgrade(handled, upgrade),
         }
     }
 
+    /// A client of HTTP/1.0 knows no interim answers: RFC 9110 §15.2.
+    fn ear(&self, parts: &Parts) -> Option<&Arc<dyn Ear>> {
+        self.interims.as_ref().filter(|_| parts.version == Version::HTTP_11)
+    }
+
     fn with_body(&self, parts: Parts, incoming: Incoming) -> Handled {
         let desk = self.clone();
         Handled::later(async move {
             match intake::body(incoming, &desk.limits, &desk.proxy.commons.purse).await {
-                Ok(body) => desk.proxy.handle(Request::from_parts(parts, body)).response().await,
+                Ok(body) => {
+                    let ear = desk.ear(&parts);
+                    desk.proxy.handle(Request::from_parts(parts, body), ear).response().await
+                }
                 Err(fault) => desk.refuse(&parts, &body_rejection(fault)).response().await,
             }
         })

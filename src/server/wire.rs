@@ -17,6 +17,7 @@ use tokio::time::{Sleep, sleep};
 
 use super::frames::Meter;
 use super::framing::{Scanned, Scanner};
+use super::interim::Interims;
 use crate::config::Limits;
 use crate::proxy::respond::Rejection;
 
@@ -37,6 +38,8 @@ pub(super) struct Word {
     lingers: AtomicBool,
     tunnel: AtomicBool,
     answered: AtomicBool,
+    /// What goes ahead of answers.
+    pub(super) interims: Arc<Interims>,
     /// Who waits to hear which of the two it is.
     reader: AtomicWaker,
 }
@@ -293,8 +296,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let polled = Pin::new(&mut self.stream).poll_flush(cx);
-        self.wrote(polled, cx)
+        let this = &mut *self;
+        // The library flushes when nothing of its own is left to write.
+        let mut polled = this.word.interims.poll_write(&mut this.stream, cx);
+        if matches!(polled, Poll::Ready(Ok(()))) {
+            polled = Pin::new(&mut this.stream).poll_flush(cx);
+        }
+        this.wrote(polled, cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -12,6 +12,7 @@ use http::uri::Scheme;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use hyper::ext::on_informational;
 use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -21,7 +22,7 @@ use tokio::time::{Sleep, timeout};
 use super::casing::Casings;
 use super::connect::{CONNECT_TIMED_OUT, Connector, NoPlace, Terms};
 use super::tap::{Overrun, Tap};
-use super::{MayBeStored, SendError, Sending, Upstream};
+use super::{Heard, MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
 use crate::clock::Clock;
@@ -105,6 +106,9 @@ impl HttpUpstream {
     async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
         let connection = capture_connection(&mut request);
         let may_be_stored = request.extensions_mut().remove::<MayBeStored>().is_some();
+        if let Some(heard) = request.extensions_mut().remove::<Heard>() {
+            on_informational(&mut request, move |interim| heard.hear(interim.status(), interim.headers()));
+        }
         let head_only = request.method() == http::Method::HEAD;
         let asked_upgrade = request.headers().contains_key(UPGRADE);
         let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;

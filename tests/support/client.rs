@@ -132,7 +132,7 @@ impl Client {
         self.buffer.drain(..end);
         let mut lines = head.lines();
         let status: u16 = lines.next()?.split(' ').nth(1)?.parse().ok()?;
-        if status == 100 {
+        if matches!(status, 100 | 102..=199) {
             return Box::pin(self.read_head()).await;
         }
         let header = |line: &str| line.split_once(':').map(|(n, v)| (n.to_owned(), v.trim().to_owned()));
