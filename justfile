@@ -29,6 +29,11 @@ bench *PARTS:
 bench-parts:
     cargo bench --bench parts
 
+# The public conformance suite for HTTP caches (npm: http-cache-tests), through the sidecar: fails below the floor in
+# tests/conformance/floor.json. Variants: default everyone redis redis-only. Needs node, npm.
+conformance *VARIANTS:
+    ./tests/conformance/run {{VARIANTS}}
+
 # What hostile clients and upstreams send (needs varnish, slowhttptest).
 attack:
     ./scripts/attack

@@ -16,6 +16,7 @@ mod fleet;
 mod framing;
 mod limits;
 mod malformed;
+mod model;
 mod protocols;
 mod redis;
 mod redis_outage;

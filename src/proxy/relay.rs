@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http::header::{CONNECTION, CONTENT_LOCATION, HeaderMap, HeaderValue, LOCATION, UPGRADE};
 use http::request::Parts;
-use http::{Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri};
 use tracing::{debug, info, warn};
 
 use super::Proxy;
@@ -20,6 +20,7 @@ use crate::policy::headers::strip_hop_by_hop;
 use crate::policy::invalidation::{Position, Selector, Strength};
 use crate::policy::outcome::{Bypass, Failure, Fetched, Outcome};
 use crate::policy::retry::Ended;
+use crate::policy::route::Route;
 use crate::policy::tags::{Scope, Subject};
 use crate::policy::target::target;
 use crate::telemetry::News;
@@ -100,10 +101,13 @@ impl Proxy {
                 Err(error) => error.ended != Ended::Unsent,
             };
             if may_have_changed {
+                let seen = self.commons.invalidations.position();
+                let undisturbed = self.stood_since(&asked, &place, before);
                 let recorded = self.invalidate(&asked, &place, sent.answer.as_ref().ok().map(Response::headers));
                 self.told_fleet(recorded).await;
                 if let Ok(response) = &mut sent.answer
-                    && recorded.position.0 == before.0 + 1
+                    && undisturbed
+                    && recorded.position.0 == seen.0 + 1
                 {
                     response.extensions_mut().insert(recorded.position);
                 }
@@ -116,6 +120,17 @@ impl Proxy {
             wait: None,
         };
         tokio::spawn(write).await.unwrap_or_else(panicked)
+    }
+
+    /// Would a GET of the same, answered from then on, not have been purged since?
+    fn stood_since(&self, asked: &Parts, place: &Place, then: Position) -> bool {
+        let (uri, headers) = (&asked.uri, &asked.headers);
+        match self.site.router.route(&Method::GET, uri.path(), uri.query(), headers) {
+            Route::Cache(plan) if asked.method == Method::POST => {
+                !self.commons.invalidations.outdated(&self.site.address(place, uri, plan), then)
+            }
+            Route::Cache(_) | Route::Bypass(_) => false,
+        }
     }
 
     /// RFC 9111 §4.4: the target, `Location` and `Content-Location` of the same origin, in every partition and

@@ -133,7 +133,7 @@ impl Service<Uri> for Connector {
                 MaybeHttpsStream::Http(_) => may_http2,
                 MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),
             };
-            let tapped = Tapped { inner: TokioIo::new(stream), tap: Tap::new(clock.now(), !http2) };
+            let tapped = Tapped::new(TokioIo::new(stream), Tap::new(clock.now(), !http2));
             Ok(Wire { io: TokioIo::new(tapped), http2, _place: place })
         })
     }

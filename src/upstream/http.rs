@@ -142,6 +142,9 @@ impl HttpUpstream {
             }
         }
         let idle = self.timeouts.idle;
+        if let Some(tap) = tap.as_ref().filter(|_| response.body().is_end_stream()) {
+            tap.finished();
+        }
         Ok(response.map(|body| {
             let guarded = Guarded { body, idle, pause: None, tap, connection };
             if head_only { Body::Empty } else { Body::stream(guarded) }
@@ -265,6 +268,9 @@ impl HttpBody for Guarded {
                 self.pause = None;
                 if self.overrun().is_some() {
                     poison(&self.connection);
+                }
+                if let Some(tap) = self.tap.as_ref().filter(|_| next.is_none() || self.body.is_end_stream()) {
+                    tap.finished();
                 }
                 Poll::Ready(match next {
                     Some(Ok(frame)) => Some(Ok(frame)),

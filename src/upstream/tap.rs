@@ -1,17 +1,23 @@
 //! Listens in on a connection to the upstream: how field names were written in the last response head, and
 //! whether more bytes came than the answer announced. The HTTP library tells neither.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use memchr::{memchr, memmem};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use crate::policy::Tick;
 
 /// A head longer than this is not looked at; the client refuses it anyway.
 const MAX_HEAD: usize = 64 << 10;
+
+/// A connection is given up so long before the upstream does.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// What was heard on one connection.
 #[derive(Debug)]
@@ -32,6 +38,10 @@ struct Heard {
     /// Bytes of the current answer have come.
     answering: bool,
     overrun: Option<Overrun>,
+    /// The last answer has come to its end, as far as its reader is concerned.
+    finished: bool,
+    /// How long the upstream keeps the connection when it is idle, if it said so.
+    keep_alive: Option<Duration>,
 }
 
 /// What came after an answer that had come to its end.
@@ -71,6 +81,23 @@ impl Tap {
         self.lock().overrun
     }
 
+    /// The answer has been read to its end.
+    pub(super) fn finished(&self) {
+        self.lock().finished = true;
+    }
+
+    /// So long it may be idle: the upstream closes it soon after, and what is sent on it then is lost.
+    fn may_idle(&self) -> Option<Duration> {
+        let heard = self.lock();
+        let limit = heard.keep_alive.filter(|_| heard.phase != Phase::Head)?;
+        Some(limit.saturating_sub(MARGIN))
+    }
+
+    fn is_idle(&self) -> bool {
+        let heard = self.lock();
+        heard.finished && heard.phase != Phase::Head
+    }
+
     /// It has served before, and died without a byte of the current answer.
     pub(super) fn died_idle(&self) -> bool {
         let heard = self.lock();
@@ -86,6 +113,7 @@ impl Tap {
             heard.phase = Phase::Head;
             heard.head.clear();
             heard.answering = false;
+            heard.finished = false;
         }
     }
 
@@ -138,9 +166,18 @@ impl Heard {
         } else {
             self.answers += 1;
             self.phase = Phase::Body(content_length(&self.head));
+            self.keep_alive = keep_alive(&self.head);
         }
         rest
     }
+}
+
+/// The `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it.
+fn keep_alive(head: &[u8]) -> Option<Duration> {
+    let line = lines(head).find(|(name, _)| name.eq_ignore_ascii_case(b"keep-alive"))?;
+    let seconds =
+        std::str::from_utf8(line.1).ok()?.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
+    seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
 fn content_length(head: &[u8]) -> Option<u64> {
@@ -167,12 +204,41 @@ pub(super) fn lines(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
 pub(super) struct Tapped<T> {
     pub(super) inner: T,
     pub(super) tap: Arc<Tap>,
+    /// When it has been idle for too long.
+    due: Option<Pin<Box<Sleep>>>,
+}
+
+impl<T> Tapped<T> {
+    pub(super) fn new(inner: T, tap: Arc<Tap>) -> Tapped<T> {
+        Tapped { inner, tap, due: None }
+    }
+
+    /// Ends the connection before the upstream does, if that has said when it will.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(limit) = self.tap.may_idle() else {
+            self.due = None;
+            return Poll::Pending;
+        };
+        loop {
+            let due = self.due.get_or_insert_with(|| Box::pin(sleep(limit)));
+            ready!(due.as_mut().poll(cx));
+            if self.tap.is_idle() {
+                return Poll::Ready(());
+            }
+            self.due = None;
+        }
+    }
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
+        if polled.is_pending() {
+            // To the client it looks as if the upstream had closed it.
+            return self.poll_idle(cx).map(Ok);
+        }
+        self.due = None;
         if polled.is_ready() {
             // What is no part of an answer is not passed on: to the client it looks as if the connection had ended.
             let heard = self.tap.read(&buf.filled()[before..]);
@@ -213,6 +279,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Tapped<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     fn tap() -> Arc<Tap> {
         Tap::new(Tick(0), true)
@@ -244,6 +311,25 @@ mod tests {
             assert_eq!(tap.read(smuggled), 0);
             assert_eq!(tap.overrun(), Some(Overrun::Answer));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_connection_ends_before_the_upstream_ends_it() {
+        let head = b"HTTP/1.1 200 OK\r\nKeep-Alive: max=9, timeout=5\r\nContent-Length: 1\r\n\r\nx";
+        let (mut upstream, ours) = tokio::io::duplex(1000);
+        let tap = tap();
+        let mut tapped = Tapped::new(ours, tap.clone());
+        tapped.write_all(b"GET").await.expect("written");
+        upstream.write_all(head).await.expect("written");
+        let mut came = vec![0; head.len()];
+        tapped.read_exact(&mut came).await.expect("read");
+        let begun = tokio::time::Instant::now();
+        let mut rest = [0; 9];
+        let early = tokio::time::timeout(Duration::from_secs(60), tapped.read(&mut rest));
+        assert!(early.await.is_err(), "its answer is still being read");
+        tap.finished();
+        assert_eq!(tapped.read(&mut rest).await.expect("the end"), 0);
+        assert_eq!(begun.elapsed().as_secs() % 4, 0);
     }
 
     #[test]

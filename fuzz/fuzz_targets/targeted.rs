@@ -1,0 +1,15 @@
+//! Any bytes as targeted cache control: never a panic.
+#![no_main]
+
+use http::header::{HeaderMap, HeaderValue};
+use sidecache::policy::targeted::directives;
+
+libfuzzer_sys::fuzz_target!(|lines: Vec<&[u8]>| {
+    let mut headers = HeaderMap::new();
+    for (n, line) in lines.iter().enumerate() {
+        if let Ok(value) = HeaderValue::from_bytes(line) {
+            headers.append(if n % 3 == 2 { "sidecache-cache-control" } else { "cdn-cache-control" }, value);
+        }
+    }
+    let _ = directives(&headers);
+});
