@@ -13,7 +13,7 @@ async fn member(origin: &Origin, redis: &Redis) -> Sidecar {
 }
 
 async fn member_with(origin: &Origin, redis: &Redis, tables: &str) -> Sidecar {
-    let sidecar = Sidecar::with_tables(origin, RULES, &(redis.table() + tables)).await;
+    let sidecar = Sidecar::with_tables(origin, RULES, &(redis.patient_table() + tables)).await;
     sidecar.in_fleet().await;
     sidecar
 }
@@ -217,12 +217,14 @@ async fn without_a_secret_of_their_own_sidecars_share_one_that_redis_keeps() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let token = [("Authorization", "Bearer x")];
     let one =
-        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.table()).await;
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table())
+            .await;
     one.in_fleet().await;
     one.get_with("/x", &token).await;
     one.written().await;
     let other =
-        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.table()).await;
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table())
+            .await;
     other.in_fleet().await;
     assert!(other.get_with("/x", &token).await.is_hit(), "the same digest of a credential");
     let secret: Vec<u8> = redis.observer().get("{sidecache}:1:secret").expect("kept");

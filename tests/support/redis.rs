@@ -66,6 +66,11 @@ impl Redis {
         format!("[redis]\nurl = \"{}\"\n", self.url())
     }
 
+    /// The same for tests that are not about how long Redis takes: on a busy machine it may take long.
+    pub(crate) fn patient_table(&self) -> String {
+        self.table() + "command_timeout = \"5s\"\n"
+    }
+
     /// An independent observer: another client library.
     pub(crate) fn observer(&self) -> Connection {
         let client = redis::Client::open(self.url()).expect("a URL");
