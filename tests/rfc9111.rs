@@ -328,3 +328,20 @@ async fn interim_answers_to_a_write_go_on_too() {
     client.read_to_end(&mut all).await;
     assert!(all.starts_with(format!("{PASSED_ON}HTTP/1.1 200 OK").as_bytes()), "{}", String::from_utf8_lossy(&all));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cookies_are_stored_or_removed_as_the_rule_says() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x").header("Set-Cookie", "a=b")).await;
+    let rules = "[[upstream.rule]]\npath = \"/removed\"\ncache = \"http\"\nset_cookie = \"remove\"\n\
+                 [[upstream.rule]]\npath = \"/stored\"\nttl = \"1h\"\nset_cookie = \"store\"\n\
+                 [[upstream.rule]]\npath = \"/override\"\nttl = \"1h\"\n[[upstream.rule]]\npath = \"/http\"\n";
+    let sidecar = Sidecar::before(&origin, rules).await;
+    for (target, expected) in
+        [("/removed", None), ("/stored", Some("a=b")), ("/override", None), ("/http", Some("a=b"))]
+    {
+        assert_eq!(sidecar.get(target).await.header("set-cookie"), Some("a=b"), "{target}: for the one who asked");
+        let hit = sidecar.get(target).await;
+        assert!(hit.is_hit());
+        assert_eq!(hit.header("set-cookie"), expected, "{target}");
+    }
+}

@@ -107,6 +107,7 @@ pub(super) struct Rule {
     pub(super) deadline: Option<Dur>,
     pub(super) fallback: Option<Spanned<Fallback>>,
     pub(super) upgrade: Option<Spanned<Vec<String>>>,
+    pub(super) set_cookie: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]

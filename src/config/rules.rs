@@ -58,6 +58,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         deadline,
         fallback,
         upgrade,
+        set_cookie,
     } = rule;
     // A rule that chooses `http` or `off` for itself does not inherit a ttl.
     let own_mode = cache.as_ref().is_some_and(|c| c.get_ref() != "override");
@@ -80,6 +81,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         deadline: deadline.or(defaults.deadline),
         fallback: fallback.or_else(|| defaults.fallback.clone()),
         upgrade: upgrade.or_else(|| defaults.upgrade.clone()),
+        set_cookie: set_cookie.or_else(|| defaults.set_cookie.clone()),
     }
 }
 
@@ -102,6 +104,7 @@ impl Surroundings<'_> {
         let fallback = self.collect(self.fallback(&rule), errors).flatten();
         let reject_empty = self.collect(read_reject_empty(&rule), errors).flatten();
         let upgrade = self.collect(self.upgrade(&rule), errors).unwrap_or_default();
+        let keeps_cookies = self.collect(read_set_cookie(&rule, mode), errors).unwrap_or_default();
         let tags = self.tags(&rule, &paths, errors);
         if errors.len() > before {
             return Vec::new();
@@ -126,6 +129,7 @@ impl Surroundings<'_> {
             deadline: rule.deadline.map_or(self.deadline, |d| d.0),
             fallback: fallback.clone(),
             upgrade: upgrade.clone(),
+            keeps_cookies,
             path,
         };
         paths.into_iter().zip(tags).map(plan).collect()
@@ -297,6 +301,15 @@ fn read_when(rule: &file::Rule) -> Result<When, Fault> {
         query: when.query.iter().map(|(name, glob)| (name.as_str().into(), Glob::new(glob))).collect(),
         headers: when.headers.iter().map(header).collect::<Result<_, _>>()?,
     })
+}
+
+fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, Fault> {
+    let Some(word) = &rule.set_cookie else { return Ok(mode == CacheMode::Http) };
+    match word.get_ref().as_str() {
+        "store" => Ok(true),
+        "remove" => Ok(false),
+        other => Err((word.span(), format!("set_cookie = {other:?}: write \"store\" or \"remove\""))),
+    }
 }
 
 fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {

@@ -46,6 +46,8 @@ pub struct Plan {
     pub fallback: Option<Payload>,
     /// Other protocols that may be asked for: `websocket`.
     pub upgrade: Vec<Box<str>>,
+    /// `Set-Cookie` is stored with an answer, and sent with every hit.
+    pub keeps_cookies: bool,
 }
 
 /// Who decides whether an answer is stored and for how long.

@@ -221,6 +221,7 @@ pub(crate) mod testing {
             deadline: Duration::from_secs(5),
             fallback: None,
             upgrade: Vec::new(),
+            keeps_cookies: false,
         }
     }
 }

@@ -126,7 +126,7 @@ fn by_rule(
         validation: if has_validator(answered.headers) { millis(fresh) } else { 0 },
         always_validate: false,
     };
-    Ok(Store { terms, vary, drop: vec![SET_COOKIE] })
+    Ok(Store { terms, vary, drop: without_cookies(plan, Vec::new()) })
 }
 
 fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec<HeaderName>) -> Result<Store, Skip> {
@@ -182,7 +182,14 @@ fn by_headers(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan, vary: Vec
     if fresh_for <= 0 && !validator && terms.while_revalidate == 0 && terms.if_error == 0 && keep == 0 {
         return Err(Skip::NoFreshness);
     }
-    Ok(Store { terms, vary, drop: directives.drop_fields })
+    Ok(Store { terms, vary, drop: without_cookies(plan, directives.drop_fields) })
+}
+
+fn without_cookies(plan: &Plan, mut drop: Vec<HeaderName>) -> Vec<HeaderName> {
+    if !plan.keeps_cookies {
+        drop.push(SET_COOKIE);
+    }
+    drop
 }
 
 /// Freshness lifetime in milliseconds: RFC 9111 §4.2.1, then §4.2.2.
