@@ -66,6 +66,34 @@ async fn http_2_by_preface_hits_like_any_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn http_2_has_variants_validation_and_ranges_like_any_other() {
+    let origin = Origin::start(|ask| {
+        let language = ask.header("accept-language").unwrap_or("none").to_owned();
+        Reply::fresh(60, format!("0123456789 {language}")).header("ETag", "\"1\"").header("Vary", "Accept-Language")
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let mut client = http2_to(sidecar.address).await;
+    let mut ask = async |lines: &[(&str, &str)]| {
+        let request = Request::builder().uri(format!("http://{}/a", sidecar.address)).version(Version::HTTP_2);
+        let request = lines.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let request = request.body(Full::new(Bytes::new())).expect("a request");
+        let response = soon("an answer", client.send_request(request)).await.expect("an answer");
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let body = soon("a body", response.into_body().collect()).await.expect("a body").to_bytes();
+        (status, String::from_utf8_lossy(&body).into_owned(), headers)
+    };
+    let language = ("accept-language", "de, en");
+    assert_eq!(ask(&[language]).await.1, "0123456789 de, en");
+    assert_eq!(ask(&[("accept-language", "EN,de")]).await.1, "0123456789 de, en");
+    assert_eq!(ask(&[]).await.1, "0123456789 none");
+    assert_eq!(ask(&[language, ("if-none-match", "\"1\"")]).await.0, 304);
+    let (status, part, headers) = ask(&[language, ("range", "bytes=2-3")]).await;
+    assert_eq!((status, &*part, &headers["content-range"]), (206, "23", &"bytes 2-3/17".parse().expect("a value")));
+    assert_eq!(origin.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_pings_or_half_a_preface_ends_the_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n").await;
