@@ -138,7 +138,8 @@ impl Proxy {
             Lookup::Fetch(miss) => {
                 let (place, plan) = (place.into_owned(), plan.clone());
                 request.extensions_mut().extend(interims(ear));
-                if asks_for_part(request.method(), request.headers()) {
+                // What is stale is refreshed as a whole, and the part is of that.
+                if asks_for_part(request.method(), request.headers()) && miss.stale.is_none() {
                     return Handled::later(self.clone().part(request, place, plan, key, miss, visit));
                 }
                 Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))

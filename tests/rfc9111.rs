@@ -233,7 +233,8 @@ async fn a_head_freshens_what_is_stored_or_shows_that_it_is_outdated() {
     assert_eq!((same.text().as_str(), same.header("x-number")), ("body", Some("2")));
     let changed = sidecar.get("/changed").await;
     assert!(!changed.is_hit());
-    assert_eq!(origin.asks()[4].header("if-none-match"), None, "nothing is left to validate");
+    assert_eq!(changed.text(), "body");
+    assert_eq!(origin.count(), 5);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -344,4 +345,62 @@ async fn cookies_are_stored_or_removed_as_the_rule_says() {
         assert!(hit.is_hit());
         assert_eq!(hit.header("set-cookie"), expected, "{target}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_names_no_validator_freshens_nothing() {
+    let origin =
+        Origin::start(|ask| Reply::new(200, ask.number.to_string()).header("Cache-Control", "max-age=10")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/x").await;
+    sidecar.turn(11);
+    crate::support::send(sidecar.address, "HEAD", "/x", &[], b"").await;
+    assert_eq!(sidecar.get("/x").await.text(), "2", "it has come stale, and says nothing to be validated by");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_takes_no_place_from_what_is_fresh() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::fresh(60, "good"),
+        _ => Reply::new(503, "bad").header("Cache-Control", "max-age=60"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/x").await;
+    assert_eq!(sidecar.get_with("/x", &[("Cache-Control", "no-cache")]).await.status, 503);
+    assert_eq!(sidecar.get("/x").await.text(), "good");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_what_is_stale_is_of_the_refreshed_whole_and_in_an_outage_of_the_stale() {
+    let origin = Origin::start(|ask| match ask.number {
+        0 => Reply::fresh(10, DIGITS).header("ETag", "\"1\""),
+        1 => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "max-age=10"),
+        _ => Reply::close(),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let part = [("Range", "bytes=2-3")];
+    sidecar.get("/x").await;
+    for _ in 0..2 {
+        sidecar.turn(11);
+        let answer = sidecar.get_with("/x", &part).await;
+        assert_eq!((answer.status, answer.text().as_str()), (206, "23"), "{answer:?}");
+    }
+    let asks = origin.asks();
+    assert_eq!((asks[1].header("range"), asks[1].header("if-none-match")), (None, Some("\"1\"")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_of_another_is_not_believed_and_the_whole_asked_for() {
+    let origin = Origin::start(|ask| match ask.header("if-none-match") {
+        None => Reply::fresh(10, ask.number.to_string()).header("ETag", "\"1\""),
+        Some(_) => Reply::new(304, "").header("ETag", "\"2\"").header("Cache-Control", "max-age=10"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    sidecar.get("/x").await;
+    sidecar.turn(11);
+    assert_eq!(sidecar.get("/x").await.text(), "2");
+    assert_eq!(origin.count(), 3);
 }

@@ -16,7 +16,7 @@ struct Overheard {
     body: Body,
     heard: BytesMut,
     most: usize,
-    held: Held,
+    held: Option<Held>,
     /// None: it has become too large, or has been told.
     hear: Option<Hear>,
 }
@@ -25,7 +25,7 @@ struct Overheard {
 /// Meanwhile it is held at the cost of `purse`.
 pub fn overheard(body: Body, most: usize, purse: &Arc<Purse>, hear: impl FnOnce(Bytes) + Send + 'static) -> Body {
     let hear: Option<Hear> = Some(Box::new(hear));
-    let mut overheard = Overheard { body, heard: BytesMut::new(), most, held: Held::of(purse), hear };
+    let mut overheard = Overheard { body, heard: BytesMut::new(), most, held: Some(Held::of(purse)), hear };
     if overheard.body.is_end_stream() {
         overheard.ended();
         return overheard.body;
@@ -35,21 +35,26 @@ pub fn overheard(body: Body, most: usize, purse: &Arc<Purse>, hear: impl FnOnce(
 
 impl Overheard {
     fn hears(&mut self, data: &Bytes) {
-        if self.hear.is_none() {
-            return;
-        }
-        if self.heard.len() + data.len() > self.most || !self.held.take(data.len() as u64) {
-            self.hear = None;
-            self.heard = BytesMut::new();
-            return;
+        let Some(held) = &mut self.held else { return };
+        if self.heard.len() + data.len() > self.most || !held.take(data.len() as u64) {
+            return self.deaf();
         }
         self.heard.extend_from_slice(data);
     }
 
     fn ended(&mut self) {
         if let Some(hear) = self.hear.take() {
-            hear(std::mem::take(&mut self.heard).freeze());
+            // In as many bytes as it has: it may be kept for long.
+            hear(Bytes::copy_from_slice(&self.heard));
         }
+        self.deaf();
+    }
+
+    /// Hears nothing more, and gives back what that cost.
+    fn deaf(&mut self) {
+        self.hear = None;
+        self.held = None;
+        self.heard = BytesMut::new();
     }
 }
 
@@ -68,7 +73,7 @@ impl HttpBody for Overheard {
                     self.ended();
                 }
             }
-            Poll::Ready(Some(Err(_))) => self.hear = None,
+            Poll::Ready(Some(Err(_))) => self.deaf(),
             Poll::Ready(None) => self.ended(),
             Poll::Pending => {}
         }

@@ -17,18 +17,19 @@ pub struct Partial {
     pub length: u64,
 }
 
-/// Which bytes an answer says it has: first, last, and how many there are in all (RFC 9110 §14.4).
+/// Which bytes an answer says it has: the first, the one after the last, and how many there are in all
+/// (RFC 9110 §14.4).
 fn content_range(headers: &HeaderMap) -> Option<(u64, u64, u64)> {
     let value = headers.get(CONTENT_RANGE)?.to_str().ok()?;
     let (range, length) = value.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    Some((first.parse().ok()?, last.parse().ok()?, length.parse().ok()?))
+    Some((first.parse().ok()?, last.parse::<u64>().ok()?.checked_add(1)?, length.parse().ok()?))
 }
 
-/// The length of the whole, if a 206 brings its first bytes and not all of them.
-pub fn begins(status: StatusCode, headers: &HeaderMap) -> Option<u64> {
-    let (first, last, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
-    (first == 0 && last + 1 < length).then_some(length)
+/// How many bytes a 206 brings, and the length of the whole, if they are its first bytes and not all of them.
+pub fn begins(status: StatusCode, headers: &HeaderMap) -> Option<(u64, u64)> {
+    let (first, end, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
+    (first == 0 && end < length).then_some((end, length))
 }
 
 impl Partial {
@@ -45,9 +46,12 @@ impl Partial {
     /// The fields of the whole, if this answer brings the rest of the same representation: both have the same strong
     /// validator (RFC 9110 §15.3.7.3).
     pub fn completed(&self, status: StatusCode, headers: &HeaderMap) -> Option<HeaderMap> {
-        let (first, last, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
+        let (first, end, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
         let same = self.strong_etag().is_some_and(|etag| headers.get(ETAG) == Some(&etag));
-        if !same || first != self.start.body.len() as u64 || last + 1 != length || length != self.length {
+        // Who counts the bytes that come counts them against this.
+        let announced = headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse() == Ok(length.saturating_sub(first));
+        let rest = first == self.start.body.len() as u64 && end == length && length == self.length;
+        if !same || !announced || !rest {
             return None;
         }
         let mut whole = freshen(&self.start.head.headers(), headers);
@@ -108,16 +112,20 @@ mod tests {
             ("\"1\"", "\"1\"", "lines 4-9/10"),
         ];
         for (ours, theirs, range) in table {
-            let rest = map(&[("etag", theirs), ("content-range", range)]);
+            let rest = map(&[("etag", theirs), ("content-range", range), ("content-length", "6")]);
             assert_eq!(partial(ours).completed(status, &rest), None, "{ours} {theirs} {range}");
         }
+        let short = map(&[("etag", "\"1\""), ("content-range", "bytes 4-9/10"), ("content-length", "5")]);
+        assert_eq!(partial("\"1\"").completed(status, &short), None, "it says that it is shorter");
     }
 
     #[test]
     fn only_what_begins_at_the_beginning_is_a_beginning() {
         let of = |range| begins(StatusCode::PARTIAL_CONTENT, &map(&[("content-range", range)]));
-        assert_eq!(of("bytes 0-3/10"), Some(10));
-        for other in ["bytes 1-3/10", "bytes 0-9/10", "bytes 0-3/*", "bytes */10", ""] {
+        assert_eq!(of("bytes 0-3/10"), Some((4, 10)));
+        for other in
+            ["bytes 0-18446744073709551615/10", "bytes 1-3/10", "bytes 0-9/10", "bytes 0-3/*", "bytes */10", ""]
+        {
             assert_eq!(of(other), None, "{other}");
         }
     }

@@ -15,6 +15,9 @@ use super::lists::members;
 /// Who asks for more parts than this gets the whole (RFC 9110 §14.2 leaves it to us).
 const MAX_PARTS: usize = 16;
 
+/// Several parts are copied into a body of the client's own: not more than this, in bytes.
+const MAX_SEVERAL: usize = 256 << 10;
+
 /// How much of a stored answer a request is to get. Offsets in bytes, ends excluded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
@@ -46,7 +49,7 @@ pub fn part(request: &HeaderMap, head: &Head, length: usize, now: impl FnOnce() 
         [] => Part::Nowhere,
         [one] => Part::One(one.clone()),
         // A request for more than there is makes work, and no sense.
-        _ if ranges.len() > MAX_PARTS || asked > length => Part::Whole,
+        _ if ranges.len() > MAX_PARTS || asked > length.min(MAX_SEVERAL) => Part::Whole,
         _ => Part::Several(ranges),
     }
 }

@@ -68,12 +68,32 @@ pub fn of_another(stored: &HeaderMap, answered: &HeaderMap) -> bool {
     matches!((strong(stored), strong(answered)), (Some(ours), Some(theirs)) if ours != theirs)
 }
 
-/// Does the answer to a HEAD speak of what is stored? All it says of validators and length is as stored
-/// (RFC 9111 §4.3.5).
-pub fn speaks_of(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> bool {
-    let same = |name: &HeaderName| answered.get(name).is_none_or(|value| stored.get(name) == Some(value));
+/// What the answer to a HEAD says of what is stored, by its validators (RFC 9111 §4.3.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heads {
+    /// It is of the same representation.
+    Same,
+    /// Of another.
+    Another,
+    /// It has no validator, or says nothing that could be compared.
+    Unknown,
+}
+
+/// Is the answer to a HEAD about what is stored?
+pub fn heads(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> Heads {
+    let said = [ETAG, LAST_MODIFIED].into_iter().filter_map(|name| Some((answered.get(&name)?, stored.get(&name))));
+    let (mut same, mut another) = (false, false);
+    for (theirs, ours) in said {
+        same |= ours == Some(theirs);
+        another |= ours != Some(theirs);
+    }
+    // Many answer a HEAD with a length of 0: that alone says nothing.
     let as_long = answered.get(CONTENT_LENGTH).is_none_or(|said| said.as_bytes() == length.to_string().as_bytes());
-    same(&ETAG) && same(&LAST_MODIFIED) && as_long
+    match (same, another) {
+        (_, true) => Heads::Another,
+        (true, false) if as_long => Heads::Same,
+        (true | false, false) => Heads::Unknown,
+    }
 }
 
 /// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
@@ -141,17 +161,18 @@ mod tests {
     }
 
     #[test]
-    fn a_head_speaks_of_what_it_does_not_contradict() {
+    fn a_head_is_of_the_same_by_its_validators() {
         let stored = map(&[("etag", "\"1\""), ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT")]);
-        let table: &[(&[(&'static str, &'static str)], bool)] = &[
-            (&[], true),
-            (&[("etag", "\"1\""), ("content-length", "4")], true),
-            (&[("etag", "\"2\"")], false),
-            (&[("content-length", "5")], false),
-            (&[("last-modified", "Fri, 20 Nov 2026 12:00:01 GMT")], false),
+        let table: &[(&[(&'static str, &'static str)], Heads)] = &[
+            (&[], Heads::Unknown),
+            (&[("content-length", "4")], Heads::Unknown),
+            (&[("etag", "\"1\""), ("content-length", "4")], Heads::Same),
+            (&[("etag", "\"1\""), ("content-length", "0")], Heads::Unknown),
+            (&[("etag", "\"2\"")], Heads::Another),
+            (&[("etag", "\"1\""), ("last-modified", "Fri, 20 Nov 2026 12:00:01 GMT")], Heads::Another),
         ];
         for (answered, expected) in table {
-            assert_eq!(speaks_of(&stored, 4, &map(answered)), *expected, "{answered:?}");
+            assert_eq!(heads(&stored, 4, &map(answered)), *expected, "{answered:?}");
         }
     }
 

@@ -79,7 +79,8 @@ pub fn decide(asked: &Asked<'_>, answered: &Answered<'_>, plan: &Plan) -> Result
 /// May others who asked for the same share even an answer that is not stored, because it is a failure? Then
 /// those with the same values in these request headers.
 pub fn failure_vary(answered: &Answered<'_>, plan: &Plan) -> Option<Vec<HeaderName>> {
-    let directives = CacheControl::of_response(answered.headers);
+    let directives =
+        targeted::directives(answered.headers).unwrap_or_else(|| CacheControl::of_response(answered.headers));
     let forbidden = plan.mode == CacheMode::Http && (directives.no_store || directives.private);
     if forbidden || answered.headers.contains_key(SET_COOKIE) {
         return None;

@@ -23,12 +23,19 @@ enum Reading {
     Preferences,
 }
 
+/// Preferences with more members or bytes than this are compared to the byte: they are nobody's, and comparing each
+/// member with each takes its time.
+const MAX_PREFERENCES: usize = 32;
+const MAX_PREFERENCE_BYTES: usize = 512;
+
 impl Reading {
-    fn of(name: &HeaderName) -> Reading {
+    fn of<'v, L: Iterator<Item = &'v HeaderValue>>(name: &HeaderName, lines: impl Fn() -> L) -> Reading {
         const PREFERENCES: [HeaderName; 3] = [ACCEPT_CHARSET, ACCEPT_ENCODING, ACCEPT_LANGUAGE];
         const EXACT: [HeaderName; 6] = [AUTHORIZATION, COOKIE, HOST, ORIGIN, REFERER, USER_AGENT];
         if PREFERENCES.contains(name) {
-            Reading::Preferences
+            let bytes: usize = lines().map(HeaderValue::len).sum();
+            let few = bytes <= MAX_PREFERENCE_BYTES && listed(lines()).count() <= MAX_PREFERENCES;
+            if few { Reading::Preferences } else { Reading::Exact }
         } else if EXACT.contains(name) {
             Reading::Exact
         } else {
@@ -47,25 +54,23 @@ impl Variant {
     /// A digest of the names and of what the values say: equal variants have equal digests.
     pub fn digest(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        let mut part = |bytes: &[u8]| {
-            hasher.update(&(bytes.len() as u64).to_be_bytes()).update(bytes);
-        };
         for (name, values) in &self.0 {
-            part(name.as_str().as_bytes());
-            match Reading::of(name) {
-                Reading::Exact => values.iter().for_each(|line| part(line.as_bytes())),
-                Reading::List => listed(values.iter()).for_each(&mut part),
-                Reading::Preferences => {
-                    let mut tokens: Vec<Vec<u8>> =
-                        listed(values.iter()).map(|token| letters(token).collect()).collect();
-                    tokens.sort_unstable();
-                    tokens.dedup();
-                    for token in &tokens {
-                        part(token);
-                    }
-                }
+            let reading = Reading::of(name, || values.iter());
+            let mut said: Vec<Vec<u8>> = match reading {
+                Reading::Exact => values.iter().map(|line| line.as_bytes().to_vec()).collect(),
+                Reading::List => listed(values.iter()).map(<[u8]>::to_vec).collect(),
+                Reading::Preferences => listed(values.iter()).map(|token| letters(token).collect()).collect(),
+            };
+            if reading == Reading::Preferences {
+                said.sort_unstable();
+                said.dedup();
             }
-            part(if values.is_empty() { b"absent" } else { b"end" });
+            let there = [reading as u8, u8::from(!values.is_empty())];
+            hasher.update(name.as_str().as_bytes()).update(&[0xff]).update(&there);
+            hasher.update(&(said.len() as u64).to_be_bytes());
+            for part in said {
+                hasher.update(&(part.len() as u64).to_be_bytes()).update(&part);
+            }
         }
         hasher.finalize()
     }
@@ -100,13 +105,13 @@ where
     if one().next().is_none() || other().next().is_none() {
         return false;
     }
-    match Reading::of(name) {
-        Reading::Exact => false,
-        Reading::List => listed(one()).eq(listed(other())),
-        Reading::Preferences => {
+    match (Reading::of(name, &one), Reading::of(name, &other)) {
+        (Reading::List, Reading::List) => listed(one()).eq(listed(other())),
+        (Reading::Preferences, Reading::Preferences) => {
             listed(one()).all(|token| has(listed(other()), token))
                 && listed(other()).all(|token| has(listed(one()), token))
         }
+        (Reading::Exact | Reading::List | Reading::Preferences, _) => false,
     }
 }
 
@@ -165,6 +170,14 @@ mod tests {
             assert_eq!(variant(one).selected_by(&request(name, other)), *expected, "{name}: {one:?} {other:?}");
             assert_eq!(variant(one) == variant(other), *expected, "{name}: {one:?} {other:?}");
         }
+    }
+
+    #[test]
+    fn endless_preferences_are_compared_to_the_byte() {
+        let variant = |text: &str| Variant::of(vec![ACCEPT_ENCODING], &request("accept-encoding", &[text]));
+        let (one, other) = (format!("{}b", "a,".repeat(9000)), format!("{}a", "b,".repeat(9000)));
+        assert!(variant(&one) == variant(&one) && variant(&one) != variant(&other));
+        assert_ne!(variant(&one).digest(), variant(&other).digest());
     }
 
     proptest! {

@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
 
 use super::Proxy;
-use super::fetch::{Came, head};
+use super::fetch::{Came, declared_length, head};
 use super::job::{Help, Job};
 use super::lookup::Miss;
 use super::relay::named_target;
@@ -27,17 +27,18 @@ use crate::policy::key::KeyBuf;
 use crate::policy::outcome::Bypass;
 use crate::policy::partial::{Partial, begins};
 use crate::policy::plan::{CacheMode, Plan};
+use crate::policy::revalidate::{condition, of_another};
 use crate::policy::route::Route;
-use crate::policy::storage::{Answered, decide, has_explicit_lifetime};
+use crate::policy::storage::{Answered, Store, decide, has_explicit_lifetime};
 use crate::policy::target::target;
 
 /// What passes by is kept if it is not larger, in bytes.
-const MAX_ASIDE: u64 = 1 << 20;
+const MAX_ASIDE: u64 = 256 << 10;
 
 /// What an answer that passes by may be kept as.
 enum Kept {
-    /// The first bytes of so many.
-    Beginning(u64),
+    /// The first bytes, so many, of a whole of that length.
+    Beginning(u64, u64),
     /// What a GET would bring.
     ForGet,
 }
@@ -78,7 +79,8 @@ impl Proxy {
         else {
             return response;
         };
-        if plan.mode != CacheMode::Http {
+        let unwanted = Demands::of(plan, &asked.headers).no_store() || plan.reject_empty.is_some();
+        if plan.mode != CacheMode::Http || unwanted {
             return response;
         }
         let Ok(key) = self.key(&asked.uri, &asked.headers, place, plan) else { return response };
@@ -104,24 +106,28 @@ impl Proxy {
             at: self.commons.clock.wall(),
             delay: visit.elapsed(),
         };
-        let most = usize::try_from(MAX_ASIDE.min(self.commons.max_entry_bytes)).unwrap_or(0);
-        let proxy = self.clone();
-        let body = overheard(body, most, &self.commons.purse, move |body| proxy.put_aside(&job, &came, &kept, body));
-        Response::from_parts(parts, body)
+        let most = MAX_ASIDE.min(self.commons.max_entry_bytes);
+        let answered = Answered { status: StatusCode::OK, ..came.answered() };
+        // RFC 9110 §9.3.3: a POST's answer needs a lifetime of its own. A beginning without one is not worth it.
+        let lasting = |store: &Store| store.terms.fresh_for > 0 && has_explicit_lifetime(&answered);
+        let store = decide(&Asked::from(&*job.asked), &answered, &job.plan).ok().filter(lasting);
+        let too_large = declared_length(&came.response) > Some(most);
+        let Some(store) = store.filter(|_| !too_large) else { return Response::from_parts(parts, body) };
+        let (proxy, most) = (self.clone(), usize::try_from(most).unwrap_or(0));
+        let keep = move |body| proxy.put_aside(&job, &came, &store, &kept, body);
+        Response::from_parts(parts, overheard(body, most, &self.commons.purse, keep))
     }
 
-    fn put_aside(&self, job: &Job, came: &Came, kept: &Kept, body: Bytes) {
-        let answered = Answered { status: StatusCode::OK, ..came.answered() };
-        let asked = Asked::from(&*job.asked);
-        let Ok(store) = decide(&asked, &answered, &job.plan) else { return };
-        // RFC 9110 §9.3.3: a POST's answer needs a lifetime of its own. A beginning without one is not worth it.
-        if store.terms.fresh_for <= 0 || !has_explicit_lifetime(&answered) {
-            return;
-        }
-        let head = head(came.response.status(), came.response.headers(), None, job, &store, came);
-        let entry = self.entry(job, head, body, &store, came.born);
+    fn put_aside(&self, job: &Job, came: &Came, store: &Store, kept: &Kept, body: Bytes) {
+        let came_all = body.len() as u64;
+        let head = head(came.response.status(), came.response.headers(), None, job, store, came);
+        let entry = self.entry(job, head, body, store, came.born);
         match kept {
-            Kept::Beginning(length) => self.commons.partials.put(&job.key, Partial { start: entry, length: *length }),
+            Kept::Beginning(bytes, length) => {
+                if came_all == *bytes {
+                    self.commons.partials.put(&job.key, Partial { start: entry, length: *length });
+                }
+            }
             Kept::ForGet => self.keep(job, &entry),
         }
     }
@@ -136,7 +142,7 @@ impl Proxy {
             }
         });
         let sent = sent.await;
-        let Some(partial) = beginning else { return sent };
+        let Some(partial) = beginning else { return self.unless_of_another(job, sent).await };
         match sent.answer {
             Ok(mut response)
                 if matches!(response.status(), StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE) =>
@@ -155,10 +161,30 @@ impl Proxy {
         }
     }
 
+    /// A 304 that names another strong validator than was asked about says nothing of what is stored (RFC 9111 §4.3.4):
+    /// asked again, without conditions.
+    async fn unless_of_another(&self, job: &Job, sent: Sent) -> Sent {
+        let of_another = |response: &Response<Body>| {
+            let stored = job.stale.as_ref().map(|stale| stale.head.headers());
+            response.status() == StatusCode::NOT_MODIFIED
+                && stored.is_some_and(|stored| of_another(&stored, response.headers()))
+        };
+        if !sent.answer.as_ref().is_ok_and(of_another) {
+            return sent;
+        }
+        self.send(&job.asked, &job.place, Body::Empty, |request| {
+            job.shape(request);
+            condition(request.headers_mut(), None);
+        })
+        .await
+    }
+
     /// What is here of what a flight is to bring, if it still counts.
     fn beginning(&self, job: &Job) -> Option<Arc<Partial>> {
-        let whole = job.asked.method == Method::GET && job.stale.is_none() && job.plan.mode == CacheMode::Http;
-        let partial = self.commons.partials.take(&job.key).filter(|_| whole)?;
+        if job.asked.method != Method::GET || job.stale.is_some() {
+            return None;
+        }
+        let partial = self.commons.partials.take(&job.key)?;
         let now = self.commons.clock.now();
         let standing = self.commons.invalidations.standing(&partial.start, now);
         let fresh = judge(&partial.start, standing, &Demands::default(), now) == Verdict::Fresh;
@@ -169,7 +195,7 @@ impl Proxy {
 fn worth_keeping(asked: &Parts, place: &Place, response: &Response<Body>) -> Option<Kept> {
     let (status, headers) = (response.status(), response.headers());
     if asked.method == Method::GET {
-        return begins(status, headers).map(Kept::Beginning);
+        return begins(status, headers).map(|(bytes, length)| Kept::Beginning(bytes, length));
     }
     let of_same = || named_target(place, headers.get(CONTENT_LOCATION)?);
     let same = || of_same().as_deref() == Some(target(&asked.uri));

@@ -20,7 +20,7 @@ use crate::body::{Body, BodyError};
 use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::entry::{About, Entry, Terms};
-use crate::policy::freshness::stands_in;
+use crate::policy::freshness::{Demands, Verdict, judge, stands_in};
 use crate::policy::head::{Casing, Head};
 use crate::policy::headers::{add_date, only, strip_hop_by_hop};
 use crate::policy::inspect::is_empty_at;
@@ -29,7 +29,7 @@ use crate::policy::key::short_name;
 use crate::policy::links;
 use crate::policy::outcome::{Failure, Skip};
 use crate::policy::plan::CacheMode;
-use crate::policy::revalidate::{freshen, of_another, speaks_of};
+use crate::policy::revalidate::{Heads, freshen, heads, of_another};
 use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
 use crate::policy::variant::Variant;
 
@@ -125,14 +125,15 @@ impl Proxy {
     /// Does the upstream itself say for how long its failure is good (RFC 9111 §3), and is there nothing better?
     fn may_store_failure(&self, job: &Job, came: &Came, failure: Failure) -> bool {
         let now = self.commons.clock.now();
-        let stands_in = |stale: &Arc<Entry>| {
-            stands_in(stale, self.commons.invalidations.standing(stale, now), failure, now).is_some()
+        let better = |stored: &Arc<Entry>| {
+            let standing = self.commons.invalidations.standing(stored, now);
+            self.is_fresh(stored) || stands_in(stored, standing, failure, now).is_some()
         };
         let covered = job.plan.fallback.as_ref().is_some_and(|payload| payload.covers(failure));
         matches!(failure, Failure::Status(_))
             && job.plan.mode == CacheMode::Http
             && !covered
-            && !job.stale.as_ref().is_some_and(stands_in)
+            && !job.stale.as_ref().is_some_and(better)
             && decide(&Asked::from(&*job.asked), &came.answered(), &job.plan)
                 .is_ok_and(|store| store.terms.fresh_for > 0)
     }
@@ -151,16 +152,30 @@ impl Proxy {
     /// The answer to a HEAD freshens what is stored, or shows that it is no longer current (RFC 9111 §4.3.5).
     fn headed(&self, job: &Job, stored: &Arc<Entry>, came: &Came) {
         let headers = stored.head.headers();
-        if !speaks_of(&headers, stored.body.len(), came.response.headers()) {
-            return self.displace(job);
+        match heads(&headers, stored.body.len(), came.response.headers()) {
+            Heads::Unknown => {}
+            // What is stale already will be validated.
+            Heads::Another if self.is_fresh(stored) => self.displace(job),
+            Heads::Another => {}
+            Heads::Same => {
+                let headers = freshen(&headers, came.response.headers());
+                let answered = Answered { status: stored.head.status, headers: &headers, ..came.answered() };
+                let asked = Asked { method: &Method::GET, ..Asked::from(&*job.asked) };
+                if let Ok(store) = decide(&asked, &answered, &job.plan) {
+                    let casing = stored.head.casing().cloned();
+                    let head = head(stored.head.status, &headers, casing, job, &store, came);
+                    self.keep(job, &self.entry(job, head, stored.body.clone(), &store, came.born));
+                }
+            }
         }
-        let headers = freshen(&headers, came.response.headers());
-        let answered = Answered { status: stored.head.status, headers: &headers, ..came.answered() };
-        let asked = Asked { method: &Method::GET, ..Asked::from(&*job.asked) };
-        if let Ok(store) = decide(&asked, &answered, &job.plan) {
-            let head = head(stored.head.status, &headers, stored.head.casing().cloned(), job, &store, came);
-            self.keep(job, &self.entry(job, head, stored.body.clone(), &store, came.born));
-        }
+    }
+
+    /// Would it be served to a request that makes no demands?
+    fn is_fresh(&self, entry: &Entry) -> bool {
+        let now = self.commons.clock.now();
+        let standing = self.commons.invalidations.standing(entry, now);
+        let verdict = judge(entry, standing, &Demands::default(), now);
+        matches!(verdict, Verdict::Fresh | Verdict::WhileRevalidate)
     }
 
     /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
@@ -362,6 +377,6 @@ pub(super) fn head(
     Head::new(status, &headers, casing, links)
 }
 
-fn declared_length(response: &Response<Body>) -> Option<u64> {
+pub(super) fn declared_length(response: &Response<Body>) -> Option<u64> {
     response.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -2,15 +2,15 @@
 
 use bytes::Bytes;
 use http::header::{
-    AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION,
-    RETRY_AFTER,
+    AGE, ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, EXPIRES, HeaderMap,
+    HeaderValue, LINK, LOCATION, RETRY_AFTER,
 };
 use http::uri::Scheme;
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 
 use super::Proxy;
-use super::flights::Arrival;
+use super::flights::{Arrival, Content};
 use super::site::Misdirected;
 use super::texts::{Text, Timing, append, stored_status, text};
 use super::visit::{Quest, Visit};
@@ -68,10 +68,7 @@ impl Proxy {
         let body = Body::Full(entry.body.clone());
         let mut response = self.with_head(asked, &entry.head, body);
         response.headers_mut().insert(AGE, HeaderValue::from(entry.age(visit.now)));
-        if asks_for_part(asked.method, asked.headers) && response.status() == StatusCode::OK {
-            let part = part(asked.headers, &entry.head, entry.body.len(), || self.commons.clock.wall());
-            cut(&mut response, entry, part);
-        }
+        self.cut(&mut response, asked, entry);
         let status = stored_status(outcome, entry.key_name.as_str());
         self.finish(response, &status, outcome, Timing::Cache, asked, Some(plan), visit)
     }
@@ -106,6 +103,9 @@ impl Proxy {
     ) -> Response<Body> {
         let asked = asked.into();
         let mut response = self.with_head(asked, &arrival.head, body);
+        if let Content::Stored(entry) = &arrival.content {
+            self.cut(&mut response, asked, entry);
+        }
         let headers = response.headers_mut();
         // First hand it has no age, and everything that is not stored.
         let collapsed = matches!(outcome, Outcome::Relayed { fetched, .. } if fetched.collapsed);
@@ -255,6 +255,14 @@ impl Proxy {
         response
     }
 
+    /// Makes of an answer with a whole body one with the part that is asked for.
+    fn cut(&self, response: &mut Response<Body>, asked: Asked<'_>, entry: &Entry) {
+        if asks_for_part(asked.method, asked.headers) && response.status() == StatusCode::OK {
+            let part = part(asked.headers, &entry.head, entry.body.len(), || self.commons.clock.wall());
+            take_part(response, entry, part);
+        }
+    }
+
     /// A head that is sent many times, to this client.
     fn with_head(&self, asked: Asked<'_>, head: &Head, body: Body) -> Response<Body> {
         let mut response = Response::new(body);
@@ -339,8 +347,7 @@ pub fn body_rejection(fault: BodyError) -> Rejection {
     }
 }
 
-/// Makes an answer with a whole body one with a part of it.
-fn cut(response: &mut Response<Body>, entry: &Entry, part: Part) {
+fn take_part(response: &mut Response<Body>, entry: &Entry, part: Part) {
     let length = entry.body.len();
     let (status, body, field, value) = match part {
         Part::Whole => return,
@@ -354,6 +361,10 @@ fn cut(response: &mut Response<Body>, entry: &Entry, part: Part) {
             (StatusCode::PARTIAL_CONTENT, body, CONTENT_TYPE, format!("multipart/byteranges; boundary={boundary}"))
         }
         Part::Nowhere => {
+            // What was said of the whole is not true of this.
+            for name in [CACHE_CONTROL, EXPIRES, CONTENT_TYPE, CONTENT_ENCODING] {
+                response.headers_mut().remove(name);
+            }
             (StatusCode::RANGE_NOT_SATISFIABLE, Bytes::new(), CONTENT_RANGE, format!("bytes */{length}"))
         }
     };

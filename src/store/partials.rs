@@ -7,8 +7,9 @@ use quick_cache::sync::Cache;
 
 use crate::policy::partial::Partial;
 
-/// They may take this part of what the memory tier may take.
+/// They may take this part of what the memory tier may take beside it, and no more than this, in bytes.
 const PART_OF_MEMORY: u64 = 16;
+const MOST: u64 = 1 << 20;
 
 /// Beginnings by the key of the whole.
 #[derive(Debug)]
@@ -26,7 +27,7 @@ impl Weighter<Box<[u8]>, Arc<Partial>> for Bytes {
 impl Partials {
     /// None yet, beside a memory tier of this size.
     pub fn beside(memory: u64) -> Partials {
-        Partials(Cache::with_weighter(64, memory / PART_OF_MEMORY, Bytes))
+        Partials(Cache::with_weighter(64, (memory / PART_OF_MEMORY).min(MOST), Bytes))
     }
 
     /// Keeps a beginning.

@@ -177,7 +177,8 @@ fn keep_alive(head: &[u8]) -> Option<Duration> {
     let line = lines(head).find(|(name, _)| name.eq_ignore_ascii_case(b"keep-alive"))?;
     let seconds =
         std::str::from_utf8(line.1).ok()?.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
-    seconds.trim().parse().ok().map(Duration::from_secs)
+    // Who closes so soon is not worth to be ahead of.
+    seconds.trim().parse().ok().map(Duration::from_secs).filter(|limit| *limit > MARGIN)
 }
 
 fn content_length(head: &[u8]) -> Option<u64> {
