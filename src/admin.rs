@@ -3,6 +3,7 @@
 mod client;
 pub mod explain;
 mod health;
+mod metrics;
 mod purge;
 
 use std::net::SocketAddr;
@@ -60,22 +61,35 @@ impl Admin {
 }
 
 /// Serves until `close` turns true.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>, mut close: watch::Receiver<bool>) {
-    let open = Router::new()
-        .route("/livez", get(|| async { "ok\n" }))
-        .route("/readyz", get(health::ready))
-        .route("/health", get(health::health));
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
+    let open = probes().route("/health", get(health::health));
     let guarded = Router::new()
         .route("/stats", get(stats))
         .route("/purge", post(purge::purge))
         .route("/explain", post(explain::explain))
         .layer(from_fn_with_state(admin.clone(), guard));
     let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
+    answer(listener, app, close, "admin").await;
+}
+
+/// Serves only what kubelet and Prometheus ask for, to anybody and under any Host, until `close` turns true.
+pub async fn serve_probes(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
+    answer(listener, probes().with_state(admin), close, "probes").await;
+}
+
+fn probes() -> Router<Arc<Admin>> {
+    Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(metrics::metrics))
+}
+
+async fn answer(listener: TcpListener, app: Router, mut close: watch::Receiver<bool>, what: &str) {
     let closing = async move {
         let _ = close.wait_for(|close| *close).await;
     };
     if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(closing).await {
-        tracing::error!(%error, "the admin listener ended");
+        tracing::error!(%error, "the {what} listener ended");
     }
 }
 

@@ -41,6 +41,7 @@ const ADMIN_GRACE: Duration = Duration::from_secs(1);
 pub struct App {
     sites: Vec<server::Listener>,
     admin: Option<(TcpListener, Arc<Admin>)>,
+    probes: Option<(TcpListener, Arc<Admin>)>,
     commons: Arc<Commons>,
     fleet: Option<fleet::Parts>,
     grace: Duration,
@@ -88,12 +89,27 @@ impl App {
                 let address = local(&listener)?;
                 let token = if admin.token.is_some() { "set" } else { "none" };
                 lines.push(format!("listening admin addr={address} token={token}"));
-                let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
-                Some((listener, Arc::new(Admin::new(commons.clone(), proxies, admin.token, address, limits))))
+                Some((listener, address, admin.token))
             }
         };
+        let probes = match config.probes {
+            None => None,
+            Some(listen) => {
+                let listener = server::bind(listen, "probes").await?;
+                lines.push(format!("listening probes addr={}", local(&listener)?));
+                Some(listener)
+            }
+        };
+        let proxies: Vec<_> = sites.iter().map(|site| site.proxy.clone()).collect();
+        let (listener, address, token) = match admin {
+            Some((listener, address, token)) => (Some(listener), address, token),
+            None => (None, SocketAddr::from(([127, 0, 0, 1], 0)), None),
+        };
+        let state = Arc::new(Admin::new(commons.clone(), proxies, token, address, limits));
+        let admin = listener.map(|listener| (listener, state.clone()));
+        let probes = probes.map(|listener| (listener, state));
         lines.extend(config.notes);
-        Ok(App { sites, admin, commons, fleet, grace: config.grace, lines })
+        Ok(App { sites, admin, probes, commons, fleet, grace: config.grace, lines })
     }
 
     /// What to print at start, one line each.
@@ -111,6 +127,11 @@ impl App {
         self.admin.as_ref().and_then(|(listener, _)| listener.local_addr().ok())
     }
 
+    /// Where the probes' listener is.
+    pub fn probes_address(&self) -> Option<SocketAddr> {
+        self.probes.as_ref().and_then(|(listener, _)| listener.local_addr().ok())
+    }
+
     /// What all its upstreams share.
     pub fn commons(&self) -> &Arc<Commons> {
         &self.commons
@@ -119,7 +140,7 @@ impl App {
     /// Runs until `stop` turns true (or its sender is gone), then drains. Returns how many connections had to
     /// be cut.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> usize {
-        let App { sites, admin, commons, fleet, grace, .. } = self;
+        let App { sites, admin, probes, commons, fleet, grace, .. } = self;
         let mut background = JoinSet::new();
         if let Some(fleet) = fleet {
             let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
@@ -131,8 +152,14 @@ impl App {
         for site in sites {
             serving.spawn(server::serve(site, draining.clone(), grace));
         }
-        let admin_state = admin.as_ref().map(|(_, state)| state.clone());
-        let admin = admin.map(|(listener, state)| tokio::spawn(admin::serve(listener, state, admin_closes)));
+        let admin_state = admin.as_ref().or(probes.as_ref()).map(|(_, state)| state.clone());
+        let mut asked = JoinSet::new();
+        if let Some((listener, state)) = admin {
+            asked.spawn(admin::serve(listener, state, admin_closes.clone()));
+        }
+        if let Some((listener, state)) = probes {
+            asked.spawn(admin::serve_probes(listener, state, admin_closes));
+        }
         background.spawn(sweep(commons));
         let _ = stop.wait_for(|stop| *stop).await;
         if let Some(state) = admin_state {
@@ -142,9 +169,7 @@ impl App {
         let cut = serving.join_all().await.into_iter().sum();
         background.shutdown().await;
         close_admin.send_replace(true);
-        if let Some(admin) = admin {
-            let _ = tokio::time::timeout(ADMIN_GRACE, admin).await;
-        }
+        let _ = tokio::time::timeout(ADMIN_GRACE, asked.join_all()).await;
         cut
     }
 }

@@ -53,6 +53,8 @@ pub struct Config {
     pub encrypt: bool,
     /// The admin listener; `None`: off.
     pub admin: Option<Admin>,
+    /// Where kubelet and Prometheus ask, if not only at the admin listener.
+    pub probes: Option<SocketAddr>,
     /// How long to let requests finish on SIGTERM.
     pub grace: Duration,
     /// How to log.

@@ -32,6 +32,7 @@ pub mod revalidate;
 pub mod route;
 pub mod storage;
 pub mod tags;
+pub mod tally;
 pub mod target;
 pub mod targeted;
 pub mod variant;

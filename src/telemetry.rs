@@ -3,6 +3,7 @@
 mod counters;
 mod latencies;
 pub mod logs;
+mod meter;
 mod signals;
 
 use std::time::Duration;
@@ -12,6 +13,7 @@ use tracing::{Level, debug, enabled, info, warn};
 
 pub use counters::{Counters, Snapshot};
 pub use latencies::{Latencies, Quantiles};
+pub use meter::Meter;
 pub use signals::{News, Signals, State};
 
 use crate::policy::asked::Asked;

@@ -123,3 +123,81 @@ async fn stats_and_health_tell_what_happened() {
     assert_eq!(health["components"]["upstreams"]["api"]["status"], "ok");
     assert!(health["components"]["process"]["rss_bytes"].as_u64() > Some(1 << 20));
 }
+
+/// A sample's value in `OpenMetrics` text: the line that begins with this.
+fn sample(text: &str, series: &str) -> Option<f64> {
+    text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_tell_by_upstream_rule_and_outcome_what_happened() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/bad" => Reply::new(503, "x"),
+        _ => Reply::new(200, "x"),
+    })
+    .await;
+    let rules = "[[upstream.rule]]\nname = \"things\"\npath = [\"/a\", \"/b\"]\nttl = \"1m\"\n\
+                 fallback = { body = \"{}\" }\n[[upstream.rule]]\nname = \"bad\"\npath = \"/bad\"\nttl = \"1m\"\n\
+                 fallback = { body = \"{}\" }\n";
+    let sidecar = Sidecar::before(&origin, rules).await;
+    for target in ["/a", "/a", "/b", "/bad", "/other"] {
+        sidecar.get(target).await;
+    }
+    sidecar.send("POST", "/a", "x").await;
+    let answer = get(sidecar.admin, "/metrics", &[]).await;
+    assert!(answer.header("content-type").expect("one").starts_with("application/openmetrics-text"));
+    let text = answer.text();
+    let table = [
+        ("sidecache_requests_total{upstream=\"api\",rule=\"things\",outcome=\"hit\"}", 1.0),
+        ("sidecache_requests_total{upstream=\"api\",rule=\"things\",outcome=\"miss\"}", 2.0),
+        ("sidecache_requests_total{upstream=\"api\",rule=\"bad\",outcome=\"fallback\"}", 1.0),
+        ("sidecache_requests_total{upstream=\"api\",rule=\"\",outcome=\"bypass\"}", 1.0),
+        ("sidecache_upstream_requests_total{upstream=\"api\",result=\"5xx\"}", 1.0),
+        ("sidecache_upstream_requests_total{upstream=\"api\",result=\"ok\"}", 4.0),
+        ("sidecache_request_duration_seconds_count{upstream=\"api\",outcome=\"hit\"}", 1.0),
+        ("sidecache_fallback_total{reason=\"5xx\"}", 1.0),
+        ("sidecache_breaker_open{target=\"api\"}", 0.0),
+        ("sidecache_upstream_up{upstream=\"api\"}", 1.0),
+    ];
+    for (series, expected) in table {
+        assert_eq!(sample(&text, series), Some(expected), "{series} in\n{text}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+    // Every count of a histogram is in its last bucket.
+    let last = "sidecache_request_duration_seconds_bucket{le=\"+Inf\",upstream=\"api\",outcome=\"hit\"}";
+    assert_eq!(sample(&text, last), Some(1.0), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_label_holds_a_path_a_host_or_a_credential() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for i in 0..200 {
+        let token = format!("secret-{i}");
+        sidecar.get_with(&format!("/path-{i}?q=query-{i}"), &[("X-Api-Key", token.as_str())]).await;
+    }
+    let text = get(sidecar.admin, "/metrics", &[]).await.text();
+    for word in ["path-", "query-", "secret-", "127.0.0.1"] {
+        assert!(!text.contains(word), "{word}");
+    }
+    assert!(text.lines().count() < 400, "{} lines", text.lines().count());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_answer_anybody_and_nothing_else() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let text = crate::support::sidecar::text(origin.address, "", "[probes]\nlisten = \"127.0.0.1:0\"\n");
+    let config = sidecache::config::from_text("test", &text, std::path::Path::new(".")).expect("it is good");
+    let app = sidecache::app::App::bind(config).await.expect("free ports");
+    let probes = app.probes_address().expect("a listener");
+    assert!(app.lines().iter().any(|line| line == &format!("listening probes addr={probes}")));
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let running = tokio::spawn(app.run(stopped));
+    for (path, status) in
+        [("/livez", 200), ("/readyz", 200), ("/metrics", 200), ("/stats", 404), ("/purge", 404), ("/health", 404)]
+    {
+        assert_eq!(get(probes, path, &[("Host", "10.1.2.3:18082")]).await.status, status, "{path}");
+    }
+    stop.send_replace(true);
+    crate::support::soon("it ends", running).await.expect("no panic");
+}

@@ -23,7 +23,7 @@ pub(super) struct File {
     pub(super) log: Log,
     pub(super) redis: Option<Spanned<Redis>>,
     // Known, and refused until they are built.
-    pub(super) probes: Option<Spanned<Value>>,
+    pub(super) probes: Option<Probes>,
     pub(super) webhook: Option<Spanned<Value>>,
 }
 
@@ -194,6 +194,12 @@ pub(super) struct Security {
 pub(super) struct Admin {
     pub(super) listen: Option<Spanned<String>>,
     pub(super) token: Option<Spanned<SecretRef>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Probes {
+    pub(super) listen: Spanned<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

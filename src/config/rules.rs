@@ -18,6 +18,7 @@ use crate::policy::key::{KeyPlan, Partition, QueryFilter};
 use crate::policy::outcome::Failure;
 use crate::policy::plan::{CacheMode, Methods, Payload, Plan, When};
 use crate::policy::tags::TagTemplate;
+use crate::policy::tally::Tally;
 
 /// Longest fallback payload that is read.
 const MAX_PAYLOAD: u64 = 8 << 20;
@@ -130,6 +131,7 @@ impl Surroundings<'_> {
             fallback: fallback.clone(),
             upgrade: upgrade.clone(),
             keeps_cookies,
+            tally: Tally::default(),
             path,
         };
         paths.into_iter().zip(tags).map(plan).collect()

@@ -134,6 +134,7 @@ impl Validator<'_> {
         }
         self.distinct(&upstreams, &file.upstream);
         let admin = self.admin(&file.admin, &upstreams);
+        let probes = file.probes.as_ref().and_then(|probes| self.probes(&probes.listen, &upstreams, admin.as_ref()));
         Config {
             source: self.source.name.to_owned(),
             upstreams,
@@ -143,6 +144,7 @@ impl Validator<'_> {
             secrets,
             encrypt: file.security.encrypt,
             admin,
+            probes,
             grace: file.shutdown.grace.map_or(Duration::from_secs(25), |d| d.0),
             log: self.log(&file.log),
             notes: std::mem::take(&mut self.notes),
@@ -160,14 +162,8 @@ impl Validator<'_> {
             };
             self.fault(&mode.span(), message);
         }
-        let unbuilt = [
-            ("[probes]", &file.probes, "leave it out: the same paths are on the admin listener"),
-            ("[[webhook]]", &file.webhook, "leave it out"),
-        ];
-        for (what, given, instead) in unbuilt {
-            if let Some(given) = given {
-                self.fault(&given.span(), format!("{what} is not built yet: {instead}"));
-            }
+        if let Some(given) = &file.webhook {
+            self.fault(&given.span(), "[[webhook]] is not built yet: leave it out");
         }
     }
 
@@ -250,6 +246,23 @@ impl Validator<'_> {
             self.fault(&span, format!("an upstream listens on {listen} too: write another listen = \"…\""));
         }
         Some(Admin { listen, token })
+    }
+
+    fn probes(
+        &mut self,
+        given: &Spanned<String>,
+        upstreams: &[super::Upstream],
+        admin: Option<&Admin>,
+    ) -> Option<SocketAddr> {
+        let listen = self.collect(address(given))?;
+        let taken = upstreams.iter().map(|u| u.listen).chain(admin.map(|admin| admin.listen)).any(|a| a == listen);
+        if listen.port() != 0 && taken {
+            self.fault(
+                &given.span(),
+                format!("something else listens on {listen} too: write another listen = \"…\""),
+            );
+        }
+        Some(listen)
     }
 
     fn log(&mut self, given: &file::Log) -> Log {

@@ -11,6 +11,7 @@ use super::glob::{Glob, PathPattern};
 use super::key::KeyPlan;
 use super::outcome::Failure;
 use super::tags::TagTemplate;
+use super::tally::Tally;
 use super::target::parameters;
 
 /// One rule.
@@ -48,6 +49,8 @@ pub struct Plan {
     pub upgrade: Vec<Box<str>>,
     /// `Set-Cookie` is stored with an answer, and sent with every hit.
     pub keeps_cookies: bool,
+    /// What became of the requests it matched.
+    pub tally: Tally,
 }
 
 /// Who decides whether an answer is stored and for how long.

@@ -198,6 +198,7 @@ mod tests {
 pub(crate) mod testing {
     //! A rule of no particular content.
 
+    use crate::policy::tally::Tally;
     use std::time::Duration;
 
     use super::{CacheMode, PathPattern, Plan};
@@ -222,6 +223,7 @@ pub(crate) mod testing {
             fallback: None,
             upgrade: Vec::new(),
             keeps_cookies: false,
+            tally: Tally::default(),
         }
     }
 }

@@ -81,6 +81,7 @@ impl Proxy {
     /// Counts what became of a request to the upstream; one line when it begins to fail, one when it is back.
     pub(super) fn upstream_ended(&self, failure: Option<Failure>, took: Duration, why: &str) {
         self.commons.telemetry.upstream(failure, took);
+        self.site.meter.upstream(failure, took);
         let (upstream, cause) = (&*self.site.name, failure.map_or("", Failure::cause));
         match self.site.signals.ended(failure, self.commons.clock.now()) {
             News::Fails => warn!(upstream, cause, why, "the upstream fails"),

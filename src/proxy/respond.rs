@@ -307,6 +307,8 @@ impl Proxy {
             request_id: response.extensions().get::<RequestId>().map(|id| id.0.as_str()),
         };
         self.commons.telemetry.record(outcome, &answered);
+        self.site.meter.answered(outcome, elapsed);
+        plan.map_or(&self.site.meter.no_rule, |plan| &plan.tally).count(outcome);
         response
     }
 }

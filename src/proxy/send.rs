@@ -48,8 +48,15 @@ impl Proxy {
             let copy = body.try_clone().filter(|_| asked.method.is_safe());
             let sent = self.send_now(asked, place, body, &shape).await;
             let in_time = sent.wait.is_some_and(|wait| wait <= self.patience(begun));
-            let Some(copy) = copy.filter(|_| in_time) else { return sent };
+            let throttled = sent.answer.as_ref().is_ok_and(|answer| answer.status() == StatusCode::TOO_MANY_REQUESTS);
+            let Some(copy) = copy.filter(|_| in_time) else {
+                if throttled {
+                    self.site.meter.throttled(false);
+                }
+                return sent;
+            };
             self.commons.telemetry.absorbed();
+            self.site.meter.throttled(true);
             body = copy;
         }
     }
@@ -86,7 +93,10 @@ impl Proxy {
     pub(super) async fn turn(&self, asked: &Parts, place: &Place, begun: Instant) -> Result<(), SendError> {
         let budgets = &self.site.budgets;
         let Some(bucket) = budgets.in_the_way(|| self.bucket(place, &asked.headers)) else { return Ok(()) };
-        bucket.admit(self.patience(begun)).await.map_err(|late| {
+        let came = self.commons.clock.instant();
+        let admitted = bucket.admit(self.patience(begun)).await;
+        self.site.meter.waited.add(self.commons.clock.instant().saturating_duration_since(came));
+        admitted.map_err(|late| {
             self.commons.telemetry.refused_by_budget();
             unsent(Failure::Throttled, format!("no turn within max_wait: the next is in {:?}", late.0))
         })

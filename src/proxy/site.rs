@@ -19,7 +19,7 @@ use crate::policy::retry::{Retry, RetryBudget};
 use crate::policy::route::Router;
 use crate::policy::tags::{Scope, UpstreamId, subjects};
 use crate::policy::target::{client_authority, is_refused, target};
-use crate::telemetry::Signals;
+use crate::telemetry::{Meter, Signals};
 use crate::upstream::Upstream;
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -45,6 +45,8 @@ pub struct Site {
     pub listens: Scheme,
     /// How it is doing.
     pub signals: Signals,
+    /// What is counted for it.
+    pub meter: Meter,
     /// When it is asked once more …
     pub retry: Retry,
     /// … and how often in all.
@@ -106,6 +108,7 @@ impl Site {
             port,
             listens,
             signals: Signals::default(),
+            meter: Meter::default(),
             retry,
             retries: Mutex::default(),
             budgets,

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::HeaderMap;
-use quick_cache::sync::{Cache, DefaultLifecycle};
-use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use quick_cache::sync::Cache;
+use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 
 use super::alike::Alike;
 use crate::config;
@@ -22,7 +22,8 @@ type Key = Box<[u8]>;
 /// All that is stored, by key.
 #[derive(Debug)]
 pub struct Memory {
-    cache: Cache<Key, Resource, Bytes>,
+    cache: Cache<Key, Resource, Bytes, DefaultHashBuilder, Evictions>,
+    evicted: Arc<AtomicU64>,
     alike: Alike,
     /// Writers change a resource by replacing it, one at a time.
     writing: Mutex<()>,
@@ -33,6 +34,18 @@ pub struct Memory {
 
 #[derive(Debug, Clone)]
 struct Bytes;
+
+/// Counts what makes room.
+#[derive(Debug, Clone)]
+struct Evictions(Arc<AtomicU64>);
+
+impl Lifecycle<Key, Resource> for Evictions {
+    type RequestState = ();
+
+    fn on_evict(&self, (): &mut Self::RequestState, _key: Key, _resource: Resource) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
 
 impl Weighter<Key, Resource> for Bytes {
     fn weight(&self, key: &Key, resource: &Resource) -> u64 {
@@ -53,6 +66,8 @@ pub struct Usage {
     pub stored: u64,
     /// Keys swept after their last window.
     pub swept: u64,
+    /// Keys that made room for others.
+    pub evicted: u64,
 }
 
 impl Memory {
@@ -68,9 +83,11 @@ impl Memory {
             .weight_capacity(config.max_bytes)
             .build()
             .expect("all options are set");
-        let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), DefaultLifecycle::default());
+        let evicted = Arc::new(AtomicU64::new(0));
+        let lifecycle = Evictions(evicted.clone());
+        let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), lifecycle);
         let (stored, swept) = (AtomicU64::new(0), AtomicU64::new(0));
-        Memory { cache, alike: Alike::default(), writing: Mutex::new(()), max_resource, stored, swept }
+        Memory { cache, evicted, alike: Alike::default(), writing: Mutex::new(()), max_resource, stored, swept }
     }
 
     /// What is stored under a key. One hash, one shard lock for reading, no allocation.
@@ -136,6 +153,7 @@ impl Memory {
             max_bytes: self.cache.capacity(),
             stored: self.stored.load(Ordering::Relaxed),
             swept: self.swept.load(Ordering::Relaxed),
+            evicted: self.evicted.load(Ordering::Relaxed),
         }
     }
 }

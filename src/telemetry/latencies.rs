@@ -19,11 +19,15 @@ pub struct Quantiles {
 
 /// A histogram.
 #[derive(Debug)]
-pub struct Latencies([AtomicU64; BUCKETS]);
+pub struct Latencies {
+    counts: [AtomicU64; BUCKETS],
+    /// All of it together, in microseconds.
+    micros: AtomicU64,
+}
 
 impl Default for Latencies {
     fn default() -> Self {
-        Latencies(std::array::from_fn(|_| AtomicU64::new(0)))
+        Latencies { counts: std::array::from_fn(|_| AtomicU64::new(0)), micros: AtomicU64::new(0) }
     }
 }
 
@@ -33,7 +37,28 @@ impl Latencies {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let power = micros.ilog2() as usize;
         let quarter = if power < 2 { 0 } else { usize::try_from(micros >> (power - 2) & 3).unwrap_or(0) };
-        self.0[(power * 4 + quarter).min(BUCKETS - 1)].fetch_add(1, Relaxed);
+        self.counts[(power * 4 + quarter).min(BUCKETS - 1)].fetch_add(1, Relaxed);
+        self.micros.fetch_add(micros, Relaxed);
+    }
+
+    /// For Prometheus: the sum in seconds, and how many took at most so many seconds but more than the bucket before.
+    pub fn buckets(&self) -> (f64, Vec<(f64, u64)>) {
+        /// From 64 µs to 67 s, doubling; then everything.
+        const FIRST: usize = 6;
+        const LAST: usize = 26;
+        let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
+        let mut from = 0;
+        let mut buckets = Vec::with_capacity(LAST - FIRST + 2);
+        for power in FIRST..=LAST {
+            let to = power * 4;
+            #[allow(clippy::cast_precision_loss)]
+            let seconds = (1u64 << power) as f64 / 1e6;
+            buckets.push((seconds, counts[from..to].iter().sum()));
+            from = to;
+        }
+        buckets.push((f64::INFINITY, counts[from..].iter().sum()));
+        #[allow(clippy::cast_precision_loss)]
+        (self.micros.load(Relaxed) as f64 / 1e6, buckets)
     }
 
     /// The quantiles that people ask for.
@@ -43,7 +68,7 @@ impl Latencies {
 
     /// Milliseconds that this part of all took at most; 0 if there were none.
     pub fn quantile_ms(&self, part: f64) -> f64 {
-        let counts: Vec<u64> = self.0.iter().map(|count| count.load(Relaxed)).collect();
+        let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         let wanted = (counts.iter().sum::<u64>() as f64 * part).ceil() as u64;
         let mut seen = 0;
@@ -68,6 +93,19 @@ fn upper_ms(bucket: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buckets_for_prometheus_have_everything_once() {
+        let latencies = Latencies::default();
+        for micros in [1, 63, 64, 1_000, 2_000_000, 100_000_000] {
+            latencies.add(Duration::from_micros(micros));
+        }
+        let (seconds, buckets) = latencies.buckets();
+        assert!((seconds - 102.001_128).abs() < 1e-6);
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), 6);
+        assert_eq!((buckets[0], buckets[1].1), ((0.000_064, 2), 1));
+        assert_eq!(buckets.last().map(|(_, count)| *count), Some(1));
+    }
 
     #[test]
     fn quantiles_are_at_most_a_quarter_too_high_and_never_too_low() {

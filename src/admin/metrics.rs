@@ -1,0 +1,177 @@
+//! `GET /metrics`: what is counted anyway, in the words of Prometheus (`OpenMetrics` 1.0 text). Labels are upstreams,
+//! rules and outcomes: never a shop, a credential, or a URL.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use super::Admin;
+use crate::telemetry::Latencies;
+
+/// Name, help; for each series its labels and value.
+type Series<V> = Vec<(Vec<(&'static str, String)>, V)>;
+
+#[derive(Debug)]
+struct Scrape(Arc<Admin>);
+
+pub(super) async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
+    let mut registry = Registry::with_prefix("sidecache");
+    registry.register_collector(Box::new(Scrape(admin)));
+    let mut text = String::new();
+    match encode(&mut text, &registry) {
+        Ok(()) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
+    }
+}
+
+fn counter(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series<u64>) -> fmt::Result {
+    let mut metric = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+    series.iter().try_for_each(|(labels, value)| {
+        if labels.is_empty() {
+            return metric.encode_counter::<NoLabelSet, _, u64>(value, None);
+        }
+        metric.encode_family(labels)?.encode_counter::<NoLabelSet, _, u64>(value, None)
+    })
+}
+
+fn gauge(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series<f64>) -> fmt::Result {
+    let mut metric = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    series.iter().try_for_each(|(labels, value)| {
+        if labels.is_empty() { metric.encode_gauge(value) } else { metric.encode_family(labels)?.encode_gauge(value) }
+    })
+}
+
+fn histogram(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series<&Latencies>) -> fmt::Result {
+    let mut metric = to.encode_descriptor(name, help, None, MetricType::Histogram)?;
+    series.iter().try_for_each(|(labels, latencies)| {
+        let (seconds, buckets) = latencies.buckets();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        if count == 0 {
+            return Ok(());
+        }
+        metric.encode_family(labels)?.encode_histogram::<NoLabelSet>(seconds, count, &buckets, None)
+    })
+}
+
+#[allow(clippy::cast_precision_loss)] // gauges are floats
+impl Collector for Scrape {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
+        let to = &mut to;
+        self.requests(to)?;
+        self.upstreams(to)?;
+        let commons = &self.0.commons;
+        let usage = commons.memory.usage();
+        gauge(to, "entries", "Keys in memory", &vec![(Vec::new(), usage.entries as f64)])?;
+        let mut bytes = vec![(vec![("tier", "memory".to_owned())], usage.bytes as f64)];
+        if let Some(fleet) = &commons.fleet {
+            let waiting = fleet.shared.state().queue.bytes;
+            bytes.push((vec![("tier", "write_behind".to_owned())], waiting as f64));
+        }
+        gauge(to, "bytes", "Bytes held, overhead counted", &bytes)?;
+        let limit = vec![(vec![("tier", "memory".to_owned())], usage.max_bytes as f64)];
+        gauge(to, "bytes_limit", "The cap on bytes held", &limit)?;
+        counter(to, "evictions", "Keys that made room for others", &vec![(Vec::new(), usage.evicted)])?;
+        counter(to, "expirations", "Keys swept after their last window", &vec![(Vec::new(), usage.swept)])?;
+        self.redis(to)?;
+        let build = vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
+        gauge(to, "build_info", "The program's version", &build)?;
+        let rss = super::health::rss_bytes().map(|bytes| (Vec::new(), bytes as f64));
+        gauge(to, "resident_memory_bytes", "Resident memory of the process", &rss.into_iter().collect())
+    }
+}
+
+impl Scrape {
+    fn requests(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        // Rules of several paths have several plans of one name.
+        let mut counts: BTreeMap<(&str, &str, &str), u64> = BTreeMap::new();
+        let mut took = Vec::new();
+        for proxy in &self.0.proxies {
+            let site = &proxy.site;
+            let tallies = site.router.plans().iter().map(|plan| (&*plan.name, &plan.tally));
+            for (rule, tally) in tallies.chain([("", &site.meter.no_rule)]) {
+                for (outcome, count) in tally.read() {
+                    *counts.entry((&site.name, rule, outcome)).or_default() += count;
+                }
+            }
+            let of = |outcome: &str| vec![("upstream", site.name.to_string()), ("outcome", outcome.to_owned())];
+            took.extend(site.meter.took().map(|(outcome, latencies)| (of(outcome), latencies)));
+        }
+        let collapsed = counts.iter().filter(|((.., outcome), _)| *outcome == "collapsed").map(|(_, n)| n).sum();
+        let series = counts
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|((upstream, rule, outcome), count)| {
+                let labels = [("upstream", upstream), ("rule", rule), ("outcome", outcome)];
+                (labels.map(|(name, value)| (name, value.to_owned())).to_vec(), count)
+            })
+            .collect();
+        counter(to, "requests", "Requests answered, by what became of them", &series)?;
+        histogram(to, "request_duration_seconds", "Time to the response head", &took)?;
+        counter(to, "coalesced", "Requests that shared a fetch", &vec![(Vec::new(), collapsed)])?;
+        let fallbacks = self.0.commons.telemetry.snapshot().fallbacks;
+        let series =
+            fallbacks.into_iter().map(|(cause, count)| (vec![("reason", cause.to_owned())], count)).collect();
+        counter(to, "fallback", "Configured payloads served, by cause", &series)
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn upstreams(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let (mut results, mut took, mut waited) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut throttles, mut breakers, mut up) = (Vec::new(), Vec::new(), Vec::new());
+        let now = self.0.commons.clock.now();
+        for proxy in &self.0.proxies {
+            let (name, meter) = (proxy.site.name.to_string(), &proxy.site.meter);
+            let of = |label: &'static str, value: &str| vec![("upstream", name.clone()), (label, value.to_owned())];
+            results.extend(meter.results().into_iter().map(|(result, count)| (of("result", result), count)));
+            throttles.extend(meter.throttles().map(|(result, count)| (of("result", result), count)));
+            took.push((vec![("upstream", name.clone())], &meter.upstream_took));
+            waited.push((vec![("upstream", name.clone())], &meter.waited));
+            breakers.push((vec![("target", name.clone())], proxy.site.breakers.open().len() as f64));
+            let down = proxy.site.signals.state(now).status == "down";
+            up.push((vec![("upstream", name)], if down { 0.0 } else { 1.0 }));
+        }
+        counter(to, "upstream_requests", "Requests sent upstream: ok, or why they failed", &results)?;
+        histogram(to, "upstream_duration_seconds", "Time to the upstream's response head", &took)?;
+        counter(to, "throttles", "429s: absorbed by waiting, or passed on to clients", &throttles)?;
+        histogram(to, "budget_wait_seconds", "Time that requests waited for their turn", &waited)?;
+        gauge(to, "breaker_open", "Hosts of an upstream that are not asked now", &breakers)?;
+        gauge(to, "upstream_up", "0: its last requests failed", &up)
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn redis(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let commons = &self.0.commons;
+        let Some(fleet) = &commons.fleet else { return Ok(()) };
+        let state = fleet.redis.state();
+        let up = state.trouble.is_none() && state.connections.values().all(|link| link.connected);
+        gauge(to, "redis_up", "1: Redis answers", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
+        let lag = commons.invalidations.lag(commons.clock.now()).map(|ms| (Vec::new(), ms as f64 / 1000.0));
+        let help = "Age of the last look at the fleet's invalidation log";
+        gauge(to, "invalidation_lag_seconds", help, &lag.into_iter().collect())?;
+        let unlogged = commons.invalidations.unlogged() as f64;
+        gauge(
+            to,
+            "unlogged_purges",
+            "Purges of this sidecar that the others have not been told",
+            &vec![(Vec::new(), unlogged)],
+        )?;
+        let shared = fleet.shared.state();
+        let looks =
+            [("hit", shared.hits), ("miss", shared.misses), ("error", shared.errors), ("forged", shared.forged)];
+        let series = looks.map(|(result, count)| (vec![("result", result.to_owned())], count)).to_vec();
+        counter(to, "redis_lookups", "Looks for records in Redis", &series)
+    }
+}

@@ -1,0 +1,68 @@
+//! What is counted for each upstream, for Prometheus. Handles lie where the requests pass: no look-up by name.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use super::latencies::Latencies;
+use crate::policy::outcome::{Failure, Outcome};
+use crate::policy::tally::{Tally, number};
+
+/// What is counted for one upstream.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// Answers under no rule.
+    pub no_rule: Tally,
+    /// Time to the response head, by [`Outcome::LABELS`].
+    took: [Latencies; Outcome::LABELS.len()],
+    /// Time to the upstream's response head.
+    pub upstream_took: Latencies,
+    upstream_ok: AtomicU64,
+    upstream_failed: [AtomicU64; Failure::CAUSES.len()],
+    /// Time that requests waited for their turn.
+    pub waited: Latencies,
+    /// 429s that clients saw.
+    passed_on: AtomicU64,
+    /// 429s that nobody saw.
+    absorbed: AtomicU64,
+}
+
+impl Meter {
+    /// A request was answered.
+    pub fn answered(&self, outcome: &Outcome, took: Duration) {
+        if let Some(latencies) = number(outcome).and_then(|number| self.took.get(number)) {
+            latencies.add(took);
+        }
+    }
+
+    /// A request to the upstream has ended.
+    pub fn upstream(&self, failure: Option<Failure>, took: Duration) {
+        self.upstream_took.add(took);
+        let cause = failure.and_then(|failure| Failure::CAUSES.iter().position(|cause| *cause == failure.cause()));
+        let counter = cause.and_then(|cause| self.upstream_failed.get(cause)).unwrap_or(&self.upstream_ok);
+        counter.fetch_add(1, Relaxed);
+    }
+
+    /// The upstream answered 429, and the request …
+    pub fn throttled(&self, absorbed: bool) {
+        // … was sent again, or not.
+        let counter = if absorbed { &self.absorbed } else { &self.passed_on };
+        counter.fetch_add(1, Relaxed);
+    }
+
+    /// Time to the response head, by outcome.
+    pub fn took(&self) -> impl Iterator<Item = (&'static str, &Latencies)> {
+        Outcome::LABELS.into_iter().zip(&self.took)
+    }
+
+    /// Requests to the upstream by result: `ok` or a cause of failure.
+    pub fn results(&self) -> BTreeMap<&'static str, u64> {
+        let failed = Failure::CAUSES.into_iter().zip(self.upstream_failed.iter().map(|count| count.load(Relaxed)));
+        failed.chain([("ok", self.upstream_ok.load(Relaxed))]).collect()
+    }
+
+    /// 429s by what became of them.
+    pub fn throttles(&self) -> [(&'static str, u64); 2] {
+        [("absorbed", self.absorbed.load(Relaxed)), ("passed_on", self.passed_on.load(Relaxed))]
+    }
+}
