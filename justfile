@@ -34,6 +34,10 @@ bench-parts:
 conformance *VARIANTS:
     ./tests/conformance/run {{VARIANTS}}
 
+# What lies in k8s/, without a cluster.
+k8s:
+    ./tests/k8s/run
+
 # What hostile clients and upstreams send (needs varnish, slowhttptest).
 attack:
     ./scripts/attack

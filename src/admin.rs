@@ -4,6 +4,7 @@ mod client;
 pub mod explain;
 mod health;
 mod metrics;
+pub mod mode;
 mod purge;
 
 use std::net::SocketAddr;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 
 pub use client::AdminClient;
 pub use explain::ExplainRequest;
+pub use mode::ModeRequest;
 pub use purge::PurgeRequest;
 
 use crate::config::{Limits, Secret};
@@ -67,6 +69,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Recei
         .route("/stats", get(stats))
         .route("/purge", post(purge::purge))
         .route("/explain", post(explain::explain))
+        .route("/mode", post(mode::mode))
         .layer(from_fn_with_state(admin.clone(), guard));
     let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
     answer(listener, app, close, "admin").await;

@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::config::{self, Config};
 use crate::policy::entry::Entry;
 use crate::policy::invalidation::Standing;
+use crate::policy::mode::Switch;
 use crate::process;
 use crate::proxy::flights::Flights;
 use crate::proxy::site::Site;
@@ -64,8 +65,9 @@ impl App {
     pub async fn bind_with(config: Config, clock: Clock, make: MakeUpstream<'_>) -> Result<App, String> {
         let redis = config.redis.as_ref().map(|redis| redis.topology.to_string());
         let mut lines = vec![format!(
-            "sidecache {} mode=normal config={} redis={}",
+            "sidecache {} mode={} config={} redis={}",
             env!("CARGO_PKG_VERSION"),
+            config.mode.token(),
             config.source,
             redis.as_deref().unwrap_or("none (this process only)")
         )];
@@ -200,6 +202,7 @@ fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Part
         secret: ArcSwap::from_pointee(secrets.key()),
         max_entry_bytes: config.memory.max_entry_bytes,
         shared_write_stall: config.limits.shared_write_stall,
+        mode: Switch::new(config.mode),
         telemetry: Telemetry::default(),
     };
     Ok((commons, fleet))

@@ -37,6 +37,8 @@ enum Command {
     Stats(RemoteArgs),
     /// Ask a running sidecar how it is. Exit code 1 if it is not well.
     Health(HealthArgs),
+    /// The kill switch of a running sidecar: normal, bypass (hand everything through), or configured (as the file says).
+    Mode(ModeArgs),
     /// A slow shop, the sidecar before it, traffic, and a table of before and after.
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
@@ -115,6 +117,18 @@ struct ExplainArgs {
 }
 
 #[derive(Debug, Args)]
+struct ModeArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// normal, bypass or configured
+    #[arg(value_name = "MODE", value_parser = ["normal", "bypass", "configured"])]
+    mode: String,
+    /// Only for so long; then the configuration counts again
+    #[arg(long = "for", value_name = "DUR")]
+    time: Option<String>,
+}
+
+#[derive(Debug, Args)]
 struct HealthArgs {
     #[command(flatten)]
     remote: RemoteArgs,
@@ -186,6 +200,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,
         Some(Command::Health(args)) => remote::health(&args).await,
+        Some(Command::Mode(args)) => remote::mode(args).await,
         #[cfg(feature = "demo")]
         Some(Command::Demo(args)) => crate::demo::demo(args).await,
         #[cfg(feature = "demo")]

@@ -24,6 +24,7 @@ use http::uri::{Authority, Scheme};
 
 use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Glob;
+use crate::policy::mode::Mode;
 use crate::policy::quota::Budget;
 use crate::policy::retry::Retry;
 use crate::policy::route::Router;
@@ -51,6 +52,8 @@ pub struct Config {
     pub secrets: Vec<Secret>,
     /// Encrypt what lies in Redis.
     pub encrypt: bool,
+    /// What it does with requests.
+    pub mode: Mode,
     /// The admin listener; `None`: off.
     pub admin: Option<Admin>,
     /// Where kubelet and Prometheus ask, if not only at the admin listener.

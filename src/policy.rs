@@ -22,6 +22,7 @@ pub mod invalidation;
 pub mod key;
 pub mod links;
 pub mod lists;
+pub mod mode;
 pub mod outcome;
 pub mod partial;
 pub mod plan;

@@ -32,8 +32,10 @@ use crate::body::fanout::Purse;
 use crate::clock::Clock;
 use crate::fleet::Fleet;
 use crate::fleet::invalidations::Invalidations;
+use crate::policy::Tick;
 use crate::policy::freshness::Demands;
 use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
+use crate::policy::mode::Switch;
 use crate::policy::outcome::{Bypass, StaleReason};
 use crate::policy::plan::Plan;
 use crate::policy::ranges::asks_for_part;
@@ -69,6 +71,8 @@ pub struct Commons {
     pub max_entry_bytes: u64,
     /// When a reader that others wait for is cut.
     pub shared_write_stall: Duration,
+    /// The kill switch.
+    pub mode: Switch,
     /// What happened.
     pub telemetry: Telemetry,
 }
@@ -113,7 +117,7 @@ impl Proxy {
             Ok(place) => place,
             Err(misdirected) => return Handled::Now(self.misdirected(&request, &visit, misdirected)),
         };
-        let (plan, demands, key) = match self.admit(&request, &place) {
+        let (plan, demands, key) = match self.admit(&request, &place, visit.now) {
             Ok(admitted) => admitted,
             Err(reason) => {
                 let place = place.into_owned();
@@ -148,7 +152,15 @@ impl Proxy {
     }
 
     /// May the cache be asked, under which rule, and by which key?
-    fn admit(&self, request: &Request<Body>, place: &Place) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
+    fn admit(
+        &self,
+        request: &Request<Body>,
+        place: &Place,
+        now: Tick,
+    ) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
+        if self.commons.mode.bypasses(now) {
+            return Err(Bypass::Mode);
+        }
         let (uri, headers) = (request.uri(), request.headers());
         let plan = match self.site.router.route(request.method(), uri.path(), uri.query(), headers) {
             Route::Cache(plan) => plan,

@@ -201,3 +201,59 @@ async fn probes_answer_anybody_and_nothing_else() {
     stop.send_replace(true);
     crate::support::soon("it ends", running).await.expect("no panic");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing_old() {
+    let origin = Origin::start(|ask| Reply::new(200, format!("{} {}", ask.method, ask.number))).await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    let mode = async |json: &str| {
+        send(sidecar.admin, "POST", "/mode", &[("Content-Type", "application/json")], json.as_bytes()).await
+    };
+    assert_eq!(sidecar.get("/products/1").await.text(), "GET 0");
+    assert_eq!(sidecar.get("/shop").await.text(), "GET 1");
+    let state = mode(r#"{"mode":"bypass"}"#).await;
+    assert_eq!(state.json(), serde_json::json!({"mode": "bypass", "source": "admin", "for_ms": null}));
+    for n in 2..4 {
+        let passed = sidecar.get("/products/1").await;
+        assert_eq!(passed.text(), format!("GET {n}"));
+        assert_eq!(passed.cache_status(), "sidecache; fwd=bypass; detail=mode");
+    }
+    assert_eq!(sidecar.send("PUT", "/products/1", "x").await.text(), "PUT 4");
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["mode"]["mode"], "bypass");
+    let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
+    assert_eq!(sample(&metrics, "sidecache_mode{mode=\"bypass\"}"), Some(1.0));
+    assert_eq!(mode(r#"{"mode":"normal"}"#).await.status, 200);
+    assert_eq!(sidecar.get("/products/1").await.text(), "GET 5", "it was written meanwhile");
+    assert!(sidecar.get("/shop").await.is_hit(), "the other was not");
+    // For a time.
+    assert_eq!(mode(r#"{"mode":"bypass","for":"30m"}"#).await.json()["for_ms"], 1_800_000);
+    assert!(!sidecar.get("/shop").await.is_hit());
+    sidecar.turn(1801);
+    assert!(sidecar.get("/shop").await.is_hit());
+    for (wrong, word) in [
+        (r#"{"mode":"off"}"#, "write \\\"normal\\\""),
+        (r#"{"mode":"bypass","for":"30"}"#, "unit"),
+        (r#"{"mode":"bypass","fleet":true}"#, "unknown field"),
+        ("nonsense", "JSON"),
+    ] {
+        let refused = mode(wrong).await;
+        assert!((400..500).contains(&refused.status) && refused.text().contains(word), "{wrong}: {}", refused.text());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let text = format!("mode = \"bypass\"\n{}", crate::support::sidecar::text(origin.address, "", ""));
+    let sidecar = Sidecar::from_text(&text).await;
+    for _ in 0..2 {
+        assert!(!sidecar.get("/x").await.is_hit());
+    }
+    let json = [("Content-Type", "application/json")];
+    send(sidecar.admin, "POST", "/mode", &json, br#"{"mode":"normal"}"#).await;
+    sidecar.get("/x").await;
+    assert!(sidecar.get("/x").await.is_hit());
+    send(sidecar.admin, "POST", "/mode", &json, br#"{"mode":"configured"}"#).await;
+    assert!(!sidecar.get("/x").await.is_hit());
+}

@@ -53,6 +53,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
         "status": status,
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_ms": millis(commons.clock.uptime()),
+        "mode": super::mode::told(commons.mode.state(now)),
         "components": {
             "upstreams": upstreams,
             "redis": redis,

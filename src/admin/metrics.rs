@@ -16,6 +16,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use super::Admin;
+use crate::policy::mode::Mode;
 use crate::telemetry::Latencies;
 
 /// Name, help; for each series its labels and value.
@@ -86,6 +87,9 @@ impl Collector for Scrape {
         counter(to, "evictions", "Keys that made room for others", &vec![(Vec::new(), usage.evicted)])?;
         counter(to, "expirations", "Keys swept after their last window", &vec![(Vec::new(), usage.swept)])?;
         self.redis(to)?;
+        let mode = commons.mode.state(commons.clock.now()).mode;
+        let modes = Mode::ALL.map(|one| (vec![("mode", one.token().to_owned())], f64::from(u8::from(one == mode))));
+        gauge(to, "mode", "1: this is the mode", &modes.to_vec())?;
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
         gauge(to, "build_info", "The program's version", &build)?;
         let rss = super::health::rss_bytes().map(|bytes| (Vec::new(), bytes as f64));

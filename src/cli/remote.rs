@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use http::StatusCode;
 use serde_json::Value;
 
-use super::{HealthArgs, PurgeArgs, RemoteArgs};
-use crate::admin::{AdminClient, PurgeRequest};
+use super::{HealthArgs, ModeArgs, PurgeArgs, RemoteArgs};
+use crate::admin::{AdminClient, ModeRequest, PurgeRequest};
 use crate::config::Secret;
 use crate::process::say;
 
@@ -39,6 +39,16 @@ pub(super) async fn stats(args: &RemoteArgs) -> Result<ExitCode, String> {
     }
     print_json(&text);
     Ok(ExitCode::from(u8::from(!status.is_success())))
+}
+
+/// `sidecache mode …`.
+pub(super) async fn mode(args: ModeArgs) -> Result<ExitCode, String> {
+    let ModeArgs { remote, mode, time } = args;
+    let state = client(&remote)?.post("/mode", &ModeRequest { mode, time }).await?;
+    let left = state["for_ms"].as_u64().map(|ms| format!(" for another {} s", ms.div_ceil(1000)));
+    let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
+    say(format!("mode {} (set by: {}){}", word("mode"), word("source"), left.unwrap_or_default()));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `sidecache health`: exit code 0 if it is ready (and, without `--ready`, everything is well).

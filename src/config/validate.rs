@@ -19,6 +19,7 @@ use super::rules::header_name;
 use super::values::{OneOrMany, SecretRef};
 use super::{Admin, Config, Flags, Limits, Log, Memory, Secret, SecretSource};
 use super::{default_credential_headers, file, interpolate};
+use crate::policy::mode::Mode;
 
 /// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
@@ -143,6 +144,7 @@ impl Validator<'_> {
             redis,
             secrets,
             encrypt: file.security.encrypt,
+            mode: self.mode(file),
             admin,
             probes,
             grace: file.shutdown.grace.map_or(Duration::from_secs(25), |d| d.0),
@@ -153,17 +155,24 @@ impl Validator<'_> {
 
     /// What the contract knows and this version does not do: an error where it was asked for.
     fn refuse_unbuilt(&mut self, file: &file::File) {
-        if let Some(mode) = &file.mode
-            && mode.get_ref() != "normal"
-        {
-            let message = match mode.get_ref().as_str() {
-                "bypass" | "shadow" => format!("mode = {:?} is not built yet: write \"normal\"", mode.get_ref()),
-                other => format!("mode = {other:?}: write \"normal\""),
-            };
-            self.fault(&mode.span(), message);
-        }
         if let Some(given) = &file.webhook {
             self.fault(&given.span(), "[[webhook]] is not built yet: leave it out");
+        }
+    }
+
+    fn mode(&mut self, file: &file::File) -> Mode {
+        let Some(mode) = &file.mode else { return Mode::Normal };
+        match mode.get_ref().as_str() {
+            "normal" => Mode::Normal,
+            "bypass" => Mode::Bypass,
+            "shadow" => {
+                self.fault(&mode.span(), "mode = \"shadow\" is not built yet: write \"normal\" or \"bypass\"");
+                Mode::Normal
+            }
+            other => {
+                self.fault(&mode.span(), format!("mode = {other:?}: write \"normal\" or \"bypass\""));
+                Mode::Normal
+            }
         }
     }
 

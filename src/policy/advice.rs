@@ -15,7 +15,8 @@ pub fn of_bypass(reason: Bypass) -> &'static str {
             "a header looks like a credential and is not keyed: add it to [security] credential_headers, or let the \
              rule say partition = \"everyone\""
         }
-        Bypass::Range => "Range requests are passed through",
+        Bypass::Range => "it asks for a part of what is not stored",
+        Bypass::Mode => "the mode is bypass: sidecache mode normal",
         Bypass::NoStoreRequest => "the client says Cache-Control: no-store",
         Bypass::Upgrade => "it asks for another protocol, and its rule allows that",
     }

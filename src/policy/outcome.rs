@@ -21,8 +21,10 @@ pub enum Bypass {
     AmbiguousTarget,
     /// A header that looks like a credential and is not part of the key.
     UnkeyedCredential,
-    /// A Range request (RFC 9110 §14).
+    /// A Range request (RFC 9110 §14) for what is not stored.
     Range,
+    /// The mode is `bypass`: everything is handed through.
+    Mode,
     /// The client's `Cache-Control: no-store`.
     NoStoreRequest,
     /// It asks for another protocol, and its rule allows that (RFC 9110 §7.8).
@@ -39,6 +41,7 @@ impl Bypass {
             Bypass::AmbiguousTarget => "ambiguous-target",
             Bypass::UnkeyedCredential => "unkeyed-credential",
             Bypass::Range => "range",
+            Bypass::Mode => "mode",
             Bypass::NoStoreRequest => "no-store-request",
             Bypass::Upgrade => "upgrade",
         }

@@ -84,7 +84,7 @@ impl Proxy {
             request.headers_mut().insert(HOST, host);
         }
         let Ok(place) = self.site.locate(request.uri(), request.headers()) else { return };
-        let Ok((plan, _demands, key)) = self.admit(&request, &place) else { return };
+        let Ok((plan, _demands, key)) = self.admit(&request, &place, self.commons.clock.now()) else { return };
         let Some(born) = fleet.redis.time().tick(refresh.born) else { return };
         let entry = match self.look_up(&key, request.headers(), &Demands::default(), self.commons.clock.now()) {
             Lookup::Fresh(entry) | Lookup::WhileRevalidate(entry) => Some(entry),

@@ -41,7 +41,7 @@ impl Proxy {
             told["rule"] = format!("{} (path {})", plan.name, plan.path).into();
             told["cache"] = cache(plan).into();
         }
-        match self.admit(request, &place) {
+        match self.admit(request, &place, self.commons.clock.now()) {
             Err(reason) => bypass(&mut told, reason),
             Ok((plan, demands, key)) => {
                 told["key"] = Self::key_parts(&plan.key, &place, request, &key);

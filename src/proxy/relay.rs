@@ -44,7 +44,14 @@ impl Proxy {
                     ask_upgrade(request, &asked.headers);
                 }
             };
-            self.send(&asked, &place, body, shape).await
+            if reason == Bypass::Mode {
+                // No pacing either: what the client sends is sent.
+                self.send_now(&asked, &place, body, &shape).await
+            } else {
+                self.send(&asked, &place, body, shape).await
+            }
+        } else if reason == Bypass::Mode {
+            self.clone().write(asked.clone(), place.clone(), body).await
         } else {
             // Until its turn has come, a client that leaves takes its write with it.
             match self.turn(&asked, &place, visit.begun).await {
@@ -60,7 +67,7 @@ impl Proxy {
                 strip_for_client(&mut response);
                 // A write's answer is of after the write, if nobody else has purged meanwhile.
                 let written = response.extensions_mut().remove::<Position>();
-                if reason == Bypass::Range || written.is_some() {
+                if reason == Bypass::Range || written.is_some() && reason != Bypass::Mode {
                     response = self.aside(&asked, &place, written.unwrap_or(position), &visit, response);
                 }
                 let fetched = Fetched::bypass(reason, Some(response.status()));
