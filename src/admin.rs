@@ -6,6 +6,7 @@ mod health;
 mod metrics;
 pub mod mode;
 mod purge;
+mod reload;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,8 +27,10 @@ pub use client::AdminClient;
 pub use explain::ExplainRequest;
 pub use mode::ModeRequest;
 pub use purge::PurgeRequest;
+pub use reload::{Reload, Reloads};
 
-use crate::config::{Limits, Secret};
+use crate::config::Secret;
+use crate::proxy::face::Face;
 use crate::proxy::{Commons, Proxy};
 
 /// The largest request body.
@@ -37,23 +40,28 @@ const MAX_BODY: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Admin {
     commons: Arc<Commons>,
-    proxies: Vec<Arc<Proxy>>,
+    faces: Vec<Arc<Face>>,
+    reload: Arc<dyn Reload>,
     token: Option<Secret>,
     address: SocketAddr,
-    limits: Limits,
     draining: AtomicBool,
 }
 
 impl Admin {
-    /// The API of these proxies, on this address.
+    /// The API of the proxies behind these faces, on this address.
     pub fn new(
         commons: Arc<Commons>,
-        proxies: Vec<Arc<Proxy>>,
+        faces: Vec<Arc<Face>>,
+        reload: Arc<dyn Reload>,
         token: Option<Secret>,
         address: SocketAddr,
-        limits: Limits,
     ) -> Admin {
-        Admin { commons, proxies, token, address, limits, draining: AtomicBool::new(false) }
+        Admin { commons, faces, reload, token, address, draining: AtomicBool::new(false) }
+    }
+
+    /// Who answers now.
+    fn proxies(&self) -> Vec<Arc<Proxy>> {
+        self.faces.iter().map(|face| face.proxy()).collect()
     }
 
     /// From now on not ready.
@@ -70,6 +78,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Recei
         .route("/purge", post(purge::purge))
         .route("/explain", post(explain::explain))
         .route("/mode", post(mode::mode))
+        .route("/reload", post(reload::reload))
         .layer(from_fn_with_state(admin.clone(), guard));
     let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
     answer(listener, app, close, "admin").await;

@@ -4,6 +4,7 @@
 //! Stop: not ready, stop accepting, let requests finish within the grace, cut the rest.
 
 mod fleet;
+pub mod reload;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::policy::entry::Entry;
 use crate::policy::invalidation::Standing;
 use crate::policy::mode::Switch;
 use crate::process;
+use crate::proxy::face::Face;
 use crate::proxy::flights::Flights;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
@@ -30,6 +32,7 @@ use crate::store::{Memory, Partials};
 use crate::telemetry::Telemetry;
 use crate::upstream::Upstream;
 use crate::upstream::http::HttpUpstream;
+use reload::Reloader;
 
 /// How often expired entries are swept.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
@@ -47,6 +50,7 @@ pub struct App {
     fleet: Option<fleet::Parts>,
     grace: Duration,
     lines: Vec<String>,
+    reloader: Arc<Reloader>,
 }
 
 /// Makes the upstream behind a site: the real one, or a test's.
@@ -71,18 +75,21 @@ impl App {
             config.source,
             redis.as_deref().unwrap_or("none (this process only)")
         )];
+        let fixed = reload::fixed(&config);
         let (commons, fleet) = commons(&config, clock)?;
         let commons = Arc::new(commons);
         let limits = within_open_files(config.limits, config.upstreams.len(), &mut lines);
-        let mut sites = Vec::new();
+        let (mut sites, mut faces) = (Vec::new(), Vec::new());
         for upstream in config.upstreams {
             let listener = server::bind(upstream.listen, &format!("upstream {}", upstream.name)).await?;
             lines.push(listening(&upstream, local(&listener)?));
             let real = make(&upstream, &commons.clock)?;
             let tls = upstream.listen_tls.as_ref().map(server::acceptor).transpose()?;
-            let site = Site::new(upstream, real, local(&listener)?.port());
-            let proxy = Arc::new(Proxy { commons: commons.clone(), site });
-            sites.push(server::Listener { socket: listener, tls, proxy, limits });
+            let (listen, port) = (upstream.listen, local(&listener)?.port());
+            let site = Site::new(upstream, real, port);
+            let face = Face::new(Arc::new(Proxy { commons: commons.clone(), site }), limits);
+            faces.push((listen, port, face.clone()));
+            sites.push(server::Listener { socket: listener, tls, face });
         }
         let admin = match config.admin {
             None => None,
@@ -102,16 +109,22 @@ impl App {
                 Some(listener)
             }
         };
-        let proxies: Vec<_> = sites.iter().map(|site| site.proxy.clone()).collect();
+        let shown: Vec<_> = faces.iter().map(|(_, _, face)| face.clone()).collect();
+        let reloader = Arc::new(Reloader::new(commons.clone(), faces, fixed));
         let (listener, address, token) = match admin {
             Some((listener, address, token)) => (Some(listener), address, token),
             None => (None, SocketAddr::from(([127, 0, 0, 1], 0)), None),
         };
-        let state = Arc::new(Admin::new(commons.clone(), proxies, token, address, limits));
+        let state = Arc::new(Admin::new(commons.clone(), shown, reloader.clone(), token, address));
         let admin = listener.map(|listener| (listener, state.clone()));
         let probes = probes.map(|listener| (listener, state));
         lines.extend(config.notes);
-        Ok(App { sites, admin, probes, commons, fleet, grace: config.grace, lines })
+        Ok(App { sites, admin, probes, commons, fleet, grace: config.grace, lines, reloader })
+    }
+
+    /// Where its configuration can be read again.
+    pub fn reload_from(&self, origin: reload::Origin) {
+        self.reloader.from(origin);
     }
 
     /// What to print at start, one line each.
@@ -142,11 +155,11 @@ impl App {
     /// Runs until `stop` turns true (or its sender is gone), then drains. Returns how many connections had to
     /// be cut.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> usize {
-        let App { sites, admin, probes, commons, fleet, grace, .. } = self;
+        let App { sites, admin, probes, commons, fleet, grace, reloader, .. } = self;
         let mut background = JoinSet::new();
         if let Some(fleet) = fleet {
-            let proxies = sites.iter().map(|site| site.proxy.clone()).collect();
-            fleet.start(&commons, proxies, &mut background);
+            let faces = sites.iter().map(|site| site.face.clone()).collect();
+            fleet.start(&commons, faces, &mut background);
         }
         let (drain, draining) = watch::channel(false);
         let (close_admin, admin_closes) = watch::channel(false);
@@ -163,6 +176,7 @@ impl App {
             asked.spawn(admin::serve_probes(listener, state, admin_closes));
         }
         background.spawn(sweep(commons));
+        background.spawn(reload::follow(reloader));
         let _ = stop.wait_for(|stop| *stop).await;
         if let Some(state) = admin_state {
             state.drain();

@@ -5,6 +5,7 @@ pub mod aside;
 pub mod breakers;
 pub mod budget;
 pub mod explain;
+pub mod face;
 pub mod fallback;
 pub mod fetch;
 pub mod fleet;

@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
-use crate::config::{Limits, ListenTls};
-use crate::proxy::Proxy;
+use crate::config::ListenTls;
+use crate::proxy::face::Face;
 use crate::tls;
 use connection::Door;
 use crowd::{Crowd, Place};
@@ -56,15 +56,13 @@ pub struct Listener {
     pub socket: TcpListener,
     /// TLS towards them.
     pub tls: Option<TlsAcceptor>,
-    /// Who answers.
-    pub proxy: Arc<Proxy>,
-    /// What they may do.
-    pub limits: Limits,
+    /// Who answers, and what they may do.
+    pub face: Arc<Face>,
 }
 
 impl std::fmt::Debug for Listener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Listener").field("socket", &self.socket).field("limits", &self.limits).finish_non_exhaustive()
+        f.debug_struct("Listener").field("socket", &self.socket).finish_non_exhaustive()
     }
 }
 
@@ -72,9 +70,9 @@ impl std::fmt::Debug for Listener {
 ///
 /// Returns how many connections had to be cut.
 pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: Duration) -> usize {
-    let Listener { socket, tls, proxy, limits } = listener;
-    let door = Door { proxy, limits, tls };
-    let crowd = Crowd::new(limits.connections);
+    let Listener { socket, tls, face } = listener;
+    let crowd = Crowd::new(face.now().limits.connections);
+    let door = Door { limits: face.now().limits, face, tls };
     let mut connections = JoinSet::new();
     let mut waiting = None;
     loop {
@@ -126,7 +124,7 @@ async fn accept(socket: &TcpListener) -> Option<TcpStream> {
 }
 
 fn admit(door: &Door, stream: TcpStream, place: Place, connections: &mut JoinSet<()>) {
-    let door = door.clone();
+    let door = Door { limits: door.face.now().limits, ..door.clone() };
     connections.spawn(async move {
         door.connection(stream, place.seat.clone()).await;
         drop(place);

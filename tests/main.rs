@@ -20,6 +20,7 @@ mod model;
 mod protocols;
 mod redis;
 mod redis_outage;
+mod reload;
 mod rfc9111;
 mod shopify;
 mod shutdown;

@@ -41,13 +41,19 @@ pub(super) async fn explain(
     request: Result<Json<ExplainRequest>, JsonRejection>,
 ) -> Response {
     let told = match request {
-        Ok(Json(request)) => answer(&request, admin.proxies.iter().map(AsRef::as_ref), &admin.limits, true),
+        Ok(Json(request)) => explain_now(&admin, &request),
         Err(rejection) => Err(rejection.body_text()),
     };
     match told {
         Ok(told) => Json(told).into_response(),
         Err(message) => problem(StatusCode::BAD_REQUEST, "bad_request", &message),
     }
+}
+
+fn explain_now(admin: &Admin, request: &ExplainRequest) -> Result<serde_json::Value, String> {
+    let proxies = admin.proxies();
+    let limits = admin.faces.first().map(|face| face.now().limits).ok_or("there is no upstream")?;
+    answer(request, proxies.iter().map(AsRef::as_ref), &limits, true)
 }
 
 /// Explains a request to one of these proxies. The error is one clear line.

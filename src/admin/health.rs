@@ -29,7 +29,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     let now = commons.clock.now();
     let mut upstreams = BTreeMap::new();
     let mut degraded = false;
-    for proxy in &admin.proxies {
+    for proxy in &admin.proxies() {
         let state = proxy.site.signals.state(now);
         let breakers: BTreeMap<_, _> = proxy.site.breakers.open().into_iter().collect();
         let down = state.status == "down" || !breakers.is_empty();
@@ -58,6 +58,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
             "upstreams": upstreams,
             "redis": redis,
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
+            "configuration": super::reload::told(&admin.reload.reloads()),
             "process": { "status": "ok", "rss_bytes": rss_bytes() },
         },
     }))

@@ -87,6 +87,9 @@ impl Collector for Scrape {
         counter(to, "evictions", "Keys that made room for others", &vec![(Vec::new(), usage.evicted)])?;
         counter(to, "expirations", "Keys swept after their last window", &vec![(Vec::new(), usage.swept)])?;
         self.redis(to)?;
+        let taken = f64::from(u8::from(self.0.reload.reloads().error.is_none()));
+        let help = "0: the last configuration was not taken";
+        gauge(to, "config_last_reload_successful", help, &vec![(Vec::new(), taken)])?;
         let mode = commons.mode.state(commons.clock.now()).mode;
         let modes = Mode::ALL.map(|one| (vec![("mode", one.token().to_owned())], f64::from(u8::from(one == mode))));
         gauge(to, "mode", "1: this is the mode", &modes.to_vec())?;
@@ -100,9 +103,10 @@ impl Collector for Scrape {
 impl Scrape {
     fn requests(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         // Rules of several paths have several plans of one name.
+        let proxies = self.0.proxies();
         let mut counts: BTreeMap<(&str, &str, &str), u64> = BTreeMap::new();
         let mut took = Vec::new();
-        for proxy in &self.0.proxies {
+        for proxy in &proxies {
             let site = &proxy.site;
             let tallies = site.router.plans().iter().map(|plan| (&*plan.name, &plan.tally));
             for (rule, tally) in tallies.chain([("", &site.meter.no_rule)]) {
@@ -136,7 +140,8 @@ impl Scrape {
         let (mut results, mut took, mut waited) = (Vec::new(), Vec::new(), Vec::new());
         let (mut throttles, mut breakers, mut up) = (Vec::new(), Vec::new(), Vec::new());
         let now = self.0.commons.clock.now();
-        for proxy in &self.0.proxies {
+        let proxies = self.0.proxies();
+        for proxy in &proxies {
             let (name, meter) = (proxy.site.name.to_string(), &proxy.site.meter);
             let of = |label: &'static str, value: &str| vec![("upstream", name.clone()), (label, value.to_owned())];
             results.extend(meter.results().into_iter().map(|(result, count)| (of("result", result), count)));

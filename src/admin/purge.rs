@@ -76,7 +76,8 @@ pub(super) async fn purge(
         Ok(wait) => wait.map(|wait| wait.min(LONGEST_WAIT)),
         Err(message) => return bad(&format!("wait: {message}")),
     };
-    let sites: Vec<&Site> = admin.proxies.iter().map(|proxy| &proxy.site).collect();
+    let proxies = admin.proxies();
+    let sites: Vec<&Site> = proxies.iter().map(|proxy| &proxy.site).collect();
     let (purged, selectors) = match selectors(&request, &sites) {
         Ok(selected) => selected,
         Err(message) => return bad(&message),

@@ -16,6 +16,7 @@ use crate::fleet::work::Refresh;
 use crate::fleet::{Fleet, SidecarId};
 use crate::policy::key::KeySecret;
 use crate::policy::millis;
+use crate::proxy::face::Face;
 use crate::proxy::{Commons, Proxy};
 use crate::redis::{Message, Redis, Trouble};
 use crate::store::Shared;
@@ -119,7 +120,7 @@ pub(super) fn build(
 
 impl Parts {
     /// Sets everything to work.
-    pub(super) fn start(self, commons: &Arc<Commons>, proxies: Vec<Arc<Proxy>>, tasks: &mut JoinSet<()>) {
+    pub(super) fn start(self, commons: &Arc<Commons>, faces: Vec<Arc<Face>>, tasks: &mut JoinSet<()>) {
         let Parts { fleet, invalidations, seed } = self;
         let log = Log {
             redis: fleet.redis.clone(),
@@ -148,7 +149,7 @@ impl Parts {
             let walking = shared.clone();
             work.spawn(async move { walking.clear_purged().await });
             work.spawn(async move { shared.write_behind(seen_at).await });
-            work.spawn(labour(fleet.clone(), proxies));
+            work.spawn(labour(fleet.clone(), faces));
             match seed {
                 Some(mut seed) => loop {
                     tokio::time::sleep(LOOK_AT_SECRET).await;
@@ -161,17 +162,17 @@ impl Parts {
 }
 
 /// Works for the fleet, for ever: on what is offered, and on what others have left.
-async fn labour(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>) {
+async fn labour(fleet: Arc<Fleet>, faces: Vec<Arc<Face>>) {
     loop {
         fleet.redis.worker_connected().await;
-        if let Err(trouble) = labour_for_a_while(&fleet, &proxies).await {
+        if let Err(trouble) = labour_for_a_while(&fleet, &faces).await {
             debug!(%trouble, "no work can be had");
             tokio::time::sleep(PAUSE).await;
         }
     }
 }
 
-async fn labour_for_a_while(fleet: &Arc<Fleet>, proxies: &[Arc<Proxy>]) -> Result<(), Trouble> {
+async fn labour_for_a_while(fleet: &Arc<Fleet>, faces: &[Arc<Face>]) -> Result<(), Trouble> {
     let me = fleet.me.to_string();
     fleet.redis.tidy_work().await?;
     let mut under_way = JoinSet::new();
@@ -179,7 +180,7 @@ async fn labour_for_a_while(fleet: &Arc<Fleet>, proxies: &[Arc<Proxy>]) -> Resul
         let left = fleet.redis.take_over(&me, WORK_AT_ONCE, LEFT_BEHIND).await?;
         let offered = fleet.redis.work(&me, WORK_AT_ONCE, WAIT_FOR_WORK).await?;
         for message in left.into_iter().chain(offered) {
-            under_way.spawn(work_off(fleet.clone(), proxies.to_vec(), message));
+            under_way.spawn(work_off(fleet.clone(), faces.iter().map(|face| face.proxy()).collect(), message));
         }
         // What takes longer than it may is taken over, by us or others: its lease keeps it from being done twice.
         while under_way.len() >= usize::try_from(WORK_AT_ONCE).unwrap_or(1) {

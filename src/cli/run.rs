@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::app::App;
+use crate::app::reload::Origin;
 use crate::clock::Clock;
 use crate::config::{self, Config, ConfigError, Flags};
 use crate::process::{say, stop_signal};
@@ -17,6 +18,8 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     logs::start(&config.log)?;
     let stop = stop_signal()?;
     let app = App::bind(config).await?;
+    let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|here| here.exists()));
+    app.reload_from(Origin { file, load: Box::new(move || load(&flags)) });
     for line in app.lines() {
         say(line);
     }

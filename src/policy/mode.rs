@@ -33,7 +33,7 @@ impl Mode {
 /// The mode, and what it comes from.
 #[derive(Debug, Default)]
 pub struct Switch {
-    configured: Mode,
+    configured: AtomicU64,
     /// What was set by hand: `until << 2 | 2 | bypass`, `until` in ticks; 0: nothing.
     set: AtomicU64,
 }
@@ -55,7 +55,18 @@ pub struct State {
 impl Switch {
     /// As configured.
     pub fn new(configured: Mode) -> Switch {
-        Switch { configured, set: AtomicU64::new(0) }
+        let switch = Switch::default();
+        switch.configure(configured);
+        switch
+    }
+
+    /// The configuration says so now.
+    pub fn configure(&self, configured: Mode) {
+        self.configured.store(u64::from(configured == Mode::Bypass), Ordering::Relaxed);
+    }
+
+    fn configured(&self) -> Mode {
+        if self.configured.load(Ordering::Relaxed) == 1 { Mode::Bypass } else { Mode::Normal }
     }
 
     /// Sets it by hand; for a time, or until it is set again.
@@ -69,11 +80,11 @@ impl Switch {
         self.set.store(0, Ordering::Relaxed);
     }
 
-    /// Is everything handed through? One atomic load.
+    /// Is everything handed through? Two atomic loads.
     pub fn bypasses(&self, now: Tick) -> bool {
         match self.by_hand(now) {
             Some((mode, _)) => mode == Mode::Bypass,
-            None => self.configured == Mode::Bypass,
+            None => self.configured() == Mode::Bypass,
         }
     }
 
@@ -84,7 +95,7 @@ impl Switch {
                 let for_ms = (until != FOR_EVER).then(|| until.saturating_sub(now.0));
                 State { mode, source: "admin", for_ms }
             }
-            None => State { mode: self.configured, source: "configuration", for_ms: None },
+            None => State { mode: self.configured(), source: "configuration", for_ms: None },
         }
     }
 

@@ -64,6 +64,11 @@ impl Clock for Monotonic {
 }
 
 impl Budgets {
+    /// As configured.
+    pub fn budget(&self) -> Option<Budget> {
+        self.budget
+    }
+
     /// With this budget; without one nobody waits.
     pub fn new(budget: Option<Budget>) -> Budgets {
         let (buckets, hasher) = (Mutex::default(), RandomState::new());

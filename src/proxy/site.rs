@@ -44,19 +44,19 @@ pub struct Site {
     /// What its clients speak: `http` or `https`.
     pub listens: Scheme,
     /// How it is doing.
-    pub signals: Signals,
+    pub signals: Arc<Signals>,
     /// What is counted for it.
-    pub meter: Meter,
+    pub meter: Arc<Meter>,
     /// When it is asked once more …
     pub retry: Retry,
     /// … and how often in all.
     pub retries: Mutex<RetryBudget>,
     /// Who may ask it now.
-    pub budgets: Budgets,
+    pub budgets: Arc<Budgets>,
     /// When it is not asked for a while …
     pub tolerance: Tolerance,
     /// … and which of its hosts are not.
-    pub breakers: Breakers,
+    pub breakers: Arc<Breakers>,
     /// Request headers that are part of some key.
     keyed: HashSet<HeaderName>,
     /// Where every request goes, if that is one place.
@@ -97,7 +97,7 @@ impl Site {
         };
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
-        let (budgets, breakers) = (Budgets::new(budget), Breakers::default());
+        let (budgets, breakers) = (Arc::new(Budgets::new(budget)), Arc::new(Breakers::default()));
         Site {
             id,
             name,
@@ -107,8 +107,8 @@ impl Site {
             upstream,
             port,
             listens,
-            signals: Signals::default(),
-            meter: Meter::default(),
+            signals: Arc::default(),
+            meter: Arc::default(),
             retry,
             retries: Mutex::default(),
             budgets,
@@ -159,6 +159,20 @@ impl Site {
             Target::Hosts(patterns) => allowed(patterns, uri, headers).ok_or(Misdirected)?,
         };
         Ok(Cow::Owned(place))
+    }
+
+    /// Goes on with what was known of the same upstream before its configuration was read again: how it is, and what it
+    /// has forbidden.
+    pub fn inherit(&mut self, before: &Site) {
+        if self.id != before.id {
+            return;
+        }
+        self.signals = before.signals.clone();
+        self.meter = before.meter.clone();
+        self.breakers = before.breakers.clone();
+        if self.budgets.budget() == before.budgets.budget() {
+            self.budgets = before.budgets.clone();
+        }
     }
 
     /// What the stored answer to a request can be purged by.

@@ -29,7 +29,8 @@ use super::receive::{Desk, Meeting, tunnel};
 use super::stalls::{Stalls, Watched};
 use super::wire::{Speech, Wire};
 use crate::config::Limits;
-use crate::proxy::{Handled, Proxy};
+use crate::proxy::Handled;
+use crate::proxy::face::Face;
 use crate::upstream::Ear;
 
 /// Streams at once on one HTTP/2 connection.
@@ -44,7 +45,8 @@ const GOODBYE: Duration = Duration::from_millis(500);
 /// What a listener knows.
 #[derive(Clone)]
 pub(super) struct Door {
-    pub(super) proxy: Arc<Proxy>,
+    pub(super) face: Arc<Face>,
+    /// As they were when the connection came.
     pub(super) limits: Limits,
     pub(super) tls: Option<TlsAcceptor>,
 }
@@ -91,8 +93,7 @@ impl Door {
         let meeting = Meeting::default();
         let interims = word.interims.clone();
         let ear: Option<Arc<dyn Ear>> = Some(interims.clone());
-        let (proxy, limits) = (self.proxy.clone(), self.limits);
-        let desk = Desk { proxy, limits, word, meeting: meeting.clone(), interims: ear };
+        let desk = Desk { face: self.face.clone(), word, meeting: meeting.clone(), interims: ear };
         let at = seat.clone();
         let service = service_fn(move |request: Request<Incoming>| {
             at.serves();
@@ -136,9 +137,8 @@ impl Door {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (wire, word) = Wire::new(stream, Speech::Http2(Meter::new()), first, &self.limits);
-        let (proxy, limits) = (self.proxy.clone(), self.limits);
         // The HTTP library has no way to send interim answers on a stream.
-        let desk = Desk { proxy, limits, word, meeting: Meeting::default(), interims: None };
+        let desk = Desk { face: self.face.clone(), word, meeting: Meeting::default(), interims: None };
         let (at, stalls) = (seat.clone(), Arc::new(Stalls::default()));
         let streams = stalls.clone();
         let service = service_fn(move |request: Request<Incoming>| {

@@ -17,10 +17,10 @@ use super::wire::{REFUSED, Word};
 use super::{guard, intake};
 use crate::body::Body;
 use crate::body::tunnel::Tunnel;
-use crate::config::Limits;
 use crate::policy::headers::{add_date, nominated, strip_nominated};
+use crate::proxy::Handled;
+use crate::proxy::face::Face;
 use crate::proxy::respond::{Rejection, body_rejection};
-use crate::proxy::{Handled, Proxy};
 use crate::upstream::Ear;
 
 /// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
@@ -29,8 +29,7 @@ pub(super) type Meeting = Arc<Mutex<Option<(OnUpgrade, Tunnel)>>>;
 /// What requests of one connection have in common.
 #[derive(Debug, Clone)]
 pub(super) struct Desk {
-    pub(super) proxy: Arc<Proxy>,
-    pub(super) limits: Limits,
+    pub(super) face: Arc<Face>,
     pub(super) word: Arc<Word>,
     pub(super) meeting: Meeting,
     /// Where interim answers go; none: they can't be passed on.
@@ -44,8 +43,9 @@ impl Desk {
             return self.refuse(&request.into_parts().0, rejection);
         }
         normalise(&mut request);
-        let proxy = &self.proxy;
-        let guarded = guard::check(&request, &self.limits, |name| proxy.site.is_keyed(name));
+        let served = self.face.now();
+        let proxy = &served.proxy;
+        let guarded = guard::check(&request, &served.limits, |name| proxy.site.is_keyed(name));
         let names_one = request.headers().contains_key(UPGRADE);
         let upgrade = (names_one && asks_upgrade(&request)).then(|| hyper::upgrade::on(&mut request));
         let (mut parts, incoming) = request.into_parts();
@@ -82,10 +82,11 @@ impl Desk {
     fn with_body(&self, parts: Parts, incoming: Incoming) -> Handled {
         let desk = self.clone();
         Handled::later(async move {
-            match intake::body(incoming, &desk.limits, &desk.proxy.commons.purse).await {
+            let served = desk.face.served();
+            match intake::body(incoming, &served.limits, &served.proxy.commons.purse).await {
                 Ok(body) => {
                     let ear = desk.ear(&parts);
-                    desk.proxy.handle(Request::from_parts(parts, body), ear).response().await
+                    served.proxy.handle(Request::from_parts(parts, body), ear).response().await
                 }
                 Err(fault) => desk.refuse(&parts, &body_rejection(fault)).response().await,
             }
@@ -111,7 +112,7 @@ impl Desk {
     /// After a refusal nothing more is read from the connection: what follows may be part of what was refused.
     fn refuse(&self, parts: &Parts, rejection: &Rejection) -> Handled {
         self.word.linger();
-        let mut response = self.proxy.rejected(parts, rejection);
+        let mut response = self.face.now().proxy.rejected(parts, rejection);
         if parts.version < Version::HTTP_2 {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -121,7 +122,7 @@ impl Desk {
     fn no_content(&self) -> Response<Body> {
         let mut response = Response::new(Body::Empty);
         *response.status_mut() = StatusCode::NO_CONTENT;
-        add_date(response.headers_mut(), self.proxy.commons.clock.wall());
+        add_date(response.headers_mut(), self.face.now().proxy.commons.clock.wall());
         response
     }
 }

@@ -145,6 +145,13 @@ impl Memory {
         }
     }
 
+    /// Another cap: what is beyond it goes at once.
+    pub fn resize(&self, max_bytes: u64) {
+        if max_bytes != self.cache.capacity() {
+            self.cache.set_capacity(max_bytes);
+        }
+    }
+
     /// How full it is.
     pub fn usage(&self) -> Usage {
         Usage {
