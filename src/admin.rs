@@ -1,6 +1,7 @@
 //! The admin API: health, counters, purges. On a listener of its own, for its own address only.
 
 mod client;
+mod entries;
 pub mod explain;
 mod health;
 mod metrics;
@@ -75,6 +76,8 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Recei
     let open = probes().route("/health", get(health::health));
     let guarded = Router::new()
         .route("/stats", get(stats))
+        .route("/entries", get(entries::entries))
+        .route("/budgets", get(entries::budgets))
         .route("/purge", post(purge::purge))
         .route("/explain", post(explain::explain))
         .route("/mode", post(mode::mode))

@@ -257,3 +257,38 @@ async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
     send(sidecar.admin, "POST", "/mode", &json, br#"{"mode":"configured"}"#).await;
     assert!(!sidecar.get("/x").await.is_hit());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
+    let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    for i in 0..25 {
+        sidecar.get_with(&format!("/products/{i}?access_token=canary-{i}"), &[("X-Api-Key", "canary")]).await;
+    }
+    sidecar.get("/shop").await;
+    let page = async |query: &str| get(sidecar.admin, &format!("/entries{query}"), &[]).await.json();
+    let (mut seen, mut query) = (std::collections::BTreeSet::new(), "?limit=10".to_owned());
+    for expected in [10, 10, 6] {
+        let told = page(&query).await;
+        let entries = told["entries"].as_array().expect("a list").clone();
+        assert_eq!(entries.len(), expected, "{told}");
+        assert!(!told.to_string().contains("canary"), "{told}");
+        seen.extend(
+            entries
+                .iter()
+                .map(|entry| entry["target"].as_str().expect("text").to_owned() + &entry["key"].to_string()),
+        );
+        query = format!("?limit=10&after={}", told["next"].as_str().unwrap_or("-"));
+    }
+    assert_eq!((seen.len(), query.as_str()), (26, "?limit=10&after=-"));
+    let tagged = page("?tag=product:7").await;
+    let entry = &tagged["entries"][0];
+    assert_eq!(
+        (entry["target"].as_str(), entry["of_a_credential"].as_bool(), entry["standing"].as_str()),
+        (Some("/products/7?access_token=…"), Some(true), Some("valid"))
+    );
+    assert_eq!(page("?prefix=/shop").await["entries"].as_array().map(Vec::len), Some(1));
+    assert_eq!(get(sidecar.admin, "/entries?nope=1", &[]).await.status, 400);
+    let budgets = get(sidecar.admin, "/budgets", &[]).await.json();
+    assert_eq!(budgets["budgets"][0]["upstream"], "api");
+}

@@ -74,6 +74,9 @@ async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing(
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert_eq!(health["components"]["configuration"]["status"], "rejected");
     assert!(get(sidecar.admin, "/metrics", &[]).await.text().contains("sidecache_config_last_reload_successful 0"));
+    let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
+    let hits = "sidecache_requests_total{upstream=\"api\",rule=\"all\",outcome=\"hit\"} 1";
+    assert!(metrics.lines().any(|line| line == hits), "counters go on: {metrics}");
     // What was stored before is still there when the rule is back.
     sidecar.write(&text(origin.address, STORES, ""));
     assert_eq!(sidecar.reload().await.status, 200);

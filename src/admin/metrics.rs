@@ -104,15 +104,18 @@ impl Scrape {
     fn requests(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         // Rules of several paths have several plans of one name.
         let proxies = self.0.proxies();
-        let mut counts: BTreeMap<(&str, &str, &str), u64> = BTreeMap::new();
+        let mut counts: BTreeMap<(&str, String, &str), u64> = BTreeMap::new();
         let mut took = Vec::new();
         for proxy in &proxies {
             let site = &proxy.site;
             let tallies = site.router.plans().iter().map(|plan| (&*plan.name, &plan.tally));
             for (rule, tally) in tallies.chain([("", &site.meter.no_rule)]) {
                 for (outcome, count) in tally.read() {
-                    *counts.entry((&site.name, rule, outcome)).or_default() += count;
+                    *counts.entry((&site.name, rule.to_owned(), outcome)).or_default() += count;
                 }
+            }
+            for (rule, outcome, count) in site.meter.retired() {
+                *counts.entry((&site.name, rule, outcome)).or_default() += count;
             }
             let of = |outcome: &str| vec![("upstream", site.name.to_string()), ("outcome", outcome.to_owned())];
             took.extend(site.meter.took().map(|(outcome, latencies)| (of(outcome), latencies)));
@@ -122,8 +125,8 @@ impl Scrape {
             .into_iter()
             .filter(|(_, count)| *count > 0)
             .map(|((upstream, rule, outcome), count)| {
-                let labels = [("upstream", upstream), ("rule", rule), ("outcome", outcome)];
-                (labels.map(|(name, value)| (name, value.to_owned())).to_vec(), count)
+                let of = vec![("upstream", upstream.to_owned()), ("rule", rule), ("outcome", outcome.to_owned())];
+                (of, count)
             })
             .collect();
         counter(to, "requests", "Requests answered, by what became of them", &series)?;

@@ -177,7 +177,7 @@ fn field(key: &mut KeyBuf, bytes: &[u8]) {
 }
 
 /// Header names that nobody configured but that smell of a credential: one of their words says so.
-fn looks_like_credential(name: &str) -> bool {
+pub fn looks_like_credential(name: &str) -> bool {
     const WORDS: [&str; 18] = [
         "token",
         "key",

@@ -47,6 +47,19 @@ pub struct Bucket {
 
 type Limiter = RateLimiter<NotKeyed, InMemoryState, Monotonic, NoOpMiddleware<Duration>>;
 
+/// How the buckets before an upstream are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// Requests a second that each lets pass, if it is paced.
+    pub per_second: Option<f64>,
+    /// How many there are.
+    pub buckets: usize,
+    /// Requests that wait for their turn.
+    pub waiting: u32,
+    /// For how long those are closed that are.
+    pub closed: Vec<Duration>,
+}
+
 /// There is no turn in time; there may be one after so long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooLong(pub Duration);
@@ -67,6 +80,16 @@ impl Budgets {
     /// As configured.
     pub fn budget(&self) -> Option<Budget> {
         self.budget
+    }
+
+    /// For people.
+    pub fn state(&self) -> State {
+        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = buckets.values().map(|bucket| bucket.waiting.load(Ordering::Relaxed)).sum();
+        let mut closed: Vec<Duration> = buckets.values().filter_map(|bucket| bucket.closed_for()).collect();
+        closed.sort_unstable();
+        let per_second = self.budget.and_then(|budget| budget.pace).map(|pace| 1.0 / pace.every.as_secs_f64());
+        State { per_second, buckets: buckets.len(), waiting, closed }
     }
 
     /// With this budget; without one nobody waits.

@@ -169,6 +169,9 @@ impl Site {
         }
         self.signals = before.signals.clone();
         self.meter = before.meter.clone();
+        for plan in before.router.plans() {
+            self.meter.retire(&plan.name, &plan.tally);
+        }
         self.breakers = before.breakers.clone();
         if self.budgets.budget() == before.budgets.budget() {
             self.budgets = before.budgets.clone();

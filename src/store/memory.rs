@@ -145,6 +145,13 @@ impl Memory {
         }
     }
 
+    /// Shows all entries, in no order. What comes or goes meanwhile may be missed.
+    pub fn look_at_all(&self, mut look: impl FnMut(&[u8], &Entry)) {
+        for (key, resource) in self.cache.iter() {
+            resource.variants().iter().for_each(|entry| look(&key, entry));
+        }
+    }
+
     /// Another cap: what is beyond it goes at once.
     pub fn resize(&self, max_bytes: u64) {
         if max_bytes != self.cache.capacity() {

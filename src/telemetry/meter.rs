@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::latencies::Latencies;
@@ -25,6 +26,8 @@ pub struct Meter {
     passed_on: AtomicU64,
     /// 429s that nobody saw.
     absorbed: AtomicU64,
+    /// What rules had counted that are no more: of a configuration before.
+    retired: Mutex<BTreeMap<(String, &'static str), u64>>,
 }
 
 impl Meter {
@@ -48,6 +51,20 @@ impl Meter {
         // … was sent again, or not.
         let counter = if absorbed { &self.absorbed } else { &self.passed_on };
         counter.fetch_add(1, Relaxed);
+    }
+
+    /// A rule is no more; what it has counted stays.
+    pub fn retire(&self, rule: &str, tally: &Tally) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        for (outcome, count) in tally.read().filter(|(_, count)| *count > 0) {
+            *retired.entry((rule.to_owned(), outcome)).or_default() += count;
+        }
+    }
+
+    /// What rules of configurations before had counted: rule, outcome, count.
+    pub fn retired(&self) -> Vec<(String, &'static str, u64)> {
+        let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        retired.iter().map(|((rule, outcome), count)| (rule.clone(), *outcome, *count)).collect()
     }
 
     /// Time to the response head, by outcome.
