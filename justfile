@@ -34,6 +34,10 @@ bench-parts:
 conformance *VARIANTS:
     ./tests/conformance/run {{VARIANTS}}
 
+# The dashboard in headless Chromium; pictures in target/dashboard. Needs chromium, npm.
+dashboard:
+    ./tests/dashboard/run
+
 # What lies in k8s/, without a cluster.
 k8s:
     ./tests/k8s/run

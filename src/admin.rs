@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, ORIGIN};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
@@ -73,7 +73,7 @@ impl Admin {
 
 /// Serves until `close` turns true.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
-    let open = probes().route("/health", get(health::health));
+    let open = probes().route("/health", get(health::health)).route("/", get(dashboard));
     let guarded = Router::new()
         .route("/stats", get(stats))
         .route("/entries", get(entries::entries))
@@ -106,6 +106,13 @@ async fn answer(listener: TcpListener, app: Router, mut close: watch::Receiver<b
     if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(closing).await {
         tracing::error!(%error, "the {what} listener ended");
     }
+}
+
+/// The dashboard: a page without data, which asks for it with the token it is given.
+async fn dashboard() -> impl IntoResponse {
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                  base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+    ([(CONTENT_SECURITY_POLICY, policy), (CACHE_CONTROL, "no-cache")], Html(include_str!("admin/dashboard.html")))
 }
 
 async fn stats(State(admin): State<Arc<Admin>>) -> Json<serde_json::Value> {

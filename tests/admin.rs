@@ -292,3 +292,15 @@ async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
     let budgets = get(sidecar.admin, "/budgets", &[]).await.json();
     assert_eq!(budgets["budgets"][0]["upstream"], "api");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dashboard_is_one_page_that_asks_nobody_else() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let page = get(sidecar.admin, "/", &[]).await;
+    assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
+    let policy = page.header("content-security-policy").expect("one");
+    assert!(policy.contains("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
+    let text = page.text().replace("http://www.w3.org/2000/svg", "");
+    assert!(!text.contains("http://") && !text.contains("https://"), "no foreign host");
+}

@@ -392,7 +392,7 @@ fn must_reconnect(message: &str) -> bool {
 }
 
 /// The driver writes the system's errors as Rust does: `Os { …, message: "Connection refused" }`. People read the message.
-fn first_line(text: &str) -> String {
+pub(super) fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let said = line.strip_prefix("Os {").and_then(|os| os.split_once("message: \""));
     said.and_then(|(_, message)| message.split_once('"')).map_or(line, |(message, _)| message).to_owned()
