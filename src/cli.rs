@@ -34,7 +34,7 @@ enum Command {
     /// Purge what is stored in a running sidecar.
     Purge(PurgeArgs),
     /// Print a running sidecar's counters.
-    Stats(RemoteArgs),
+    Stats(StatsArgs),
     /// Ask a running sidecar how it is. Exit code 1 if it is not well.
     Health(HealthArgs),
     /// The kill switch of a running sidecar: normal, bypass (hand everything through), or configured (as the file says).
@@ -114,6 +114,15 @@ struct ExplainArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct StatsArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// A line every two seconds, until Ctrl-C
+    #[arg(long)]
+    watch: bool,
 }
 
 #[derive(Debug, Args)]

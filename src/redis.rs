@@ -9,6 +9,7 @@
 
 mod connect;
 mod coordination;
+mod errors;
 mod herald;
 mod link;
 mod records;
@@ -223,7 +224,7 @@ pub async fn probe(config: &config::Redis) -> Result<String, Refusal> {
     let place = format!("redis {}", config.topology);
     let connection = connect::connect(config, config.databases.cache).await.map_err(|why| {
         let line = format!("{place}: {why}{}", advice(&why));
-        if link::is_answer(&why) { Refusal::Wrong(line) } else { Refusal::Absent(line) }
+        if errors::is_answer(&why) { Refusal::Wrong(line) } else { Refusal::Absent(line) }
     })?;
     match link::try_out(&connection.client, &config.key_prefix).await {
         Ok(version) => Ok(format!("{place}: ok, version {version}")),

@@ -10,6 +10,7 @@ mod canary;
 mod coalescing;
 mod config;
 mod deadline;
+mod docs;
 mod explain;
 mod fallback;
 mod fleet;

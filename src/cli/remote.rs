@@ -1,11 +1,12 @@
 //! Commands that talk to a running sidecar.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use http::StatusCode;
 use serde_json::Value;
 
-use super::{HealthArgs, ModeArgs, PurgeArgs, RemoteArgs};
+use super::{HealthArgs, ModeArgs, PurgeArgs, RemoteArgs, StatsArgs};
 use crate::admin::{AdminClient, ModeRequest, PurgeRequest};
 use crate::config::Secret;
 use crate::process::say;
@@ -32,13 +33,49 @@ pub(super) async fn purge(args: PurgeArgs) -> Result<ExitCode, String> {
 }
 
 /// `sidecache stats`.
-pub(super) async fn stats(args: &RemoteArgs) -> Result<ExitCode, String> {
-    let (status, text) = client(args)?.get("/stats").await?;
-    if status == StatusCode::UNAUTHORIZED {
-        return Err(format!("{status}: give the admin token with --token-file FILE"));
+pub(super) async fn stats(args: &StatsArgs) -> Result<ExitCode, String> {
+    let client = client(&args.remote)?;
+    let mut before: Option<Value> = None;
+    loop {
+        let (status, text) = client.get("/stats").await?;
+        if status == StatusCode::UNAUTHORIZED {
+            return Err(format!("{status}: give the admin token with --token-file FILE"));
+        }
+        if !args.watch {
+            print_json(&text);
+            return Ok(ExitCode::from(u8::from(!status.is_success())));
+        }
+        let now: Value = serde_json::from_str(&text).map_err(|_| format!("{status}: {text}"))?;
+        match &before {
+            None => say("  requests/s   hit ratio   p99 of hits   upstream/s   failed/s    keys       memory"),
+            Some(before) => say(line(before, &now)),
+        }
+        before = Some(now);
+        tokio::time::sleep(EVERY).await;
     }
-    print_json(&text);
-    Ok(ExitCode::from(u8::from(!status.is_success())))
+}
+
+/// How often `--watch` looks.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// What happened between two looks, in one line.
+#[allow(clippy::cast_precision_loss)] // for people
+fn line(before: &Value, now: &Value) -> String {
+    let at = |told: &Value, path: &str| told.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
+    let rate = |path: &str| (at(now, path) - at(before, path)).max(0.0) / EVERY.as_secs_f64();
+    let outcome = |name: &str| rate(&format!("/requests/outcomes/{name}"));
+    let served = outcome("hit") + outcome("stale");
+    let asked = served + ["miss", "collapsed", "fallback", "failed"].map(outcome).iter().sum::<f64>();
+    let ratio = if asked > 0.0 { format!("{:.1} %", served / asked * 100.0) } else { "–".into() };
+    format!(
+        "{:>12.1} {ratio:>11} {:>10.2} ms {:>12.1} {:>10.1} {:>7} {:>8.1} MiB",
+        rate("/requests/requests"),
+        at(now, "/requests/latency_ms/stored/p99"),
+        rate("/requests/upstream_requests"),
+        outcome("failed") + outcome("fallback"),
+        at(now, "/memory/entries"),
+        at(now, "/memory/bytes") / 1_048_576.0,
+    )
 }
 
 /// `sidecache mode …`.

@@ -42,7 +42,7 @@ impl Driver {
     pub(super) async fn ended(&mut self) -> String {
         match (&mut self.0).await {
             Ok(Ok(())) => "the connection was closed".to_owned(),
-            Ok(Err(error)) => super::link::first_line(error.details()),
+            Ok(Err(error)) => super::errors::first_line(error.details()),
             Err(panicked) => panicked.to_string(),
         }
     }

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::connect::{Connection, connect};
+use super::errors::{first_line, is_lost, must_reconnect};
 use super::herald::Herald;
 use super::{Trouble, Why};
 use crate::clock::Clock;
@@ -371,41 +372,5 @@ pub(super) async fn try_out(client: &Client, prefix: &str) -> Result<String, Str
     match timeout(REPLACE, tried).await {
         Ok(tried) => tried.map_err(|error| first_line(error.details())),
         Err(_elapsed) => Err("connected, but no answer".into()),
-    }
-}
-
-/// Did a server say this? It begins with a word in capitals.
-pub(super) fn is_answer(text: &str) -> bool {
-    let word = text.split([' ', '\n']).next().unwrap_or_default();
-    word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
-}
-
-/// Is the connection gone? fred tells of that with several kinds of errors.
-fn is_lost(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::IO | ErrorKind::Canceled)
-        || *error.kind() == ErrorKind::Unknown && !is_answer(error.details())
-}
-
-/// Errors of a server that is no longer the right one, or of credentials that may have changed.
-fn must_reconnect(message: &str) -> bool {
-    ["READONLY", "NOAUTH", "WRONGPASS", "MASTERDOWN", "CLUSTERDOWN"].iter().any(|word| message.starts_with(word))
-}
-
-/// The driver writes the system's errors as Rust does: `Os { …, message: "Connection refused" }`. People read the message.
-pub(super) fn first_line(text: &str) -> String {
-    let line = text.lines().next().unwrap_or_default();
-    let said = line.strip_prefix("Os {").and_then(|os| os.split_once("message: \""));
-    said.and_then(|(_, message)| message.split_once('"')).map_or(line, |(message, _)| message).to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn people_read_the_message() {
-        let refused = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
-        assert_eq!(first_line(refused), "Connection refused");
-        assert_eq!(first_line("NOAUTH Authentication required.\nmore"), "NOAUTH Authentication required.");
     }
 }
