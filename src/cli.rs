@@ -1,6 +1,7 @@
 //! What people type. Exit codes: 0 fine, 1 refused, 2 usage.
 
 mod explain;
+mod init;
 mod remote;
 mod run;
 
@@ -29,6 +30,8 @@ enum Command {
     Run(RunArgs),
     /// Read a configuration and say what is wrong with it, with file, line and column.
     Check(CheckArgs),
+    /// Write a first configuration file, short and commented.
+    Init(InitArgs),
     /// What would become of a request: rule, key, what is stored, and why it would or would not be.
     Explain(ExplainArgs),
     /// Purge what is stored in a running sidecar.
@@ -114,6 +117,19 @@ struct ExplainArgs {
     /// As JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct InitArgs {
+    /// Where to write it; a file that exists is left alone
+    #[arg(long, value_name = "FILE", default_value = "sidecache.toml")]
+    config: PathBuf,
+    /// The API to stand in front of
+    #[arg(long, value_name = "URL", default_value = "https://my-shop.myshopify.com")]
+    upstream: String,
+    /// generic or shopify [default: by the upstream's host]
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -205,6 +221,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
         None => run::run(cli.run.into()).await,
         Some(Command::Run(args)) => run::run(args.into()).await,
         Some(Command::Check(args)) => run::check(args.config).await,
+        Some(Command::Init(args)) => init::init(&args),
         Some(Command::Explain(args)) => explain::explain(args).await,
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,

@@ -13,6 +13,7 @@ mod secret;
 mod upstreams;
 mod validate;
 mod values;
+mod warnings;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ pub use error::ConfigError;
 pub use secret::{Secret, SecretSource};
 pub use validate::{from_text, load};
 pub use values::{parse_duration, parse_size};
+pub use warnings::warnings;
 
 /// Everything the program needs to know to start.
 #[derive(Debug)]
@@ -96,6 +98,8 @@ pub struct Upstream {
     pub profile: &'static str,
     /// The operator's rules, then the profile's, then the closing one.
     pub router: Router,
+    /// So many of the router's plans, the first ones, are the operator's.
+    pub own_plans: usize,
     /// How many rules are the operator's or the profile's.
     pub rules: usize,
     /// How long to wait for what.

@@ -49,6 +49,9 @@ pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
             Err(Refusal::Wrong(why)) => return Err(why),
         }
     }
+    for warning in config::warnings(&config) {
+        say(format!("warning: {warning}"));
+    }
     for note in &config.notes {
         say(format!("note: {note}"));
     }

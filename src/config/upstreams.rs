@@ -70,6 +70,7 @@ impl Validator<'_> {
         let mut rules = own_rules.clone().count();
         let mut plans: Vec<Plan> =
             own_rules.flat_map(|rule| own.compile(rule, &given.defaults, &mut self.errors)).collect();
+        let own_plans = plans.len();
         if given.profile_rules != Some(false) {
             let source = Source { name: profile, text: profile_text };
             let (count, compiled) = profile_rules(&surroundings(source), &defaults, &mut self.errors);
@@ -91,6 +92,7 @@ impl Validator<'_> {
             target,
             profile,
             router,
+            own_plans,
             rules,
             timeouts,
             retry,

@@ -66,6 +66,19 @@ pub(super) enum Segment {
     Shaped(Vec<Piece>),
 }
 
+impl Segment {
+    fn covers(&self, other: &Segment) -> bool {
+        let Segment::Shaped(pieces) = self else { return self == other };
+        match other {
+            _ if *pieces == [Piece::Run] => true,
+            Segment::Literal(text) => match_pieces(pieces, text, &mut Captures::new()),
+            Segment::Shaped(others) => {
+                self == other || *pieces == [Piece::Capture] && others.iter().any(|piece| *piece != Piece::Run)
+            }
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Piece {
     Text(Box<str>),
@@ -103,6 +116,14 @@ impl PathPattern {
     /// The `{names}`, in order.
     pub fn names(&self) -> &[Box<str>] {
         &self.names
+    }
+
+    /// Does this pattern match whatever `other` matches? Where that is hard to tell, no.
+    pub fn covers(&self, other: &PathPattern) -> bool {
+        let (mine, others) = (self.segments.len(), other.segments.len());
+        let deep_enough =
+            if self.rest { mine < others || mine == others && other.rest } else { mine == others && !other.rest };
+        deep_enough && self.segments.iter().zip(&other.segments).all(|(wide, narrow)| wide.covers(narrow))
     }
 
     fn segment(&mut self, text: &str) -> Result<Segment, String> {
@@ -272,6 +293,28 @@ mod tests {
         for (pattern, path, expected) in table {
             let parsed = PathPattern::parse(pattern).expect("a pattern");
             assert_eq!(parsed.captures(path).as_deref(), *expected, "{pattern} {path}");
+        }
+    }
+
+    #[test]
+    fn patterns_that_take_all_of_another() {
+        let table = [
+            ("/**", "/a/{id}", true),
+            ("/a/**", "/a", false),
+            ("/a/**", "/a/b/**", true),
+            ("/a/b/**", "/a/**", false),
+            ("/a/{id}", "/a/1.json", true),
+            ("/a/{id}.json", "/a/1", false),
+            ("/a/{id}.json", "/a/{name}.json", true),
+            ("/a/*", "/a/{id}", true),
+            ("/a/{id}", "/a/*", false),
+            ("/a/{id}", "/a/*.json", true),
+            ("/a/1", "/a/{id}", false),
+            ("/a", "/a/**", false),
+        ];
+        for (wide, narrow, expected) in table {
+            let parse = |text| PathPattern::parse(text).expect("a pattern");
+            assert_eq!(parse(wide).covers(&parse(narrow)), expected, "{wide} {narrow}");
         }
     }
 
