@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::support::sidecar::text;
-use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, until};
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send, until};
 
 type Times = Arc<Mutex<Vec<Instant>>>;
 
@@ -134,6 +134,17 @@ async fn the_breaker_spares_a_host_where_nobody_is() {
     }
     let spared = sidecar.get("/spared").await;
     assert_eq!((spared.status, &spared.json()["error"]["code"]), (503, &"upstream_unavailable".into()));
+    // The kill switch refuses nothing.
+    for (mode, status) in [("bypass", 502), ("normal", 503)] {
+        let body = format!("{{\"mode\":\"{mode}\"}}");
+        assert_eq!(
+            send(sidecar.admin, "POST", "/mode", &[("Content-Type", "application/json")], body.as_bytes())
+                .await
+                .status,
+            200
+        );
+        assert_eq!(sidecar.get("/switched").await.status, status, "{mode}");
+    }
     let health = get(sidecar.admin, "/health", &[]).await.json();
     let open = &health["components"]["upstreams"]["api"]["breakers"];
     assert_eq!(open[address.to_string()], "open", "{health}");

@@ -20,7 +20,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::support::redis::folder;
 use crate::support::sidecar::text;
-use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, soon};
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send, soon};
 
 type Sender = SendRequest<Full<Bytes>>;
 
@@ -255,6 +255,14 @@ async fn websockets_pass_where_a_rule_allows_it() {
     for _ in 0..2 {
         assert_eq!(plain.answer_to("GET").await.expect("an answer").status, 426);
     }
+    // The kill switch hands this through too.
+    let bypass =
+        send(sidecar.admin, "POST", "/mode", &[("Content-Type", "application/json")], br#"{"mode":"bypass"}"#).await;
+    assert_eq!(bypass.status, 200);
+    assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426);
+    let mut through = Client::connect(sidecar.address).await;
+    through.ask("GET", "/ws", &lines, b"").await;
+    assert_eq!(through.answer_head().await.expect("an answer").status, 101);
     // No HTTP at all, and no line ends.
     client.write(b"\x81\x05\r\0\n\xff!").await;
     assert_eq!(&client.read_some(12).await[5..], b"\x81\x05\r\0\n\xff!");

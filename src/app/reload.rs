@@ -10,14 +10,15 @@ use tokio::time::interval;
 use tracing::{error, info, warn};
 
 use crate::admin::{Reload, Reloads};
-use crate::config::{self, Config};
+use crate::config::{self, Config, ListenTls, Secret};
 use crate::proxy::face::Face;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
 use crate::upstream::http::HttpUpstream;
 
 /// How often the file is looked at. Its contents count: Kubernetes changes a mounted folder by moving a link.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Two looks must agree, so that a file which is being written is left alone.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Reads the configuration again. The error says where and what.
 pub type Load = Box<dyn Fn() -> Result<Config, String> + Send + Sync>;
@@ -38,9 +39,33 @@ pub(super) struct Reloader {
     faces: Vec<(std::net::SocketAddr, u16, Arc<Face>)>,
     /// What only a restart changes, as it was at start: name and value.
     fixed: Vec<(&'static str, String)>,
+    /// One reload at a time. Whoever asks how the last one went does not wait for this.
+    turn: Mutex<()>,
     reloads: Mutex<Reloads>,
-    /// What the file said when it was last read, to be watched for a change.
-    seen: Mutex<Option<Vec<u8>>>,
+    watched: Mutex<Watched>,
+}
+
+/// What the file said, to be watched for a change.
+#[derive(Default)]
+struct Watched {
+    /// When it was last taken over.
+    taken: Option<Vec<u8>>,
+    /// At the last look.
+    seen: Option<Vec<u8>>,
+}
+
+impl Watched {
+    /// Is this a change, and the same as at the last look?
+    fn look(&mut self, now: Vec<u8>) -> bool {
+        let settled = self.seen.as_ref() == Some(&now);
+        let changed = settled && self.taken.as_ref() != Some(&now);
+        if changed {
+            self.taken = Some(now);
+        } else {
+            self.seen = Some(now);
+        }
+        changed
+    }
 }
 
 impl std::fmt::Debug for Reloader {
@@ -51,21 +76,40 @@ impl std::fmt::Debug for Reloader {
 
 /// What only a restart changes.
 pub(super) fn fixed(config: &Config) -> Vec<(&'static str, String)> {
-    let tls: Vec<_> = config.upstreams.iter().map(|upstream| &upstream.listen_tls).collect();
+    let tls: Vec<_> =
+        config.upstreams.iter().map(|upstream| upstream.listen_tls.as_ref().map(certificates)).collect();
+    // Secrets print as stars: what they are tells whether they changed.
+    let digest = |secret: &Secret| blake3::hash(secret.reveal().as_bytes());
+    let token = config.admin.as_ref().and_then(|admin| admin.token.as_ref()).map(digest);
+    let secrets: Vec<_> = config.secrets.iter().map(digest).collect();
     vec![
         ("[redis]", format!("{:?}", config.redis)),
-        ("[admin]", format!("{:?}", config.admin)),
+        ("[admin]", format!("{:?} {token:?}", config.admin)),
         ("[probes]", format!("{:?}", config.probes)),
         ("[shutdown]", format!("{:?}", config.grace)),
         ("[log]", format!("{:?}", config.log)),
-        ("[security]", format!("{:?} {}", config.secrets, config.encrypt)),
+        ("[security]", format!("{secrets:?} {}", config.encrypt)),
         ("[upstream.listen_tls]", format!("{tls:?}")),
         ("limits.connections", config.limits.connections.to_string()),
+        ("limits.shared_write_stall", format!("{:?}", config.limits.shared_write_stall)),
         ("memory.max_entry_bytes, max_inflight_bytes, max_unverified", {
             let memory = &config.memory;
             format!("{} {} {:?}", memory.max_entry_bytes, memory.max_inflight_bytes, memory.max_unverified)
         }),
     ]
+}
+
+/// Where certificates and keys lie, and a digest of what they are.
+fn certificates(tls: &ListenTls) -> String {
+    let files = [Some(&tls.cert), Some(&tls.key), tls.client_ca.as_ref()];
+    let digest = |file: &PathBuf| std::fs::read(file).ok().map(|text| blake3::hash(&text));
+    files.map(|file| format!("{file:?} {:?}", file.and_then(digest))).join(" ")
+}
+
+/// An error without the lines of the file that it shows: they may hold what only its readers should see.
+fn without_excerpts(error: &str) -> String {
+    let shown = |line: &&str| line.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit()).starts_with('|');
+    error.lines().filter(|line| !shown(line)).collect::<Vec<_>>().join("\n")
 }
 
 impl Reloader {
@@ -74,22 +118,41 @@ impl Reloader {
         faces: Vec<(std::net::SocketAddr, u16, Arc<Face>)>,
         fixed: Vec<(&'static str, String)>,
     ) -> Reloader {
-        Reloader { origin: OnceLock::new(), commons, faces, fixed, reloads: Mutex::default(), seen: Mutex::default() }
+        Reloader {
+            origin: OnceLock::new(),
+            commons,
+            faces,
+            fixed,
+            turn: Mutex::default(),
+            reloads: Mutex::default(),
+            watched: Mutex::default(),
+        }
     }
 
     /// From now on it can.
     pub(super) fn from(&self, origin: Origin) {
         let _ = self.origin.set(origin);
-        self.has_changed();
+        self.take_over();
     }
 
-    /// Does the file say something else than when this was last asked? Between two links there may be none: no.
+    /// What the file says now. Between two links there may be none.
+    fn contents(&self) -> Option<Vec<u8>> {
+        let file = self.origin.get()?.file.as_ref()?;
+        std::fs::read(file).ok()
+    }
+
+    fn watched(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the file says now is no change.
+    fn take_over(&self) {
+        let now = self.contents();
+        *self.watched() = Watched { taken: now.clone(), seen: now };
+    }
+
     fn has_changed(&self) -> bool {
-        let file = self.origin.get().and_then(|origin| origin.file.as_ref());
-        let Some(now) = file.and_then(|file| std::fs::read(file).ok()) else { return false };
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = seen.replace(now);
-        before != *seen
+        self.contents().is_some_and(|now| self.watched().look(now))
     }
 
     fn lock(&self) -> MutexGuard<'_, Reloads> {
@@ -111,36 +174,37 @@ impl Reloader {
             .map(|((name, _), _)| name.to_owned())
             .collect();
         let (memory, limits, mode) = (config.memory.max_bytes, config.limits, config.mode);
-        let sites: Vec<Arc<Proxy>> = config
+        let ports = self.faces.iter().map(|(_, port, _)| *port);
+        let sites: Vec<Site> = config
             .upstreams
             .into_iter()
-            .zip(&self.faces)
-            .map(|(upstream, (_, port, face))| self.proxy(upstream, *port, &face.proxy()))
-            .collect::<Result<_, String>>()?;
-        for (proxy, (_, _, face)) in sites.into_iter().zip(&self.faces) {
+            .zip(ports)
+            .map(|(new, port)| self.site(new, port))
+            .collect::<Result<_, _>>()?;
+        for (mut site, (_, _, face)) in sites.into_iter().zip(&self.faces) {
+            site.inherit(&face.proxy().site);
             let connections = face.now().limits.connections;
-            face.show(proxy, config::Limits { connections, ..limits });
+            let proxy = Proxy { commons: self.commons.clone(), site };
+            face.show(Arc::new(proxy), config::Limits { connections, ..limits });
         }
         self.commons.mode.configure(mode);
         self.commons.memory.resize(memory);
         Ok(restart)
     }
 
-    fn proxy(&self, upstream: config::Upstream, port: u16, before: &Proxy) -> Result<Arc<Proxy>, String> {
+    fn site(&self, upstream: config::Upstream, port: u16) -> Result<Site, String> {
         let name = upstream.name.clone();
         let http = HttpUpstream::new(&upstream, self.commons.clock.clone());
         let real = Arc::new(http.map_err(|error| format!("upstream {name}: {error}"))?);
-        let mut site = Site::new(upstream, real, port);
-        site.inherit(&before.site);
-        Ok(Arc::new(Proxy { commons: self.commons.clone(), site }))
+        Ok(Site::new(upstream, real, port))
     }
 }
 
 impl Reload for Reloader {
     fn reload(&self) -> Result<Vec<String>, String> {
-        // One at a time.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = self.replace().map_err(|error| without_excerpts(&error));
         let mut reloads = self.lock();
-        let done = self.replace();
         reloads.count += 1;
         reloads.at = Some(self.commons.clock.wall());
         reloads.error = done.as_ref().err().cloned();
@@ -167,15 +231,39 @@ pub(super) async fn follow(reloader: Arc<Reloader>) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
     let mut every = interval(LOOK_EVERY);
     loop {
-        tokio::select! {
-            _ = hangup.recv() => drop(reloader.has_changed()),
-            _ = every.tick() => {
-                if !reloader.has_changed() {
-                    continue;
-                }
-            }
-        }
+        let asked = tokio::select! {
+            _ = hangup.recv() => true,
+            _ = every.tick() => false,
+        };
         let reloader = reloader.clone();
-        let _ = tokio::task::spawn_blocking(move || reloader.reload()).await;
+        // Files may hang.
+        let done = tokio::task::spawn_blocking(move || {
+            if asked {
+                reloader.take_over();
+            }
+            if asked || reloader.has_changed() {
+                let _ = reloader.reload();
+            }
+        });
+        let _ = done.await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_being_written_is_left_alone() {
+        let mut watched = Watched { taken: Some(b"old".into()), seen: Some(b"old".into()) };
+        for (now, expected) in [("old", false), ("ne", false), ("new", false), ("new", true), ("new", false)] {
+            assert_eq!(watched.look(now.into()), expected, "{now}");
+        }
+    }
+
+    #[test]
+    fn errors_without_the_lines_of_the_file() {
+        let error = "a.toml:7:11: no closing quote\n  |\n7 | url = \"redis://:hunter2@redis\n  |       ^\n1 errors";
+        assert_eq!(without_excerpts(error), "a.toml:7:11: no closing quote\n1 errors");
     }
 }

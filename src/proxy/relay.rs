@@ -27,6 +27,13 @@ use crate::telemetry::News;
 use crate::upstream::SendError;
 
 impl Proxy {
+    /// Does a rule let this request change the protocol?
+    fn may_upgrade(&self, asked: &Parts) -> bool {
+        let uri = &asked.uri;
+        let route = self.site.router.route(&asked.method, uri.path(), uri.query(), &asked.headers);
+        matches!(route, Route::Bypass(Bypass::Upgrade))
+    }
+
     /// Sends the request on as it is, and its answer back.
     pub(super) async fn relay(
         self: Arc<Self>,
@@ -38,9 +45,10 @@ impl Proxy {
         let (parts, body) = request.into_parts();
         let asked = Arc::new(parts);
         let position = self.commons.invalidations.position();
+        let upgrades = reason == Bypass::Upgrade || reason == Bypass::Mode && self.may_upgrade(&asked);
         let sent = if asked.method.is_safe() {
             let shape = |request: &mut Request<Body>| {
-                if reason == Bypass::Upgrade {
+                if upgrades {
                     ask_upgrade(request, &asked.headers);
                 }
             };
