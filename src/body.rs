@@ -144,4 +144,23 @@ impl HttpBody for Prefixed {
             None => Pin::new(&mut self.rest).poll_frame(cx),
         }
     }
+
+    /// Known with the last of it, as the rest knows it: what is stored is stored before its client has it whole.
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_with_a_beginning_knows_its_end_with_the_last_of_it() {
+        let mut body = Body::prefixed(Bytes::from_static(b"ab"), Body::Full(Bytes::from_static(b"cd")));
+        assert_eq!(body.next().await, Some(Ok(Bytes::from_static(b"ab"))));
+        assert!(!body.is_end_stream());
+        assert_eq!(body.next().await, Some(Ok(Bytes::from_static(b"cd"))));
+        assert!(body.is_end_stream());
+    }
 }
