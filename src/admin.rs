@@ -4,17 +4,20 @@ mod client;
 mod entries;
 pub mod explain;
 mod health;
+mod input;
 mod metrics;
 pub mod mode;
 mod purge;
 mod reload;
+mod requests;
+mod stats;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, ORIGIN};
+use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, ORIGIN};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse, Response};
@@ -73,9 +76,14 @@ impl Admin {
 
 /// Serves until `close` turns true.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
-    let open = probes().route("/health", get(health::health)).route("/", get(dashboard));
+    let open = probes()
+        .route("/health", get(health::health))
+        .route("/openapi.json", get(openapi))
+        .route("/", get(dashboard));
     let guarded = Router::new()
-        .route("/stats", get(stats))
+        .route("/stats", get(stats::stats))
+        .route("/config", get(reload::config))
+        .route("/requests", get(requests::requests))
         .route("/entries", get(entries::entries))
         .route("/budgets", get(entries::budgets))
         .route("/purge", post(purge::purge))
@@ -83,7 +91,8 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Recei
         .route("/mode", post(mode::mode))
         .route("/reload", post(reload::reload))
         .layer(from_fn_with_state(admin.clone(), guard));
-    let app = open.merge(guarded).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
+    let app = open.merge(guarded).fallback(nothing_here).method_not_allowed_fallback(other_method);
+    let app = app.layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
     answer(listener, app, close, "admin").await;
 }
 
@@ -115,27 +124,20 @@ async fn dashboard() -> impl IntoResponse {
     ([(CONTENT_SECURITY_POLICY, policy), (CACHE_CONTROL, "no-cache")], Html(include_str!("admin/dashboard.html")))
 }
 
-async fn stats(State(admin): State<Arc<Admin>>) -> Json<serde_json::Value> {
-    let usage = admin.commons.memory.usage();
-    let invalidations = &admin.commons.invalidations;
-    let redis = admin.commons.fleet.as_ref().map(|fleet| {
-        let state = fleet.redis.state();
-        json!({
-            "sidecar": fleet.me.to_string(),
-            "place": state.place,
-            "trouble": state.trouble,
-            "connections": state.connections,
-            "records": fleet.shared.state(),
-            "unlogged_purges": invalidations.unlogged(),
-            "invalidation_lag_ms": invalidations.lag(admin.commons.clock.now()),
-        })
-    });
-    Json(json!({
-        "redis": redis,
-        "requests": admin.commons.telemetry.snapshot(),
-        "memory": usage,
-        "inflight": { "fetches": admin.commons.flights.running(), "bytes": admin.commons.purse.held() },
-    }))
+/// What there is here, for tools: `OpenAPI` 3.1.
+async fn openapi() -> impl IntoResponse {
+    let document = include_str!("admin/openapi.json").replace("VERSION", env!("CARGO_PKG_VERSION"));
+    ([(CONTENT_TYPE, "application/json")], document)
+}
+
+async fn nothing_here() -> Response {
+    let message = "There is nothing under this path: GET /openapi.json says what there is.";
+    problem(StatusCode::NOT_FOUND, "not_found", message)
+}
+
+async fn other_method() -> Response {
+    let message = "This path has another method: GET /openapi.json says which.";
+    problem(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }
 
 /// Host its own (against DNS rebinding), Origin its own or absent (against CSRF), and the token.

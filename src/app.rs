@@ -37,6 +37,9 @@ use reload::Reloader;
 /// How often expired entries are swept.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
+/// How often the event loop's delay is measured.
+const BEAT_EVERY: Duration = Duration::from_millis(100);
+
 /// How long the admin listener may take to finish.
 const ADMIN_GRACE: Duration = Duration::from_secs(1);
 
@@ -71,11 +74,11 @@ impl App {
         let mut lines = vec![format!(
             "sidecache {} mode={} config={} redis={}",
             env!("CARGO_PKG_VERSION"),
-            config.mode.token(),
+            config.mode.0.token(),
             config.source,
             redis.as_deref().unwrap_or("none (this process only)")
         )];
-        let fixed = reload::fixed(&config);
+        let (fixed, shown_config) = (reload::fixed(&config), config::shown(&config));
         let (commons, fleet) = commons(&config, clock)?;
         let commons = Arc::new(commons);
         let limits = within_open_files(config.limits, config.upstreams.len(), &mut lines);
@@ -110,7 +113,7 @@ impl App {
             }
         };
         let shown: Vec<_> = faces.iter().map(|(_, _, face)| face.clone()).collect();
-        let reloader = Arc::new(Reloader::new(commons.clone(), faces, fixed));
+        let reloader = Arc::new(Reloader::new(commons.clone(), faces, fixed, shown_config));
         let (listener, address, token) = match admin {
             Some((listener, address, token)) => (Some(listener), address, token),
             None => (None, SocketAddr::from(([127, 0, 0, 1], 0)), None),
@@ -175,6 +178,7 @@ impl App {
         if let Some((listener, state)) = probes {
             asked.spawn(admin::serve_probes(listener, state, admin_closes));
         }
+        background.spawn(beat(commons.clone()));
         background.spawn(sweep(commons));
         background.spawn(reload::follow(reloader));
         let _ = stop.wait_for(|stop| *stop).await;
@@ -216,7 +220,7 @@ fn commons(config: &Config, clock: Clock) -> Result<(Commons, Option<fleet::Part
         secret: ArcSwap::from_pointee(secrets.key()),
         max_entry_bytes: config.memory.max_entry_bytes,
         shared_write_stall: config.limits.shared_write_stall,
-        mode: Switch::new(config.mode),
+        mode: Switch::new(config.mode.0, config.mode.1),
         telemetry: Telemetry::default(),
     };
     Ok((commons, fleet))
@@ -247,6 +251,17 @@ fn listening(upstream: &config::Upstream, address: SocketAddr) -> String {
     };
     let config::Upstream { name, profile, rules, .. } = upstream;
     format!("listening upstream={name} addr={address} -> {to} profile={profile} rules={rules}")
+}
+
+/// Says how late the event loop is.
+async fn beat(commons: Arc<Commons>) {
+    loop {
+        let begun = commons.clock.instant();
+        tokio::time::sleep(BEAT_EVERY).await;
+        let late = commons.clock.instant().saturating_duration_since(begun).saturating_sub(BEAT_EVERY);
+        // The timer's own step is a millisecond.
+        commons.telemetry.pulse.beat(late.saturating_sub(Duration::from_millis(1)), commons.clock.now());
+    }
 }
 
 /// Now and then: what has outlived its windows, or was purged for good, makes room.

@@ -1,5 +1,6 @@
 //! What people type. Exit codes: 0 fine, 1 refused, 2 usage.
 
+mod dry_run;
 mod explain;
 mod init;
 mod remote;
@@ -40,7 +41,8 @@ enum Command {
     Stats(StatsArgs),
     /// Ask a running sidecar how it is. Exit code 1 if it is not well.
     Health(HealthArgs),
-    /// The kill switch of a running sidecar: normal, bypass (hand everything through), or configured (as the file says).
+    /// The kill switch of a running sidecar: normal, bypass (hand everything through), shadow (hand everything through
+    /// and compare), or configured (as environment or file say).
     Mode(ModeArgs),
     /// A slow shop, the sidecar before it, traffic, and a table of before and after.
     #[cfg(feature = "demo")]
@@ -145,12 +147,18 @@ struct StatsArgs {
 struct ModeArgs {
     #[command(flatten)]
     remote: RemoteArgs,
-    /// normal, bypass or configured
-    #[arg(value_name = "MODE", value_parser = ["normal", "bypass", "configured"])]
+    /// normal, bypass, shadow or configured
+    #[arg(value_name = "MODE", value_parser = ["normal", "bypass", "shadow", "configured"])]
     mode: String,
-    /// Only for so long; then the configuration counts again
+    /// Only for so long; then what counted before counts again
     #[arg(long = "for", value_name = "DUR")]
     time: Option<String>,
+    /// All sidecars that share its Redis, also those that start later
+    #[arg(long)]
+    fleet: bool,
+    /// Only say what would reach each upstream, and whether that fits its limit
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Args)]

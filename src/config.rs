@@ -10,6 +10,7 @@ mod protection;
 mod redis;
 mod rules;
 mod secret;
+mod shown;
 mod upstreams;
 mod validate;
 mod values;
@@ -25,13 +26,14 @@ use http::uri::{Authority, Scheme};
 
 use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Glob;
-use crate::policy::mode::Mode;
+use crate::policy::mode::{self, Mode};
 use crate::policy::quota::Budget;
 use crate::policy::retry::Retry;
 use crate::policy::route::Router;
 
 pub use error::ConfigError;
 pub use secret::{Secret, SecretSource};
+pub use shown::shown;
 pub use validate::{from_text, load};
 pub use values::{parse_duration, parse_size};
 pub use warnings::warnings;
@@ -54,8 +56,8 @@ pub struct Config {
     pub secrets: Vec<Secret>,
     /// Encrypt what lies in Redis.
     pub encrypt: bool,
-    /// What it does with requests.
-    pub mode: Mode,
+    /// What it does with requests, and who says so.
+    pub mode: (Mode, mode::Source),
     /// The admin listener; `None`: off.
     pub admin: Option<Admin>,
     /// Where kubelet and Prometheus ask, if not only at the admin listener.

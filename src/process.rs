@@ -24,6 +24,11 @@ pub fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
     Ok(stopped)
 }
 
+/// So many files this process may open.
+pub fn open_files_limit() -> u64 {
+    rlimit::Resource::NOFILE.get_soft().unwrap_or(1024)
+}
+
 /// Lets this process open as many files as it may, and says how many that are.
 pub fn open_files() -> u64 {
     rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024)

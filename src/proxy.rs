@@ -16,6 +16,7 @@ pub mod lookup;
 pub mod relay;
 pub mod respond;
 pub mod send;
+pub mod shadow;
 pub mod site;
 mod texts;
 pub mod visit;
@@ -36,7 +37,7 @@ use crate::fleet::invalidations::Invalidations;
 use crate::policy::Tick;
 use crate::policy::freshness::Demands;
 use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
-use crate::policy::mode::Switch;
+use crate::policy::mode::{Mode, Switch};
 use crate::policy::outcome::{Bypass, StaleReason};
 use crate::policy::plan::Plan;
 use crate::policy::ranges::asks_for_part;
@@ -159,9 +160,15 @@ impl Proxy {
         place: &Place,
         now: Tick,
     ) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
-        if self.commons.mode.bypasses(now) {
-            return Err(Bypass::Mode);
+        match self.commons.mode.mode(now) {
+            Mode::Normal => self.cacheable(request, place),
+            Mode::Bypass => Err(Bypass::Mode),
+            Mode::Shadow => Err(Bypass::Shadow),
         }
+    }
+
+    /// May the cache be asked, whatever the mode?
+    fn cacheable(&self, request: &Request<Body>, place: &Place) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
         let (uri, headers) = (request.uri(), request.headers());
         let plan = match self.site.router.route(request.method(), uri.path(), uri.query(), headers) {
             Route::Cache(plan) => plan,

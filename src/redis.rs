@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 
 use crate::clock::{Clock, FleetClock};
 use crate::config;
+use crate::telemetry::Latencies;
 use herald::Herald;
 use link::Link;
 
@@ -184,8 +185,7 @@ impl Redis {
         &self.time
     }
 
-    /// How it is.
-    pub fn state(&self) -> State {
+    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
         let links = [
             &self.shared.reader,
             &self.shared.writer,
@@ -194,11 +194,20 @@ impl Redis {
             &self.coordination,
             &self.follower,
         ];
-        let links = links.into_iter().chain(&self.worker);
+        links.into_iter().chain(&self.worker)
+    }
+
+    /// How long the commands of each connection took.
+    pub fn took(&self) -> std::collections::BTreeMap<&'static str, &Latencies> {
+        self.links().map(|link| (link.name, link.took())).collect()
+    }
+
+    /// How it is.
+    pub fn state(&self) -> State {
         State {
             place: self.place.clone(),
             trouble: self.herald.trouble().map(|why| format!("{why}{}", advice(&why))),
-            connections: links.map(|link| (link.name, link.state())).collect(),
+            connections: self.links().map(|link| (link.name, link.state())).collect(),
         }
     }
 

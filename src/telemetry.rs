@@ -4,6 +4,8 @@ mod counters;
 mod latencies;
 pub mod logs;
 mod meter;
+mod pulse;
+pub mod recent;
 mod signals;
 
 use std::time::Duration;
@@ -14,8 +16,11 @@ use tracing::{Level, debug, enabled, info, warn};
 pub use counters::{Counters, Snapshot};
 pub use latencies::{Latencies, Quantiles};
 pub use meter::Meter;
+pub use pulse::{Delay, Pulse};
+pub use recent::Recent;
 pub use signals::{News, Signals, State};
 
+use crate::policy::Tick;
 use crate::policy::asked::Asked;
 use crate::policy::outcome::{Failure, Outcome};
 use crate::policy::plan::Plan;
@@ -34,10 +39,14 @@ pub struct Answered<'a> {
     pub asked: Asked<'a>,
     /// What was answered.
     pub status: StatusCode,
+    /// When it came.
+    pub now: Tick,
     /// How long it took to the response head.
     pub took: Duration,
     /// The name that an error of ours gave to it.
     pub request_id: Option<&'a str>,
+    /// The same for requests that one stored answer could serve; none: it was served one.
+    pub identity: Option<u64>,
 }
 
 /// Counts and logs.
@@ -45,12 +54,17 @@ pub struct Answered<'a> {
 pub struct Telemetry {
     counters: Counters,
     request_ids: RequestIds,
+    /// The last requests.
+    pub recent: Recent,
+    /// How late the event loop is.
+    pub pulse: Pulse,
 }
 
 impl Telemetry {
     /// A request was answered. At most one log line; none for a hit unless asked for.
     pub fn record(&self, outcome: &Outcome, answered: &Answered<'_>) {
         self.counters.answered(outcome, answered.took);
+        self.recent.add(outcome, answered, answered.took);
         let level = level(outcome);
         if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
             log(level, outcome, answered);
@@ -128,7 +142,7 @@ impl Telemetry {
 }
 
 fn log(level: Level, outcome: &Outcome, answered: &Answered<'_>) {
-    let Answered { upstream, plan, asked, status, took, request_id } = *answered;
+    let Answered { upstream, plan, asked, status, took, request_id, .. } = *answered;
     let (method, path) = (asked.method.as_str(), asked.uri.path());
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
     let cause = outcome.failure().map_or("", Failure::cause);

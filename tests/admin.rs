@@ -212,7 +212,7 @@ async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing
     assert_eq!(sidecar.get("/products/1").await.text(), "GET 0");
     assert_eq!(sidecar.get("/shop").await.text(), "GET 1");
     let state = mode(r#"{"mode":"bypass"}"#).await;
-    assert_eq!(state.json(), serde_json::json!({"mode": "bypass", "source": "admin", "for_ms": null}));
+    assert_eq!(state.json(), serde_json::json!({"mode": "bypass", "source": "local", "for_ms": null}));
     for n in 2..4 {
         let passed = sidecar.get("/products/1").await;
         assert_eq!(passed.text(), format!("GET {n}"));
@@ -234,7 +234,8 @@ async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing
     for (wrong, word) in [
         (r#"{"mode":"off"}"#, "write \\\"normal\\\""),
         (r#"{"mode":"bypass","for":"30"}"#, "unit"),
-        (r#"{"mode":"bypass","fleet":true}"#, "unknown field"),
+        (r#"{"mode":"bypass","fleet":true}"#, "no [redis]"),
+        (r#"{"mode":"bypass","until":1}"#, "unknown field"),
         ("nonsense", "JSON"),
     ] {
         let refused = mode(wrong).await;
@@ -303,4 +304,85 @@ async fn the_dashboard_is_one_page_that_asks_nobody_else() {
     assert!(policy.contains("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
     let text = page.text().replace("http://www.w3.org/2000/svg", "");
     assert!(!text.contains("http://") && !text.contains("https://"), "no foreign host");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_requests_are_told_with_their_reasons_and_without_their_secrets() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/plain" => Reply::new(200, "x"),
+        _ => Reply::fresh(60, "x"),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    for target in ["/a?token=hidden", "/a?token=hidden", "/plain", "/plain"] {
+        sidecar.get(target).await;
+    }
+    sidecar.send("POST", "/a", "x").await;
+    let told = get(sidecar.admin, "/requests", &[]).await;
+    assert!(!told.text().contains("hidden"), "{}", told.text());
+    let told = told.json();
+    let all = told["requests"].as_array().expect("a list").clone();
+    let short = |seen: &serde_json::Value| {
+        let word = |name: &str| seen[name].as_str().unwrap_or("-").to_owned();
+        format!("{} {} {} {} {}", word("method"), word("path"), seen["status"], word("outcome"), word("detail"))
+    };
+    let lines: Vec<String> = all.iter().map(short).collect();
+    let expected = [
+        "POST /a 200 bypass method",
+        "GET /plain 200 miss no-freshness",
+        "GET /plain 200 miss no-freshness",
+        "GET /a 200 hit -",
+        "GET /a 200 miss -",
+    ];
+    assert_eq!(lines, expected);
+    assert_eq!(all[1]["same"], all[2]["same"], "one stored answer could have served both");
+    assert_ne!(all[0]["same"], all[1]["same"]);
+    for (query, count) in
+        [("?outcome=hit", 1), ("?outcome=miss&limit=2", 2), ("?rule=nothing", 0), ("?upstream=api", 5)]
+    {
+        let told = get(sidecar.admin, &format!("/requests{query}"), &[]).await.json();
+        assert_eq!(told["requests"].as_array().map(Vec::len), Some(count), "{query}");
+    }
+    let rules = sidecar.stats().await["rules"].clone();
+    assert_eq!((rules[0]["rule"].as_str(), rules[0]["requests"].as_u64()), (Some("default"), Some(4)), "{rules}");
+    for wrong in ["?limit=0", "?limit=1001", "?nothing=1"] {
+        let refused = get(sidecar.admin, &format!("/requests{wrong}"), &[]).await;
+        assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (400, Some("bad_request")), "{wrong}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_configuration_in_force_and_the_process_are_told() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, RULES).await;
+    let config = get(sidecar.admin, "/config", &[]).await.json();
+    assert_eq!(config["upstreams"][0]["rules"][0]["ttl"], "1h");
+    assert_eq!(config["limits"]["headers"], "32KiB");
+    let process = get(sidecar.admin, "/health", &[]).await.json()["components"]["process"].clone();
+    assert!(
+        process["open_files"].as_u64() > Some(3) && process["event_loop_delay_ms"]["worst"].is_u64(),
+        "{process}"
+    );
+}
+
+/// Requests are checked against the document by `tests/openapi/run`; here, that nothing is missing in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_openapi_document_names_every_path() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, "").await;
+    let document = get(sidecar.admin, "/openapi.json", &[]).await.json();
+    assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+    let source = include_str!("../src/admin.rs");
+    let served: Vec<&str> = source.split(".route(\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert!(served.len() > 12);
+    let paths = document["paths"].as_object().expect("paths");
+    assert_eq!(paths.len(), served.len());
+    for path in served {
+        assert!(paths.contains_key(path), "{path}");
+    }
+    for (method, path, status) in [("GET", "/nothing", 404), ("DELETE", "/stats", 405)] {
+        let answer = send(sidecar.admin, method, path, &[], b"").await;
+        assert_eq!(answer.status, status);
+        assert!(answer.json()["error"]["message"].as_str().is_some_and(|text| text.contains("/openapi.json")));
+    }
 }

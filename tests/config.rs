@@ -37,7 +37,7 @@ fn every_mistake_is_told_where_it_is_and_what_to_write() {
         (rule("fallback = { body = \"\", on = [\"rain\"] }"), "t.toml:5:30", "timeout"),
         (rule("when = { graphql = { type = \"query\" } }"), "t.toml:5:20", "not built yet"),
         (rule("key = { partition = \"app\" }"), "t.toml:5:21", "not built yet"),
-        (format!("mode = \"shadow\"\n{HEAD}"), "t.toml:1:8", "not built yet"),
+        (format!("mode = \"off\"\n{HEAD}"), "t.toml:1:8", "write \"normal\", \"bypass\" or \"shadow\""),
         (format!("{HEAD}budget = {{ rate = \"2\" }}\n"), "t.toml:3:19", "\"100/m\""),
         (format!("{HEAD}budget = {{ burst = 2 }}\n"), "t.toml:3:10", "rate"),
         (format!("{HEAD}budget = \"some\"\n"), "t.toml:3:10", "\"learn\""),
@@ -205,7 +205,7 @@ async fn the_environment_beats_the_file_and_flags_beat_both() {
     };
     assert!(check(&[("SIDECACHE_MEMORY__MAX_BYTES", "3")]).await.contains("\"3\" has no unit"));
     assert!(check(&[("SIDECACHE_MEMORY__NOPE", "3")]).await.contains("unknown field `nope`"));
-    assert!(check(&[("SIDECACHE_MODE", "shadow")]).await.contains("not built yet"));
+    assert!(check(&[("SIDECACHE_MODE", "off")]).await.contains("mode = \"off\""));
     assert!(
         check(&[("SIDECACHE_UPSTREAM", "nonsense"), ("SIDECACHE_LOG__FORMAT", "x")]).await.contains("log.format")
     );

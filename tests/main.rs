@@ -18,6 +18,7 @@ mod framing;
 mod limits;
 mod malformed;
 mod model;
+mod modes;
 mod protocols;
 mod redis;
 mod redis_outage;

@@ -4,20 +4,20 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Admin;
+use super::input::{Asked, Limit};
 use crate::policy::entry::Entry;
 use crate::policy::key::{is_private, looks_like_credential};
 use crate::policy::target::parameters;
 use crate::policy::{Tick, millis};
 use crate::proxy::Proxy;
 
-/// Entries on a page, unless `limit` says otherwise; and at most.
+/// Entries on a page, unless `limit` says otherwise.
 const PAGE: usize = 100;
-const LONGEST_PAGE: usize = 1000;
 
 /// Which entries to tell of.
 #[derive(Debug, Default, Deserialize)]
@@ -30,11 +30,11 @@ pub(super) struct Wanted {
     /// After this one: the `next` of the page before.
     after: Option<String>,
     /// So many.
-    limit: Option<usize>,
+    limit: Option<Limit>,
 }
 
-pub(super) async fn entries(State(admin): State<Arc<Admin>>, Query(wanted): Query<Wanted>) -> Json<Value> {
-    let limit = wanted.limit.unwrap_or(PAGE).clamp(1, LONGEST_PAGE);
+pub(super) async fn entries(State(admin): State<Arc<Admin>>, Asked(wanted): Asked<Wanted>) -> Json<Value> {
+    let limit = wanted.limit.map_or(PAGE, |limit| limit.0);
     let commons = &admin.commons;
     let now = commons.clock.now();
     let mut found: Vec<(String, Value)> = Vec::new();

@@ -4,8 +4,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use axum::extract::rejection::JsonRejection;
-use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use http::header::HOST;
 use http::uri::Authority;
@@ -13,7 +11,8 @@ use http::{Method, Request, Uri};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Admin, problem};
+use super::Admin;
+use super::input::{Told, bad};
 use crate::body::Body;
 use crate::config::{Limits, Target};
 use crate::policy::headers::strip_nominated;
@@ -36,17 +35,10 @@ pub struct ExplainRequest {
     pub upstream: Option<String>,
 }
 
-pub(super) async fn explain(
-    State(admin): State<Arc<Admin>>,
-    request: Result<Json<ExplainRequest>, JsonRejection>,
-) -> Response {
-    let told = match request {
-        Ok(Json(request)) => explain_now(&admin, &request),
-        Err(rejection) => Err(rejection.body_text()),
-    };
-    match told {
+pub(super) async fn explain(State(admin): State<Arc<Admin>>, Told(request): Told<ExplainRequest>) -> Response {
+    match explain_now(&admin, &request) {
         Ok(told) => Json(told).into_response(),
-        Err(message) => problem(StatusCode::BAD_REQUEST, "bad_request", &message),
+        Err(message) => bad(&message),
     }
 }
 

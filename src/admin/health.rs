@@ -11,7 +11,11 @@ use serde_json::{Value, json};
 
 use super::Admin;
 use crate::policy::millis;
+use crate::process;
 use crate::proxy::Commons;
+
+/// An event loop that was so late, in milliseconds, is worth a word.
+const SLOW: u64 = 1000;
 
 /// 200, or 503 while draining. Depends on no upstream.
 pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
@@ -59,7 +63,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
             "redis": redis,
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
             "configuration": super::reload::told(&admin.reload.reloads()),
-            "process": { "status": "ok", "rss_bytes": rss_bytes() },
+            "process": process(commons),
         },
     }))
 }
@@ -83,6 +87,30 @@ fn redis(commons: &Commons) -> Value {
         "unlogged_purges": commons.invalidations.unlogged(),
         "invalidation_lag_ms": commons.invalidations.lag(commons.clock.now()),
     })
+}
+
+/// What this process takes, and how late its event loop is. Late by over a second of the last ten: `slow`.
+fn process(commons: &Commons) -> Value {
+    let delay = commons.telemetry.pulse.delay();
+    let (open, most) = open_files();
+    let status = match (delay.worst >= SLOW, open.is_some_and(|open| open >= most / 100 * 95)) {
+        (_, true) => "files",
+        (true, false) => "slow",
+        (false, false) => "ok",
+    };
+    json!({
+        "status": status,
+        "rss_bytes": rss_bytes(),
+        "open_files": open,
+        "open_files_limit": most,
+        "event_loop_delay_ms": delay,
+    })
+}
+
+/// Open files of this process, where the system tells (Linux), and how many it may have.
+pub(super) fn open_files() -> (Option<u64>, u64) {
+    let open = std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count() as u64);
+    (open, process::open_files_limit())
 }
 
 /// Resident memory, where the system tells (Linux).

@@ -17,6 +17,7 @@ use prometheus_client::registry::Registry;
 
 use super::Admin;
 use crate::policy::mode::Mode;
+use crate::policy::outcome::Rehearsed;
 use crate::telemetry::Latencies;
 
 /// Name, help; for each series its labels and value.
@@ -95,6 +96,11 @@ impl Collector for Scrape {
         gauge(to, "mode", "1: this is the mode", &modes.to_vec())?;
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
         gauge(to, "build_info", "The program's version", &build)?;
+        let delay = commons.telemetry.pulse.delay().worst as f64 / 1000.0;
+        let help = "How late the event loop was at worst, the last ten seconds";
+        gauge(to, "event_loop_delay_seconds", help, &vec![(Vec::new(), delay)])?;
+        let files = super::health::open_files().0.map(|files| (Vec::new(), files as f64));
+        gauge(to, "open_files", "Files this process has open", &files.into_iter().collect())?;
         let rss = super::health::rss_bytes().map(|bytes| (Vec::new(), bytes as f64));
         gauge(to, "resident_memory_bytes", "Resident memory of the process", &rss.into_iter().collect())
     }
@@ -132,6 +138,21 @@ impl Scrape {
         counter(to, "requests", "Requests answered, by what became of them", &series)?;
         histogram(to, "request_duration_seconds", "Time to the response head", &took)?;
         counter(to, "coalesced", "Requests that shared a fetch", &vec![(Vec::new(), collapsed)])?;
+        let shown: Vec<_> = proxies
+            .iter()
+            .flat_map(|proxy| {
+                let of = |(rule, shown, count): (Box<str>, Rehearsed, u64)| {
+                    let labels = [
+                        ("upstream", proxy.site.name.to_string()),
+                        ("rule", rule.into()),
+                        ("result", shown.token().into()),
+                    ];
+                    (labels.to_vec(), count)
+                };
+                proxy.site.meter.rehearsals().into_iter().map(of).collect::<Vec<_>>()
+            })
+            .collect();
+        counter(to, "shadow", "Requests in shadow mode, by what the cache would have done", &shown)?;
         let fallbacks = self.0.commons.telemetry.snapshot().fallbacks;
         let series =
             fallbacks.into_iter().map(|(cause, count)| (vec![("reason", cause.to_owned())], count)).collect();
@@ -170,6 +191,9 @@ impl Scrape {
         let state = fleet.redis.state();
         let up = state.trouble.is_none() && state.connections.values().all(|link| link.connected);
         gauge(to, "redis_up", "1: Redis answers", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
+        let took: Vec<_> = fleet.redis.took().into_iter().collect();
+        let series = took.iter().map(|(name, took)| (vec![("connection", (*name).to_owned())], *took)).collect();
+        histogram(to, "redis_duration_seconds", "Time that commands took", &series)?;
         let lag = commons.invalidations.lag(commons.clock.now()).map(|ms| (Vec::new(), ms as f64 / 1000.0));
         let help = "Age of the last look at the fleet's invalidation log";
         gauge(to, "invalidation_lag_seconds", help, &lag.into_iter().collect())?;

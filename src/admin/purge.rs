@@ -5,14 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{Query, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Admin, problem};
+use super::Admin;
+use super::input::{Asked, Told, bad};
 use crate::config::{Target, parse_duration};
 use crate::fleet::log::{GONE, applied};
 use crate::policy::glob::Glob;
@@ -63,15 +62,9 @@ pub(super) struct Wait {
 /// What is purged holds here when this answers. With Redis it waits a moment for the fleet's log to have it.
 pub(super) async fn purge(
     State(admin): State<Arc<Admin>>,
-    wait: Result<Query<Wait>, QueryRejection>,
-    body: Result<Json<PurgeRequest>, JsonRejection>,
+    Asked(wait): Asked<Wait>,
+    Told(request): Told<PurgeRequest>,
 ) -> Response {
-    let bad = |message: &str| problem(StatusCode::BAD_REQUEST, "bad_request", message);
-    let (wait, request) = match (wait, body) {
-        (Ok(Query(wait)), Ok(Json(request))) => (wait, request),
-        (Err(rejection), _) => return bad(&rejection.body_text()),
-        (_, Err(rejection)) => return bad(&rejection.body_text()),
-    };
     let wait = match wait.wait.as_deref().map(parse_duration).transpose() {
         Ok(wait) => wait.map(|wait| wait.min(LONGEST_WAIT)),
         Err(message) => return bad(&format!("wait: {message}")),

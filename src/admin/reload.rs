@@ -18,6 +18,9 @@ pub trait Reload: std::fmt::Debug + Send + Sync {
 
     /// How that has gone so far.
     fn reloads(&self) -> Reloads;
+
+    /// The configuration in force, without its secrets.
+    fn shown(&self) -> Value;
 }
 
 /// How reloading has gone.
@@ -38,6 +41,11 @@ pub(super) async fn reload(State(admin): State<Arc<Admin>>) -> Response {
         Ok(Err(why)) => problem(StatusCode::UNPROCESSABLE_ENTITY, "bad_configuration", &why),
         Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, "internal", &error.to_string()),
     }
+}
+
+/// `GET /config`.
+pub(super) async fn config(State(admin): State<Arc<Admin>>) -> Json<Value> {
+    Json(admin.reload.shown())
 }
 
 /// For `/health`.

@@ -16,6 +16,7 @@ use crate::fleet::work::Refresh;
 use crate::fleet::{Fleet, SidecarId};
 use crate::policy::key::KeySecret;
 use crate::policy::millis;
+use crate::policy::mode::{Mode, Source};
 use crate::proxy::face::Face;
 use crate::proxy::{Commons, Proxy};
 use crate::redis::{Message, Redis, Trouble};
@@ -26,6 +27,9 @@ use crate::store::wire::Sealing;
 
 /// Is the secret in common still there?
 const LOOK_AT_SECRET: Duration = Duration::from_secs(2);
+
+/// What mode was set for the fleet?
+const LOOK_AT_MODE: Duration = Duration::from_secs(1);
 
 /// Refreshes for the fleet at once.
 const WORK_AT_ONCE: u64 = 4;
@@ -149,6 +153,7 @@ impl Parts {
             let walking = shared.clone();
             work.spawn(async move { walking.clear_purged().await });
             work.spawn(async move { shared.write_behind(seen_at).await });
+            work.spawn(follow_mode(fleet.clone(), commons.clone()));
             work.spawn(labour(fleet.clone(), faces));
             match seed {
                 Some(mut seed) => loop {
@@ -158,6 +163,26 @@ impl Parts {
                 None => std::future::pending().await,
             }
         });
+    }
+}
+
+/// Does what was set for the fleet, for ever. While Redis does not tell, what it told last counts, for its time.
+async fn follow_mode(fleet: Arc<Fleet>, commons: Arc<Commons>) {
+    let mut before = None;
+    loop {
+        if let Ok(told) = fleet.redis.common_mode().await {
+            let set = told.and_then(|(word, left)| Some((Mode::of(&word)?, left)));
+            match set {
+                Some((mode, left)) => commons.mode.set(mode, Source::Fleet, commons.clock.now(), left),
+                None => commons.mode.clear(Source::Fleet),
+            }
+            let mode = set.map(|(mode, _)| mode);
+            if mode != before {
+                warn!(mode = mode.map_or("none", Mode::token), "the fleet's mode");
+                before = mode;
+            }
+        }
+        tokio::time::sleep(LOOK_AT_MODE).await;
     }
 }
 

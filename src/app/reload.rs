@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::interval;
 use tracing::{error, info, warn};
@@ -42,6 +43,8 @@ pub(super) struct Reloader {
     /// One reload at a time. Whoever asks how the last one went does not wait for this.
     turn: Mutex<()>,
     reloads: Mutex<Reloads>,
+    /// The configuration in force.
+    shown: Mutex<Value>,
     watched: Mutex<Watched>,
 }
 
@@ -117,6 +120,7 @@ impl Reloader {
         commons: Arc<Commons>,
         faces: Vec<(std::net::SocketAddr, u16, Arc<Face>)>,
         fixed: Vec<(&'static str, String)>,
+        shown: Value,
     ) -> Reloader {
         Reloader {
             origin: OnceLock::new(),
@@ -125,6 +129,7 @@ impl Reloader {
             fixed,
             turn: Mutex::default(),
             reloads: Mutex::default(),
+            shown: Mutex::new(shown),
             watched: Mutex::default(),
         }
     }
@@ -173,6 +178,7 @@ impl Reloader {
             .filter(|((_, new), (_, old))| new != old)
             .map(|((name, _), _)| name.to_owned())
             .collect();
+        let shown = config::shown(&config);
         let (memory, limits, mode) = (config.memory.max_bytes, config.limits, config.mode);
         let ports = self.faces.iter().map(|(_, port, _)| *port);
         let sites: Vec<Site> = config
@@ -187,8 +193,9 @@ impl Reloader {
             let proxy = Proxy { commons: self.commons.clone(), site };
             face.show(Arc::new(proxy), config::Limits { connections, ..limits });
         }
-        self.commons.mode.configure(mode);
+        self.commons.mode.configure(mode.0, mode.1);
         self.commons.memory.resize(memory);
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = shown;
         Ok(restart)
     }
 
@@ -220,6 +227,10 @@ impl Reload for Reloader {
 
     fn reloads(&self) -> Reloads {
         self.lock().clone()
+    }
+
+    fn shown(&self) -> Value {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

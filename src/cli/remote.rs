@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::StatusCode;
 use serde_json::Value;
 
+use super::dry_run;
 use super::{HealthArgs, ModeArgs, PurgeArgs, RemoteArgs, StatsArgs};
 use crate::admin::{AdminClient, ModeRequest, PurgeRequest};
 use crate::config::Secret;
@@ -20,6 +21,15 @@ pub(super) fn client(args: &RemoteArgs) -> Result<AdminClient, String> {
         }
     };
     AdminClient::new(args.admin.trim_end_matches('/'), token)
+}
+
+/// What a path of the admin API tells, as JSON.
+pub(super) async fn fetched(client: &AdminClient, path: &str) -> Result<Value, String> {
+    let (status, text) = client.get(path).await?;
+    if status == StatusCode::UNAUTHORIZED {
+        return Err(format!("{status}: give the admin token with --token-file FILE"));
+    }
+    serde_json::from_str(&text).map_err(|_| format!("{status}: {text}"))
 }
 
 /// `sidecache purge …`.
@@ -37,15 +47,11 @@ pub(super) async fn stats(args: &StatsArgs) -> Result<ExitCode, String> {
     let client = client(&args.remote)?;
     let mut before: Option<Value> = None;
     loop {
-        let (status, text) = client.get("/stats").await?;
-        if status == StatusCode::UNAUTHORIZED {
-            return Err(format!("{status}: give the admin token with --token-file FILE"));
-        }
+        let now = fetched(&client, "/stats").await?;
         if !args.watch {
-            print_json(&text);
-            return Ok(ExitCode::from(u8::from(!status.is_success())));
+            say(format!("{now:#}"));
+            return Ok(ExitCode::SUCCESS);
         }
-        let now: Value = serde_json::from_str(&text).map_err(|_| format!("{status}: {text}"))?;
         match &before {
             None => say("  requests/s   hit ratio   p99 of hits   upstream/s   failed/s    keys       memory"),
             Some(before) => say(line(before, &now)),
@@ -80,8 +86,12 @@ fn line(before: &Value, now: &Value) -> String {
 
 /// `sidecache mode …`.
 pub(super) async fn mode(args: ModeArgs) -> Result<ExitCode, String> {
-    let ModeArgs { remote, mode, time } = args;
-    let state = client(&remote)?.post("/mode", &ModeRequest { mode, time }).await?;
+    let ModeArgs { remote, mode, time, fleet, dry_run } = args;
+    let client = client(&remote)?;
+    if dry_run {
+        return dry_run::dry_run(&client, &mode).await;
+    }
+    let state = client.post("/mode", &ModeRequest { mode, time, fleet }).await?;
     let left = state["for_ms"].as_u64().map(|ms| format!(" for another {} s", ms.div_ceil(1000)));
     let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
     say(format!("mode {} (set by: {}){}", word("mode"), word("source"), left.unwrap_or_default()));

@@ -104,6 +104,7 @@ pub(super) struct Rule {
     pub(super) key: Option<Key>,
     pub(super) tags: Option<Spanned<Vec<String>>>,
     pub(super) reject_empty: Option<Spanned<String>>,
+    pub(super) volatile: Option<Spanned<Vec<String>>>,
     pub(super) deadline: Option<Dur>,
     pub(super) fallback: Option<Spanned<Fallback>>,
     pub(super) upgrade: Option<Spanned<Vec<String>>>,

@@ -56,6 +56,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         key,
         tags,
         reject_empty,
+        volatile,
         deadline,
         fallback,
         upgrade,
@@ -79,6 +80,7 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         key: key.or_else(|| defaults.key.clone()),
         tags: tags.or_else(|| defaults.tags.clone()),
         reject_empty: reject_empty.or_else(|| defaults.reject_empty.clone()),
+        volatile: volatile.or_else(|| defaults.volatile.clone()),
         deadline: deadline.or(defaults.deadline),
         fallback: fallback.or_else(|| defaults.fallback.clone()),
         upgrade: upgrade.or_else(|| defaults.upgrade.clone()),
@@ -104,6 +106,7 @@ impl Surroundings<'_> {
         let key = self.collect(self.key(&rule), errors).unwrap_or_default();
         let fallback = self.collect(self.fallback(&rule), errors).flatten();
         let reject_empty = self.collect(read_reject_empty(&rule), errors).flatten();
+        let volatile = self.collect(read_volatile(&rule), errors).unwrap_or_default();
         let upgrade = self.collect(self.upgrade(&rule), errors).unwrap_or_default();
         let keeps_cookies = self.collect(read_set_cookie(&rule, mode), errors).unwrap_or_default();
         let tags = self.tags(&rule, &paths, errors);
@@ -127,6 +130,7 @@ impl Surroundings<'_> {
             key: KeyPlan { rule: salt(&name(&path)), ..key.clone() },
             tags,
             reject_empty: reject_empty.clone(),
+            volatile: volatile.clone(),
             deadline: rule.deadline.map_or(self.deadline, |d| d.0),
             fallback: fallback.clone(),
             upgrade: upgrade.clone(),
@@ -315,12 +319,20 @@ fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, Fault> {
 }
 
 fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {
-    match &rule.reject_empty {
-        Some(pointer) if !pointer.get_ref().starts_with('/') && !pointer.get_ref().is_empty() => {
-            Err((pointer.span(), format!("reject_empty is a JSON pointer: write \"/{}\"", pointer.get_ref())))
-        }
-        other => Ok(other.as_ref().map(|p| p.get_ref().as_str().into())),
+    let Some(pointer) = &rule.reject_empty else { return Ok(None) };
+    json_pointer("reject_empty", pointer.get_ref(), &pointer.span()).map(Some)
+}
+
+fn read_volatile(rule: &file::Rule) -> Result<Vec<Box<str>>, Fault> {
+    let Some(pointers) = &rule.volatile else { return Ok(Vec::new()) };
+    pointers.get_ref().iter().map(|pointer| json_pointer("volatile", pointer, &pointers.span())).collect()
+}
+
+fn json_pointer(setting: &str, pointer: &str, span: &Range<usize>) -> Result<Box<str>, Fault> {
+    if pointer.starts_with('/') || pointer.is_empty() {
+        return Ok(pointer.into());
     }
+    Err((span.clone(), format!("{setting} is a JSON pointer: write \"/{pointer}\"")))
 }
 
 fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, Fault> {

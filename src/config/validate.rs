@@ -19,7 +19,7 @@ use super::rules::header_name;
 use super::values::{OneOrMany, SecretRef};
 use super::{Admin, Config, Flags, Limits, Log, Memory, Secret, SecretSource};
 use super::{default_credential_headers, file, interpolate};
-use crate::policy::mode::Mode;
+use crate::policy::mode::{self, Mode};
 
 /// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
@@ -160,20 +160,16 @@ impl Validator<'_> {
         }
     }
 
-    fn mode(&mut self, file: &file::File) -> Mode {
-        let Some(mode) = &file.mode else { return Mode::Normal };
-        match mode.get_ref().as_str() {
-            "normal" => Mode::Normal,
-            "bypass" => Mode::Bypass,
-            "shadow" => {
-                self.fault(&mode.span(), "mode = \"shadow\" is not built yet: write \"normal\" or \"bypass\"");
-                Mode::Normal
-            }
-            other => {
-                self.fault(&mode.span(), format!("mode = {other:?}: write \"normal\" or \"bypass\""));
-                Mode::Normal
-            }
-        }
+    fn mode(&mut self, file: &file::File) -> (Mode, mode::Source) {
+        let Some(given) = &file.mode else { return Default::default() };
+        // What the environment says stands nowhere in the file.
+        let source = if given.span().is_empty() { mode::Source::Environment } else { mode::Source::File };
+        let mode = Mode::of(given.get_ref()).unwrap_or_else(|| {
+            let message = format!("mode = {:?}: write \"normal\", \"bypass\" or \"shadow\"", given.get_ref());
+            self.fault(&given.span(), message);
+            Mode::Normal
+        });
+        (mode, source)
     }
 
     fn memory(&mut self, given: &file::Memory) -> Memory {

@@ -17,6 +17,7 @@ pub fn of_bypass(reason: Bypass) -> &'static str {
         }
         Bypass::Range => "it asks for a part of what is not stored",
         Bypass::Mode => "the mode is bypass: sidecache mode normal",
+        Bypass::Shadow => "the mode is shadow: what the cache would do is only counted. sidecache mode normal",
         Bypass::NoStoreRequest => "the client says Cache-Control: no-store",
         Bypass::Upgrade => "it asks for another protocol, and its rule allows that",
     }

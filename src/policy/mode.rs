@@ -1,5 +1,5 @@
-//! The kill switch: who has set it, and until when. What a person sets on the running sidecar counts before the
-//! configuration.
+//! What the sidecar does with requests, and who says so. What a person sets on this sidecar counts before what is set for
+//! the fleet, that before the environment, and that before the file.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,20 +12,59 @@ pub enum Mode {
     /// All it can.
     #[default]
     Normal,
-    /// It hands everything through: no look-up, storing, coalescing, pacing, deadline, fallback. Invalidations go on,
-    /// so that coming back serves nothing old.
+    /// The kill switch: it hands everything through. No look-up, storing, coalescing, pacing, deadline, fallback.
+    /// Invalidations go on, so that coming back serves nothing old.
     Bypass,
+    /// A rehearsal: everything is handed through, and compared with what the cache would have answered.
+    Shadow,
 }
 
 impl Mode {
     /// All of them.
-    pub const ALL: [Mode; 2] = [Mode::Normal, Mode::Bypass];
+    pub const ALL: [Mode; 3] = [Mode::Normal, Mode::Bypass, Mode::Shadow];
 
     /// Its word.
     pub fn token(self) -> &'static str {
         match self {
             Mode::Normal => "normal",
             Mode::Bypass => "bypass",
+            Mode::Shadow => "shadow",
+        }
+    }
+
+    /// The mode with that word.
+    pub fn of(token: &str) -> Option<Mode> {
+        Mode::ALL.into_iter().find(|mode| mode.token() == token)
+    }
+}
+
+/// Who says which mode it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Source {
+    /// A person, on this sidecar.
+    Local,
+    /// A person, for all sidecars that share a Redis.
+    Fleet,
+    /// `SIDECACHE_MODE`.
+    Environment,
+    /// The file.
+    File,
+    /// Nobody.
+    #[default]
+    Default,
+}
+
+impl Source {
+    const ALL: [Source; 5] = [Source::Local, Source::Fleet, Source::Environment, Source::File, Source::Default];
+
+    /// Its word.
+    pub fn token(self) -> &'static str {
+        match self {
+            Source::Local => "local",
+            Source::Fleet => "fleet",
+            Source::Environment => "environment",
+            Source::File => "file",
+            Source::Default => "default",
         }
     }
 }
@@ -33,76 +72,91 @@ impl Mode {
 /// The mode, and what it comes from.
 #[derive(Debug, Default)]
 pub struct Switch {
-    configured: AtomicU64,
-    /// What was set by hand: `until << 2 | 2 | bypass`, `until` in ticks; 0: nothing.
-    set: AtomicU64,
+    local: Slot,
+    fleet: Slot,
+    configured: Slot,
 }
-
-/// Set for ever, as good as.
-const FOR_EVER: u64 = u64::MAX >> 2;
 
 /// The mode now, for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct State {
     /// The mode.
     pub mode: Mode,
-    /// `admin`: set on this sidecar; `configuration`: in the file or the environment.
-    pub source: &'static str,
-    /// Milliseconds until the configuration counts again, if it was set for a time.
+    /// Who says so.
+    pub source: Source,
+    /// Milliseconds until somebody else counts again, if it was set for a time.
     pub for_ms: Option<u64>,
 }
 
 impl Switch {
     /// As configured.
-    pub fn new(configured: Mode) -> Switch {
+    pub fn new(configured: Mode, source: Source) -> Switch {
         let switch = Switch::default();
-        switch.configure(configured);
+        switch.configure(configured, source);
         switch
     }
 
     /// The configuration says so now.
-    pub fn configure(&self, configured: Mode) {
-        self.configured.store(u64::from(configured == Mode::Bypass), Ordering::Relaxed);
+    pub fn configure(&self, configured: Mode, source: Source) {
+        self.configured.set(configured, source, FOR_EVER);
     }
 
-    fn configured(&self) -> Mode {
-        if self.configured.load(Ordering::Relaxed) == 1 { Mode::Bypass } else { Mode::Normal }
-    }
-
-    /// Sets it by hand; for a time, or until it is set again.
-    pub fn set(&self, mode: Mode, now: Tick, time: Option<Duration>) {
+    /// A person says so; for a time, or until it is said again. `source`: local or fleet.
+    pub fn set(&self, mode: Mode, source: Source, now: Tick, time: Option<Duration>) {
         let until = time.map_or(FOR_EVER, |time| now.plus(time).0.min(FOR_EVER));
-        self.set.store(until << 2 | 2 | u64::from(mode == Mode::Bypass), Ordering::Relaxed);
+        self.slot(source).set(mode, source, until);
     }
 
-    /// From now on the configuration counts.
-    pub fn clear(&self) {
-        self.set.store(0, Ordering::Relaxed);
+    /// From now on that one says nothing.
+    pub fn clear(&self, source: Source) {
+        self.slot(source).0.store(0, Ordering::Relaxed);
     }
 
-    /// Is everything handed through? Two atomic loads.
-    pub fn bypasses(&self, now: Tick) -> bool {
-        match self.by_hand(now) {
-            Some((mode, _)) => mode == Mode::Bypass,
-            None => self.configured() == Mode::Bypass,
+    fn slot(&self, source: Source) -> &Slot {
+        match source {
+            Source::Local => &self.local,
+            Source::Fleet => &self.fleet,
+            Source::Environment | Source::File | Source::Default => &self.configured,
         }
+    }
+
+    /// The mode now: three atomic loads.
+    pub fn mode(&self, now: Tick) -> Mode {
+        self.in_force(now).map_or(Mode::Normal, |said| said.0)
     }
 
     /// The mode, and why.
     pub fn state(&self, now: Tick) -> State {
-        match self.by_hand(now) {
-            Some((mode, until)) => {
-                let for_ms = (until != FOR_EVER).then(|| until.saturating_sub(now.0));
-                State { mode, source: "admin", for_ms }
-            }
-            None => State { mode: self.configured(), source: "configuration", for_ms: None },
-        }
+        let (mode, source, until) = self.in_force(now).unwrap_or((Mode::Normal, Source::Default, FOR_EVER));
+        State { mode, source, for_ms: (until != FOR_EVER).then(|| until.saturating_sub(now.0)) }
     }
 
-    fn by_hand(&self, now: Tick) -> Option<(Mode, u64)> {
-        let set = self.set.load(Ordering::Relaxed);
-        let until = set >> 2;
-        (set != 0 && now.0 < until).then_some((if set & 1 == 1 { Mode::Bypass } else { Mode::Normal }, until))
+    fn in_force(&self, now: Tick) -> Option<(Mode, Source, u64)> {
+        self.local.get(now).or_else(|| self.fleet.get(now)).or_else(|| self.configured.get(now))
+    }
+}
+
+/// Set for ever, as good as.
+const FOR_EVER: u64 = u64::MAX >> 5;
+
+/// What one of them says: `until << 5 | source << 2 | mode + 1`, `until` in ticks; 0: nothing.
+#[derive(Debug, Default)]
+struct Slot(AtomicU64);
+
+impl Slot {
+    fn set(&self, mode: Mode, source: Source, until: u64) {
+        self.0.store(until << 5 | (source as u64) << 2 | (mode as u64 + 1), Ordering::Relaxed);
+    }
+
+    fn get(&self, now: Tick) -> Option<(Mode, Source, u64)> {
+        let said = self.0.load(Ordering::Relaxed);
+        if said == 0 {
+            return None;
+        }
+        let until = said >> 5;
+        let mode = *Mode::ALL.get(usize::try_from((said & 3) - 1).unwrap_or(0))?;
+        let source = *Source::ALL.get(usize::try_from(said >> 2 & 7).unwrap_or(0))?;
+        (now.0 < until).then_some((mode, source, until))
     }
 }
 
@@ -112,18 +166,29 @@ mod tests {
 
     #[test]
     fn what_is_set_by_hand_counts_for_its_time() {
-        let switch = Switch::new(Mode::Normal);
-        assert!(!switch.bypasses(Tick(0)));
-        switch.set(Mode::Bypass, Tick(1000), Some(Duration::from_secs(5)));
-        assert!(switch.bypasses(Tick(5999)) && !switch.bypasses(Tick(6000)));
-        assert_eq!(switch.state(Tick(2000)), State { mode: Mode::Bypass, source: "admin", for_ms: Some(4000) });
-        switch.set(Mode::Bypass, Tick(1000), None);
-        assert!(switch.bypasses(Tick(u64::MAX >> 3)));
-        switch.clear();
-        assert!(!switch.bypasses(Tick(1000)));
-        let configured = Switch::new(Mode::Bypass);
-        assert!(configured.bypasses(Tick(0)));
-        configured.set(Mode::Normal, Tick(0), None);
-        assert!(!configured.bypasses(Tick(1)), "the hand counts before the file");
+        let switch = Switch::new(Mode::Normal, Source::Default);
+        assert_eq!(switch.mode(Tick(0)), Mode::Normal);
+        switch.set(Mode::Bypass, Source::Local, Tick(1000), Some(Duration::from_secs(5)));
+        assert_eq!((switch.mode(Tick(5999)), switch.mode(Tick(6000))), (Mode::Bypass, Mode::Normal));
+        let state = State { mode: Mode::Bypass, source: Source::Local, for_ms: Some(4000) };
+        assert_eq!(switch.state(Tick(2000)), state);
+        switch.set(Mode::Shadow, Source::Local, Tick(1000), None);
+        assert_eq!(switch.mode(Tick(u64::MAX >> 6)), Mode::Shadow);
+        switch.clear(Source::Local);
+        assert_eq!(switch.mode(Tick(1000)), Mode::Normal);
+    }
+
+    #[test]
+    fn this_sidecar_counts_before_the_fleet_and_both_before_the_configuration() {
+        let switch = Switch::new(Mode::Shadow, Source::Environment);
+        let state = |mode, source| State { mode, source, for_ms: None };
+        assert_eq!(switch.state(Tick(0)), state(Mode::Shadow, Source::Environment));
+        switch.set(Mode::Bypass, Source::Fleet, Tick(0), None);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Bypass, Source::Fleet));
+        switch.set(Mode::Normal, Source::Local, Tick(0), None);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Normal, Source::Local));
+        switch.clear(Source::Local);
+        switch.clear(Source::Fleet);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Shadow, Source::Environment));
     }
 }

@@ -25,6 +25,8 @@ pub enum Bypass {
     Range,
     /// The mode is `bypass`: everything is handed through.
     Mode,
+    /// The mode is `shadow`: everything is handed through, and compared.
+    Shadow,
     /// The client's `Cache-Control: no-store`.
     NoStoreRequest,
     /// It asks for another protocol, and its rule allows that (RFC 9110 §7.8).
@@ -42,8 +44,42 @@ impl Bypass {
             Bypass::UnkeyedCredential => "unkeyed-credential",
             Bypass::Range => "range",
             Bypass::Mode => "mode",
+            Bypass::Shadow => "shadow",
             Bypass::NoStoreRequest => "no-store-request",
             Bypass::Upgrade => "upgrade",
+        }
+    }
+
+    /// Does it go to the upstream as it is: no pacing, no breaker, no deadline?
+    pub fn hands_through(self) -> bool {
+        matches!(self, Bypass::Mode | Bypass::Shadow)
+    }
+}
+
+/// What a rehearsal has shown of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rehearsed {
+    /// The cache would have answered what the upstream did (or kept a failure from the client).
+    Hit,
+    /// The cache would have answered something else.
+    WrongHit,
+    /// The cache would have answered, and nothing tells whether the same.
+    NotCompared,
+    /// The upstream would have been asked.
+    Miss,
+}
+
+impl Rehearsed {
+    /// All of them.
+    pub const ALL: [Rehearsed; 4] = [Rehearsed::Hit, Rehearsed::WrongHit, Rehearsed::NotCompared, Rehearsed::Miss];
+
+    /// Its word in metrics.
+    pub fn token(self) -> &'static str {
+        match self {
+            Rehearsed::Hit => "hit",
+            Rehearsed::WrongHit => "wrong_hit",
+            Rehearsed::NotCompared => "not_compared",
+            Rehearsed::Miss => "miss",
         }
     }
 }

@@ -41,6 +41,8 @@ pub struct Plan {
     pub tags: Vec<TagTemplate>,
     /// JSON pointer (RFC 6901) to a list that must not be empty.
     pub reject_empty: Option<Box<str>>,
+    /// JSON pointers to what differs between two answers that say the same; `*` is any one member. For rehearsals.
+    pub volatile: Vec<Box<str>>,
     /// How long a client waits for the response head before the ladder.
     pub deadline: Duration,
     /// The ladder's payload.

@@ -219,6 +219,7 @@ pub(crate) mod testing {
             key: KeyPlan::default(),
             tags: Vec::new(),
             reject_empty: None,
+            volatile: Vec::new(),
             deadline: Duration::from_secs(5),
             fallback: None,
             upgrade: Vec::new(),

@@ -84,28 +84,9 @@ impl Proxy {
             return response;
         }
         let Ok(key) = self.key(&asked.uri, &asked.headers, place, plan) else { return response };
-        let mut get = Request::new(());
-        get.uri_mut().clone_from(&asked.uri);
-        get.headers_mut().clone_from(&asked.headers);
-        let job = Job {
-            asked: Arc::new(get.into_parts().0),
-            place: place.clone(),
-            plan: plan.clone(),
-            key: key.to_vec().into(),
-            address: self.site.address(place, &asked.uri, plan),
-            position,
-            stale: None,
-            help: Help::None,
-            ahead: None,
-            lease: Mutex::default(),
-        };
+        let job = self.job_beside(asked, place, plan.clone(), key.to_vec().into(), position);
         let (parts, body) = response.into_parts();
-        let came = Came {
-            response: Response::from_parts(parts.clone(), Body::Empty),
-            born: visit.later(),
-            at: self.commons.clock.wall(),
-            delay: visit.elapsed(),
-        };
+        let came = self.came_beside(Response::from_parts(parts.clone(), Body::Empty), visit);
         let most = MAX_ASIDE.min(self.commons.max_entry_bytes);
         let answered = Answered { status: StatusCode::OK, ..came.answered() };
         // RFC 9110 §9.3.3: a POST's answer needs a lifetime of its own. A beginning without one is not worth it.
@@ -116,6 +97,37 @@ impl Proxy {
         let (proxy, most) = (self.clone(), usize::try_from(most).unwrap_or(0));
         let keep = move |body| proxy.put_aside(&job, &came, &store, &kept, body);
         Response::from_parts(parts, overheard(body, most, &self.commons.purse, keep))
+    }
+
+    /// What a flight for the same would have to bring: a GET.
+    pub(super) fn job_beside(
+        &self,
+        asked: &Parts,
+        place: &Place,
+        plan: Arc<Plan>,
+        key: Box<[u8]>,
+        position: Position,
+    ) -> Job {
+        let mut get = Request::new(());
+        get.uri_mut().clone_from(&asked.uri);
+        get.headers_mut().clone_from(&asked.headers);
+        Job {
+            asked: Arc::new(get.into_parts().0),
+            place: place.clone(),
+            address: self.site.address(place, &asked.uri, &plan),
+            plan,
+            key,
+            position,
+            stale: None,
+            help: Help::None,
+            ahead: None,
+            lease: Mutex::default(),
+        }
+    }
+
+    /// An answer that has just come, to a request that was handed through.
+    pub(super) fn came_beside(&self, response: Response<Body>, visit: &Visit) -> Came {
+        Came { response, born: visit.later(), at: self.commons.clock.wall(), delay: visit.elapsed() }
     }
 
     fn put_aside(&self, job: &Job, came: &Came, store: &Store, kept: &Kept, body: Bytes) {

@@ -24,7 +24,7 @@ use crate::policy::route::Route;
 use crate::policy::tags::{Scope, Subject};
 use crate::policy::target::target;
 use crate::telemetry::News;
-use crate::upstream::SendError;
+use crate::upstream::{MayBeStored, SendError};
 
 impl Proxy {
     /// Does a rule let this request change the protocol?
@@ -42,23 +42,27 @@ impl Proxy {
         reason: Bypass,
         visit: Visit,
     ) -> Response<Body> {
+        let rehearsal = (reason == Bypass::Shadow).then(|| self.rehearse(&request, &place, &visit)).flatten();
         let (parts, body) = request.into_parts();
         let asked = Arc::new(parts);
         let position = self.commons.invalidations.position();
-        let upgrades = reason == Bypass::Upgrade || reason == Bypass::Mode && self.may_upgrade(&asked);
+        let upgrades = reason == Bypass::Upgrade || reason.hands_through() && self.may_upgrade(&asked);
         let sent = if asked.method.is_safe() {
             let shape = |request: &mut Request<Body>| {
                 if upgrades {
                     ask_upgrade(request, &asked.headers);
                 }
+                if rehearsal.is_some() {
+                    request.extensions_mut().insert(MayBeStored);
+                }
             };
-            if reason == Bypass::Mode {
+            if reason.hands_through() {
                 // No pacing either: what the client sends is sent.
                 self.send_now(&asked, &place, body, &shape).await
             } else {
                 self.send(&asked, &place, body, shape).await
             }
-        } else if reason == Bypass::Mode {
+        } else if reason.hands_through() {
             self.clone().write(asked.clone(), place.clone(), body).await
         } else {
             // Until its turn has come, a client that leaves takes its write with it.
@@ -75,8 +79,11 @@ impl Proxy {
                 strip_for_client(&mut response);
                 // A write's answer is of after the write, if nobody else has purged meanwhile.
                 let written = response.extensions_mut().remove::<Position>();
-                if reason == Bypass::Range || written.is_some() && reason != Bypass::Mode {
+                if reason == Bypass::Range || written.is_some() && !reason.hands_through() {
                     response = self.aside(&asked, &place, written.unwrap_or(position), &visit, response);
+                }
+                if let Some(rehearsal) = rehearsal {
+                    response = self.compared(rehearsal, &asked, &place, &visit, response);
                 }
                 let fetched = Fetched::bypass(reason, Some(response.status()));
                 self.relayed(&*asked, response, &Outcome::Relayed { fetched, failure }, None, &visit)

@@ -303,8 +303,10 @@ impl Proxy {
             plan,
             asked,
             status: response.status(),
+            now: visit.now,
             took: elapsed,
             request_id: response.extensions().get::<RequestId>().map(|id| id.0.as_str()),
+            identity: (timing == Timing::Upstream).then(|| self.site.identity(asked)),
         };
         self.commons.telemetry.record(outcome, &answered);
         self.site.meter.answered(outcome, elapsed);

@@ -14,6 +14,7 @@ use super::budget::Bucket;
 use super::forward::outgoing;
 use super::site::Place;
 use crate::body::Body;
+use crate::policy::mode::Mode;
 use crate::policy::outcome::Failure;
 use crate::policy::quota::retry_after;
 use crate::policy::retry::{Ended, RetryBudget};
@@ -134,7 +135,7 @@ impl Proxy {
         let (upstream, host) = (&*self.site.name, place.connect.as_str());
         let (breakers, tolerance, clock) = (&self.site.breakers, self.site.tolerance, &self.commons.clock);
         // Handing everything through, we refuse nothing; what happens is counted.
-        let bypasses = self.commons.mode.bypasses(clock.now());
+        let bypasses = self.commons.mode.mode(clock.now()) != Mode::Normal;
         if let Some(wait) = breakers.admits(host, tolerance, clock.now()).err().filter(|_| !bypasses) {
             let message = format!("the breaker is open: the next try is in {wait:?}");
             return Err(unsent(Failure::Unavailable, message));

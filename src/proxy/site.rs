@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::sync::{Arc, Mutex};
 
 use http::header::HeaderName;
@@ -11,6 +12,7 @@ use http::{HeaderMap, Uri};
 use super::breakers::Breakers;
 use super::budget::Budgets;
 use crate::config::{self, HostPattern, Target, Timeouts};
+use crate::policy::asked::Asked;
 use crate::policy::circuit::Tolerance;
 use crate::policy::glob::Captures;
 use crate::policy::invalidation::Address;
@@ -61,6 +63,7 @@ pub struct Site {
     keyed: HashSet<HeaderName>,
     /// Where every request goes, if that is one place.
     fixed: Option<Place>,
+    digests: RandomState,
 }
 
 /// Where one request goes.
@@ -116,6 +119,7 @@ impl Site {
             breakers,
             keyed,
             fixed,
+            digests: RandomState::new(),
         }
     }
 
@@ -128,6 +132,15 @@ impl Site {
     pub fn is_credential(&self, name: &HeaderName) -> bool {
         // The same for all rules.
         self.router.plans().first().is_some_and(|plan| plan.key.is_credential(name))
+    }
+
+    /// The same for requests of the same method and target with the same credentials, as long as this process runs.
+    pub fn identity(&self, asked: Asked<'_>) -> u64 {
+        let mut digest = self.digests.build_hasher();
+        (asked.method, target(asked.uri)).hash(&mut digest);
+        let credentials = asked.headers.iter().filter(|(name, _)| self.is_credential(name));
+        credentials.for_each(|(name, value)| (name, value).hash(&mut digest));
+        digest.finish()
     }
 
     /// Is this request header part of some key?
@@ -173,6 +186,7 @@ impl Site {
             self.meter.retire(&plan.name, &plan.tally);
         }
         self.breakers = before.breakers.clone();
+        self.digests = before.digests.clone();
         if self.budgets.budget() == before.budgets.budget() {
             self.budgets = before.budgets.clone();
         }

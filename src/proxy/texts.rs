@@ -12,7 +12,7 @@ use crate::policy::outcome::Outcome;
 pub(super) type Text = SmallVec<[u8; 128]>;
 
 /// Who took the time: RFC-less, but as browsers and tools read `Server-Timing`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Timing {
     Cache,
     Upstream,

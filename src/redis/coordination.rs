@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fred::interfaces::{KeysInterface, StreamsInterface};
-use fred::types::{SetOptions, Value};
+use fred::types::{Expiration, SetOptions, Value};
 
 use super::link::Asking;
 use super::scripts::{APPEND, CLAIM, PRESENT, RELEASE, RENEW};
@@ -181,6 +181,37 @@ impl Redis {
         let seconds = i64::try_from(within.as_secs()).unwrap_or(i64::MAX);
         let arguments = vec![Value::from(me.unwrap_or_default()), Value::from(seconds)];
         self.coordination.script(self.command_timeout, PRESENT, vec![self.at("sidecars")], arguments).await
+    }
+
+    /// The mode that was set for the fleet, and for how much longer it counts; none: nobody has set one.
+    pub async fn common_mode(&self) -> Result<Option<(String, Option<Duration>)>, Trouble> {
+        let key = self.at("mode");
+        let command = |client: Asking| async move { client.get::<Option<String>, _>(&key).await };
+        let kept = self.coordination.run(self.command_timeout, command).await?;
+        Ok(kept.map(|kept| match kept.split_once(' ') {
+            None => (kept, None),
+            Some((mode, until)) => {
+                let left =
+                    until.parse::<u64>().ok().zip(self.time.now()).map(|(until, now)| until.saturating_sub(now));
+                (mode.to_owned(), left.map(Duration::from_millis))
+            }
+        }))
+    }
+
+    /// Keeps a mode for the fleet, for a time or until another is kept; none: from now on nobody has set one.
+    pub async fn keep_mode(&self, mode: Option<(&'static str, Option<Duration>)>) -> Result<(), Trouble> {
+        let key = self.at("mode");
+        let now = self.time.now();
+        let command = |client: Asking| async move {
+            let Some((mode, time)) = mode else { return client.del::<(), _>(&key).await };
+            let Some(time) = time else { return client.set::<(), _, _>(&key, mode, None, None, false).await };
+            let time = i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1);
+            // Until when, by the server's clock: each reader knows how long it may trust what it has read last.
+            let kept =
+                now.map_or_else(|| mode.to_owned(), |now| format!("{mode} {}", now.saturating_add_signed(time)));
+            client.set::<(), _, _>(&key, kept, Some(Expiration::PX(time)), None, false).await
+        };
+        self.coordination.run(self.command_timeout, command).await
     }
 
     /// The secret that the fleet shares: what is there already, or `mine`.

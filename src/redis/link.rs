@@ -328,6 +328,11 @@ impl Link {
         Ok(())
     }
 
+    /// How long commands took; nothing where they wait at the server.
+    pub(super) fn took(&self) -> &Latencies {
+        &self.counts.latencies
+    }
+
     pub(super) fn state(&self) -> LinkState {
         let counts = &self.counts;
         LinkState {

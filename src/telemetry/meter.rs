@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::latencies::Latencies;
-use crate::policy::outcome::{Failure, Outcome};
+use crate::policy::Tick;
+use crate::policy::outcome::{Failure, Outcome, Rehearsed};
 use crate::policy::tally::{Tally, number};
 
 /// What is counted for one upstream.
@@ -26,6 +27,9 @@ pub struct Meter {
     passed_on: AtomicU64,
     /// 429s that nobody saw.
     absorbed: AtomicU64,
+    /// What rehearsals have shown, by rule.
+    rehearsed: Mutex<BTreeMap<(Box<str>, Rehearsed), u64>>,
+    told_of_wrong_hit: AtomicU64,
     /// What rules had counted that are no more: of a configuration before.
     retired: Mutex<BTreeMap<(String, &'static str), u64>>,
 }
@@ -51,6 +55,24 @@ impl Meter {
         // … was sent again, or not.
         let counter = if absorbed { &self.absorbed } else { &self.passed_on };
         counter.fetch_add(1, Relaxed);
+    }
+
+    /// A rehearsal has shown something of a request under this rule.
+    pub fn rehearsed(&self, rule: &str, shown: Rehearsed) {
+        let mut rehearsed = self.rehearsed.lock().unwrap_or_else(PoisonError::into_inner);
+        *rehearsed.entry((rule.into(), shown)).or_default() += 1;
+    }
+
+    /// What rehearsals have shown: rule, what, how often.
+    pub fn rehearsals(&self) -> Vec<(Box<str>, Rehearsed, u64)> {
+        let rehearsed = self.rehearsed.lock().unwrap_or_else(PoisonError::into_inner);
+        rehearsed.iter().map(|((rule, shown), count)| (rule.clone(), *shown, *count)).collect()
+    }
+
+    /// One line a second is enough.
+    pub fn may_tell_of_wrong_hit(&self, now: Tick) -> bool {
+        let before = self.told_of_wrong_hit.swap(now.0 / 1000, Relaxed);
+        before != now.0 / 1000
     }
 
     /// A rule is no more; what it has counted stays.

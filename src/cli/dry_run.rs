@@ -1,0 +1,101 @@
+//! `mode bypass --dry-run`: what would reach each upstream, from the last requests, and whether that fits its limit.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+use super::remote::fetched;
+use crate::admin::AdminClient;
+use crate::process::say;
+
+/// Requests that are older than this tell nothing of now, in milliseconds; unless there are no others.
+const LATELY: u64 = 60_000;
+
+/// What an upstream got, and would have got.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Load {
+    asked: u64,
+    reached: u64,
+    /// The oldest of them, in milliseconds.
+    since: u64,
+}
+
+pub(super) async fn dry_run(client: &AdminClient, mode: &str) -> Result<ExitCode, String> {
+    if mode != "bypass" && mode != "shadow" {
+        return Err("--dry-run tells of bypass and shadow: what would reach the upstream then".into());
+    }
+    let requests = fetched(client, "/requests").await?;
+    let budgets = fetched(client, "/budgets").await?;
+    let loads = loads(requests["requests"].as_array().map_or(&[], Vec::as_slice));
+    if loads.is_empty() {
+        say("nothing was asked yet: there is nothing to tell from");
+    }
+    let mut fits = true;
+    for (upstream, load) in &loads {
+        let budget = budgets["budgets"].as_array().into_iter().flatten().find(|b| b["upstream"] == **upstream);
+        let pace = budget.and_then(|budget| budget["pace_per_second"].as_f64());
+        let (lines, well) = told(upstream, load, mode, pace);
+        lines.into_iter().for_each(say);
+        fits &= well;
+    }
+    say("nothing was changed");
+    Ok(ExitCode::from(u8::from(!fits)))
+}
+
+fn loads(requests: &[Value]) -> BTreeMap<String, Load> {
+    let ago = |request: &Value| request["ago_ms"].as_u64().unwrap_or(0);
+    let lately = requests.iter().any(|request| ago(request) <= LATELY);
+    let mut loads: BTreeMap<String, Load> = BTreeMap::new();
+    for request in requests.iter().filter(|request| !lately || ago(request) <= LATELY) {
+        let load = loads.entry(request["upstream"].as_str().unwrap_or_default().to_owned()).or_default();
+        let (asks, reaches) = match request["outcome"].as_str().unwrap_or_default() {
+            "hit" | "collapsed" => (1, 0),
+            "rejected" | "not-cached" => (0, 0),
+            // What was stale is refreshed behind it.
+            _ => (1, 1),
+        };
+        load.asked += asks;
+        load.reached += reaches;
+        load.since = load.since.max(ago(request));
+    }
+    loads
+}
+
+/// What to say of an upstream, and whether it can bear it.
+#[allow(clippy::cast_precision_loss)] // for people
+fn told(upstream: &str, load: &Load, mode: &str, pace: Option<f64>) -> (Vec<String>, bool) {
+    let seconds = (load.since as f64 / 1000.0).max(1.0);
+    let (now, then) = (load.reached as f64 / seconds, load.asked as f64 / seconds);
+    let mut lines = vec![
+        format!("upstream {upstream}, from {} requests of the last {seconds:.0} s:", load.asked),
+        format!("  now     {now:>9.2} requests/s reach it"),
+        format!("  {mode}  {then:>9.2} requests/s would"),
+    ];
+    let fits = pace.is_none_or(|pace| then <= pace);
+    lines.push(match pace {
+        None => "  its limit is not in the configuration (budget): whether that fits is not known here".into(),
+        Some(pace) if fits => format!("  its limit is {pace:.2}/s: that fits"),
+        Some(pace) => format!("  its limit is {pace:.2}/s: that does NOT fit. Clients would see its 429s"),
+    });
+    (lines, fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_would_reach_an_upstream() {
+        let one = |outcome: &str, ago: u64| json!({ "upstream": "shop", "outcome": outcome, "ago_ms": ago });
+        let mut requests =
+            vec![one("miss", 10_000), one("collapsed", 9_000), one("stale", 8_000), one("miss", 90_000)];
+        requests.extend((0..37).map(|n| one("hit", n * 100)));
+        let loads = loads(&requests);
+        assert_eq!(loads["shop"], Load { asked: 40, reached: 2, since: 10_000 });
+        let (lines, fits) = told("shop", &loads["shop"], "bypass", Some(2.0));
+        assert!(!fits && lines[2].contains("4.00") && lines[3].contains("NOT"), "{lines:?}");
+        assert!(told("shop", &loads["shop"], "bypass", Some(4.0)).1);
+    }
+}

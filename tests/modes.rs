@@ -1,0 +1,114 @@
+//! Modes: a rehearsal of the cache, and the kill switch of a fleet.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::{Origin, Redis, Reply, Sidecar, get, send, soon, until};
+
+const RULES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \"1m\"\nvolatile = [\"/cost\"]\n";
+
+async fn mode(sidecar: &Sidecar, request: &Value) -> crate::support::Answer {
+    let json = [("Content-Type", "application/json")];
+    send(sidecar.admin, "POST", "/mode", &json, request.to_string().as_bytes()).await
+}
+
+async fn shown(sidecar: &Sidecar) -> Value {
+    get(sidecar.admin, "/health", &[]).await.json()["mode"].clone()
+}
+
+/// Hits, wrong hits, not compared, misses.
+async fn rehearsed(sidecar: &Sidecar) -> Vec<u64> {
+    let told = sidecar.stats().await["rehearsals"][0].clone();
+    ["hit", "wrong_hit", "not_compared", "miss"].iter().map(|name| told[*name].as_u64().unwrap_or(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shadow_answers_everything_from_the_upstream_and_counts_what_the_cache_would_have_done() {
+    let version = Arc::new(AtomicUsize::new(1));
+    let now = version.clone();
+    let origin = Origin::start(move |ask| {
+        let version = now.load(Ordering::SeqCst);
+        match ask.target.as_str() {
+            "/steady" => Reply::new(200, format!("{{\"a\":1,\"cost\":{}}}", ask.number)),
+            "/validated" if ask.header("if-none-match").is_some() => Reply::new(304, "").header("ETag", "\"1\""),
+            "/validated" => Reply::new(200, "x").header("ETag", "\"1\""),
+            _ => Reply::new(200, format!("{{\"version\":{version}}}")),
+        }
+    })
+    .await;
+    let sidecar = Sidecar::from_text(&format!(
+        "mode = \"shadow\"\n{}",
+        crate::support::sidecar::text(origin.address, RULES, "")
+    ))
+    .await;
+    assert_eq!(shown(&sidecar).await, json!({"mode": "shadow", "source": "file", "for_ms": null}));
+    for _ in 0..3 {
+        let answer = sidecar.get("/steady").await;
+        assert_eq!(answer.cache_status(), "sidecache; fwd=bypass; detail=shadow");
+    }
+    assert_eq!(rehearsed(&sidecar).await, [2, 0, 0, 1], "what differs in its cost only is the same");
+    sidecar.get("/moving").await;
+    version.store(2, Ordering::SeqCst);
+    assert_eq!(sidecar.get("/moving").await.text(), "{\"version\":2}", "the upstream's word");
+    assert_eq!(rehearsed(&sidecar).await, [2, 1, 0, 2]);
+    // A write would have purged what is stored: the next one is a miss, and what is stored then is right.
+    sidecar.send("PUT", "/moving", "x").await;
+    sidecar.get("/moving").await;
+    sidecar.get("/moving").await;
+    assert_eq!(rehearsed(&sidecar).await, [3, 1, 0, 3]);
+    sidecar.get("/validated").await;
+    sidecar.get_with("/validated", &[("If-None-Match", "\"1\"")]).await;
+    assert_eq!(rehearsed(&sidecar).await, [4, 1, 0, 4]);
+    // As the cache would have done: after its time it is fetched again.
+    sidecar.clock.turn(Duration::from_secs(61));
+    sidecar.get("/steady").await;
+    assert_eq!(rehearsed(&sidecar).await, [4, 1, 0, 5]);
+    assert_eq!(origin.count(), 11, "every request");
+    let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
+    let wrong = "sidecache_shadow_total{upstream=\"api\",rule=\"all\",result=\"wrong_hit\"} 1";
+    assert!(metrics.lines().any(|line| line == wrong), "{metrics}");
+    // What was rehearsed is warm.
+    mode(&sidecar, &json!({"mode": "normal"})).await;
+    assert!(sidecar.get("/steady").await.is_hit());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_word() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let one = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
+    let other = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
+    one.in_fleet().await;
+    other.in_fleet().await;
+    let told = mode(&one, &json!({"mode": "bypass", "fleet": true})).await;
+    assert_eq!(told.json(), json!({"mode": "bypass", "source": "fleet", "for_ms": null}));
+    let mode_of = |sidecar: &Sidecar| {
+        let state = sidecar.commons.mode.state(sidecar.clock.now());
+        (state.mode.token(), state.source.token())
+    };
+    until("the other one hears", || (mode_of(&other) == ("bypass", "fleet")).then_some(())).await;
+    assert!(other.get("/x").await.cache_status().ends_with("detail=mode"));
+    // Who starts later does it too.
+    let late = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
+    until("the third one hears", || (mode_of(&late) == ("bypass", "fleet")).then_some(())).await;
+    // Local counts before fleet.
+    mode(&other, &json!({"mode": "normal"})).await;
+    assert_eq!(mode_of(&other), ("normal", "local"));
+    mode(&other, &json!({"mode": "configured"})).await;
+    assert_eq!(mode_of(&other), ("bypass", "fleet"));
+    // For a time: it ends by itself, everywhere.
+    let told = mode(&other, &json!({"mode": "shadow", "for": "1500ms", "fleet": true})).await.json();
+    assert!(told["for_ms"].as_u64() <= Some(1500), "{told}");
+    until("it is heard", || (mode_of(&one) == ("shadow", "fleet")).then_some(())).await;
+    for sidecar in [&one, &other, &late] {
+        until("it ends", || (mode_of(sidecar) == ("normal", "default")).then_some(())).await;
+    }
+    drop(redis);
+    soon("Redis is missed", other.lost_redis()).await;
+    let refused = mode(&other, &json!({"mode": "bypass", "fleet": true})).await;
+    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (503, Some("fleet_not_told")));
+    assert_eq!(mode_of(&other), ("normal", "default"), "nothing has changed");
+}
