@@ -3,8 +3,11 @@
 mod dry_run;
 mod explain;
 mod init;
+mod papers;
 mod remote;
 mod run;
+mod suggest;
+mod warm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,11 +42,19 @@ enum Command {
     Purge(PurgeArgs),
     /// Print a running sidecar's counters.
     Stats(StatsArgs),
+    /// Propose rules for what was asked again and again and not served from the cache.
+    Suggest(SuggestArgs),
+    /// Have a running sidecar fetch a list of URLs, at the pace that the upstream's budget allows.
+    Warm(WarmArgs),
     /// Ask a running sidecar how it is. Exit code 1 if it is not well.
     Health(HealthArgs),
     /// The kill switch of a running sidecar: normal, bypass (hand everything through), shadow (hand everything through
     /// and compare), or configured (as environment or file say).
     Mode(ModeArgs),
+    /// Print what a shell needs to complete commands and flags.
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write one for each command.
+    Man(ManArgs),
     /// A slow shop, the sidecar before it, traffic, and a table of before and after.
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
@@ -77,8 +88,52 @@ struct RunArgs {
 #[derive(Debug, Args)]
 struct CheckArgs {
     /// The configuration file [default: ./sidecache.toml]
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// The same
     #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct SuggestArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// What a rule would store it for
+    #[arg(long, value_name = "DUR", default_value = "1m")]
+    ttl: String,
+}
+
+#[derive(Debug, Args)]
+struct WarmArgs {
+    #[command(flatten)]
+    remote: RemoteArgs,
+    /// A URL a line, absolute or from the slash on; what begins with # is a remark
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// The sidecar's address [default: its first upstream's listener, from the admin API]
+    #[arg(long, value_name = "URL")]
+    to: Option<String>,
+    /// A request header, as in 'X-Shopify-Access-Token: …': what is stored is for those who send the same
+    #[arg(short = 'H', long, value_name = "NAME: VALUE")]
+    header: Vec<String>,
+    /// So many at once
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    jobs: usize,
+}
+
+#[derive(Debug, Args)]
+struct CompletionsArgs {
+    /// For which shell
+    #[arg(value_name = "SHELL")]
+    shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+struct ManArgs {
+    /// Write one page for each command here
+    #[arg(long, value_name = "FOLDER")]
+    dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -228,13 +283,17 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
     match cli.command {
         None => run::run(cli.run.into()).await,
         Some(Command::Run(args)) => run::run(args.into()).await,
-        Some(Command::Check(args)) => run::check(args.config).await,
+        Some(Command::Check(args)) => run::check(args.file.or(args.config)).await,
         Some(Command::Init(args)) => init::init(&args),
         Some(Command::Explain(args)) => explain::explain(args).await,
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,
         Some(Command::Health(args)) => remote::health(&args).await,
         Some(Command::Mode(args)) => remote::mode(args).await,
+        Some(Command::Suggest(args)) => suggest::suggest(args).await,
+        Some(Command::Warm(args)) => warm::warm(args).await,
+        Some(Command::Completions(args)) => Ok(papers::completions(&args)),
+        Some(Command::Man(args)) => papers::man(&args),
         #[cfg(feature = "demo")]
         Some(Command::Demo(args)) => crate::demo::demo(args).await,
         #[cfg(feature = "demo")]

@@ -28,5 +28,6 @@ mod shopify;
 mod shutdown;
 mod staleness;
 mod tenants;
+mod tools;
 mod topologies;
 mod writes;

@@ -30,13 +30,15 @@ const ORDER: [&str; 15] = [
     "note",
 ];
 
+/// `Name: value`, as after `-H`.
+pub(super) fn header(line: &str) -> Result<(String, String), String> {
+    let (name, value) = line.split_once(':').ok_or_else(|| format!("-H {line:?}: write 'Name: value'"))?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
 pub(super) async fn explain(args: ExplainArgs) -> Result<ExitCode, String> {
-    let ExplainArgs { remote, method, url, header, data, upstream, offline, config, json } = args;
-    let pair = |line: &String| {
-        let (name, value) = line.split_once(':').ok_or_else(|| format!("-H {line:?}: write 'Name: value'"))?;
-        Ok((name.trim().to_owned(), value.trim().to_owned()))
-    };
-    let headers = header.iter().map(pair).collect::<Result<_, String>>()?;
+    let ExplainArgs { remote, method, url, header: lines, data, upstream, offline, config, json } = args;
+    let headers = lines.iter().map(|line| header(line)).collect::<Result<_, String>>()?;
     let request = ExplainRequest { method, url, headers, body: data.unwrap_or_default(), upstream };
     let told = if offline {
         let flags = Flags { config, ..Flags::default() };

@@ -38,7 +38,8 @@ pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
     logs::filter(&config.log)?;
     for upstream in &config.upstreams {
         HttpUpstream::new(upstream, Clock::start()).map_err(|e| format!("upstream {}: {e}", upstream.name))?;
-        say(format!("upstream {}: profile {}, {} rules", upstream.name, upstream.profile, upstream.rules));
+        let rules = if upstream.rules == 1 { "1 rule".into() } else { format!("{} rules", upstream.rules) };
+        say(format!("upstream {}: profile {}, {rules}", upstream.name, upstream.profile));
     }
     if let Some(redis) = &config.redis {
         match redis::probe(redis).await {

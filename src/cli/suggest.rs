@@ -1,0 +1,214 @@
+//! `suggest`: rules for what was asked again and again and not served from the cache, with the calls that each would have
+//! saved. From the last requests and from what shadow mode has counted; nothing is guessed about what nobody asked.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+use super::SuggestArgs;
+use super::remote::{client, fetched};
+use crate::config::parse_duration;
+use crate::policy::millis;
+use crate::process::say;
+
+/// Fewer are not worth a rule.
+const WORTH: usize = 2;
+
+/// One request that was not served from the cache.
+#[derive(Debug)]
+struct Asked<'a> {
+    ago: u64,
+    same: &'a str,
+    reason: &'a str,
+}
+
+/// What a rule would have done.
+#[derive(Debug, PartialEq, Eq)]
+struct Suggestion {
+    upstream: String,
+    path: String,
+    asked: usize,
+    saved: usize,
+    /// Why it was not cached, most often.
+    reason: String,
+}
+
+pub(super) async fn suggest(args: SuggestArgs) -> Result<ExitCode, String> {
+    let SuggestArgs { remote, ttl } = args;
+    let time = parse_duration(&ttl).map_err(|e| format!("--ttl: {e}"))?;
+    let client = client(&remote)?;
+    let requests = fetched(&client, "/requests").await?;
+    let requests = requests["requests"].as_array().cloned().unwrap_or_default();
+    let oldest = requests.iter().filter_map(|request| request["ago_ms"].as_u64()).max().unwrap_or(0);
+    say(format!(
+        "# From the last {} requests, of {} s. Put what fits under its [[upstream]].",
+        requests.len(),
+        oldest / 1000
+    ));
+    let found = suggestions(&requests, millis(time));
+    if found.is_empty() {
+        say("# Nothing was asked twice within the ttl and fetched twice: no rule to suggest.");
+    }
+    let mut upstream = "";
+    for suggestion in &found {
+        if upstream != suggestion.upstream {
+            upstream = &suggestion.upstream;
+            say(format!("\n# upstream {upstream}"));
+        }
+        say(written(suggestion, &ttl));
+    }
+    let stats = fetched(&client, "/stats").await?;
+    for rule in stats["rehearsals"].as_array().into_iter().flatten() {
+        say(rehearsed(rule));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The rules that would have saved most, for each upstream.
+fn suggestions(requests: &[Value], ttl: u64) -> Vec<Suggestion> {
+    let mut groups: BTreeMap<(&str, String), Vec<Asked<'_>>> = BTreeMap::new();
+    for request in requests {
+        let word = |name: &str| request[name].as_str().unwrap_or_default();
+        let fetched = matches!(word("outcome"), "miss" | "bypass") && word("method") == "GET";
+        let good = request["status"].as_u64().is_some_and(|status| status < 300 || status == 304);
+        if fetched && good && word("detail") != "upgrade" {
+            let asked =
+                Asked { ago: request["ago_ms"].as_u64().unwrap_or(0), same: word("same"), reason: word("detail") };
+            groups.entry((word("upstream"), template(word("path")))).or_default().push(asked);
+        }
+    }
+    let mut found: Vec<Suggestion> = groups
+        .into_iter()
+        .map(|((upstream, path), asked)| Suggestion {
+            upstream: upstream.to_owned(),
+            path,
+            saved: saved(&asked, ttl),
+            reason: commonest(&asked),
+            asked: asked.len(),
+        })
+        .filter(|suggestion| suggestion.saved >= WORTH)
+        .collect();
+    found.sort_by(|a, b| (&a.upstream, b.saved).cmp(&(&b.upstream, a.saved)));
+    found
+}
+
+/// How many would have been hits, each within the ttl of a fetch of the same.
+fn saved(asked: &[Asked<'_>], ttl: u64) -> usize {
+    let mut fetched: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut sorted: Vec<&Asked<'_>> = asked.iter().collect();
+    sorted.sort_by_key(|asked| std::cmp::Reverse(asked.ago));
+    let mut saved = 0;
+    for asked in sorted {
+        match fetched.get(asked.same) {
+            Some(fetch) if fetch - asked.ago < ttl => saved += 1,
+            _ => drop(fetched.insert(asked.same, asked.ago)),
+        }
+    }
+    saved
+}
+
+fn commonest(asked: &[Asked<'_>]) -> String {
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    for asked in asked {
+        *reasons.entry(asked.reason).or_default() += 1;
+    }
+    let most = reasons.into_iter().max_by_key(|(_, count)| *count);
+    most.map_or("", |(reason, _)| reason).to_owned()
+}
+
+/// The path with `{id}` for what looks like one: numbers, UUIDs, long hexadecimal words.
+fn template(path: &str) -> String {
+    let segment = |segment: &str| {
+        let (word, rest) = segment.split_once('.').map_or((segment, String::new()), |(w, r)| (w, format!(".{r}")));
+        let number = !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
+        let hex = word.len() >= 16 && word.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        if number || hex { format!("{{id}}{rest}") } else { segment.to_owned() }
+    };
+    let mut named = 0;
+    let segments = path.split('/').map(segment).map(|segment| {
+        // Two of one name would be an error.
+        if segment.starts_with("{id}") {
+            named += 1;
+        }
+        if named > 1 { segment.replacen("{id}", &format!("{{id{named}}}"), 1) } else { segment }
+    });
+    segments.collect::<Vec<_>>().join("/")
+}
+
+fn written(suggestion: &Suggestion, ttl: &str) -> String {
+    let Suggestion { path, asked, saved, reason, .. } = suggestion;
+    let why = match reason.as_str() {
+        "no-store" | "private" => "; the upstream forbids storing it: only if you know better",
+        "unkeyed-credential" => "; first add its credential header to [security] credential_headers",
+        "request-body" | "range" => "; these requests pass through whatever the rule says",
+        _ => "",
+    };
+    let reason = if reason.is_empty() { String::new() } else { format!(" (now: {reason}{why})") };
+    format!("# saves {saved} of {asked} calls{reason}\n[[upstream.rule]]\npath = \"{path}\"\nttl = \"{ttl}\"\n")
+}
+
+/// What shadow mode says of a rule that there is already.
+fn rehearsed(rule: &Value) -> String {
+    let count = |name: &str| rule[name].as_u64().unwrap_or(0);
+    let (hits, wrong) = (count("hit"), count("wrong_hit"));
+    let verdict = match (hits, wrong) {
+        (0, 0) => "no hits to judge by yet",
+        (_, 0) => "no hit would have been wrong",
+        _ => "a shorter ttl, or volatile for what may differ, before it is switched on",
+    };
+    let word = |name: &str| rule[name].as_str().unwrap_or("?");
+    format!(
+        "# shadow, upstream {}, rule {}: {} hits, {wrong} of them wrong, {} misses: {verdict}",
+        word("upstream"),
+        word("rule"),
+        hits + wrong + count("not_compared"),
+        count("miss")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_was_fetched_again_within_the_ttl_is_worth_a_rule() {
+        let one = |path: &str, same: &str, ago: u64, detail: &str| {
+            json!({ "upstream": "api", "method": "GET", "path": path, "same": same, "ago_ms": ago, "status": 200,
+                    "outcome": "miss", "detail": detail })
+        };
+        let requests = [
+            one("/products/1.json", "a", 100_000, "no-freshness"),
+            one("/products/1.json", "a", 90_000, "no-freshness"),
+            one("/products/1.json", "a", 20_000, "no-freshness"),
+            one("/products/2.json", "b", 19_000, "no-freshness"),
+            one("/products/2.json", "b", 18_000, "no-store"),
+            one("/once", "c", 18_000, "no-freshness"),
+        ];
+        let found = suggestions(&requests, 60_000);
+        let expected = Suggestion {
+            upstream: "api".into(),
+            path: "/products/{id}.json".into(),
+            asked: 5,
+            saved: 2,
+            reason: "no-freshness".into(),
+        };
+        assert_eq!(found, [expected]);
+        let text = format!("[[upstream]]\nurl = \"http://127.0.0.1:9\"\n{}", written(&found[0], "1m"));
+        crate::config::from_text("suggested", &text, std::path::Path::new("")).expect("it can be used as it is");
+    }
+
+    #[test]
+    fn what_looks_like_a_name_of_a_thing() {
+        for (path, expected) in [
+            ("/products/632910392.json", "/products/{id}.json"),
+            ("/a/1/b/2", "/a/{id}/b/{id2}"),
+            ("/x/0f8fad5b-d9cb-469f-a165-70867728950e", "/x/{id}"),
+            ("/admin/api/2026-07/shop.json", "/admin/api/2026-07/shop.json"),
+            ("/", "/"),
+        ] {
+            assert_eq!(template(path), expected);
+        }
+    }
+}

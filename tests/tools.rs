@@ -1,0 +1,87 @@
+//! The commands that talk to a running sidecar, as processes.
+
+use tokio::process::Command;
+
+use crate::support::{Origin, Reply, Sidecar, get, soon};
+
+/// Exit code, standard output, standard error.
+async fn sidecache(arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
+    command.args(arguments).env_remove("SIDECACHE_ADMIN").env_remove("SIDECACHE_CONFIG");
+    let output = soon("it ends", command.output()).await.expect("it runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().expect("it ended by itself"), text(&output.stdout), text(&output.stderr))
+}
+
+fn admin(sidecar: &Sidecar) -> String {
+    format!("http://{}", sidecar.admin)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/bad" => Reply::new(404, "x"),
+        "/private" => Reply::new(200, "x").header("Cache-Control", "private"),
+        _ => Reply::fresh(60, "x"),
+    })
+    .await;
+    // A bucket of two, and nobody waits for long: the third has to come again.
+    let rules = "budget = { rate = \"4/s\", burst = 2, max_wait = \"10ms\" }\n";
+    let sidecar = Sidecar::before(&origin, rules).await;
+    let list = std::env::temp_dir().join(format!("sidecache-warm-{}", sidecar.admin.port()));
+    std::fs::write(&list, "# a list\n/a\n/b\n/a\n/private\n").expect("writable");
+    let (to, from, list) = (format!("http://{}", sidecar.address), admin(&sidecar), list.display().to_string());
+    let (code, told, errors) = sidecache(&["warm", &list, "--to", &to, "--admin", &from, "--jobs", "1"]).await;
+    assert_eq!((code, told.trim()), (0, "1 not stored: private, 2 stored, 1 stored before"), "{errors}");
+    assert!(sidecar.get("/b").await.is_hit());
+    std::fs::write(&list, "/bad\n").expect("writable");
+    let (code, told, _) = sidecache(&["warm", &list, "--to", &to]).await;
+    assert_eq!((code, told.trim()), (1, "1 failed: 404"));
+    std::fs::write(&list, "products\n").expect("writable");
+    let (code, _, errors) = sidecache(&["warm", &list, "--to", &to]).await;
+    assert!(code == 1 && errors.contains("line 1"), "{errors}");
+    std::fs::remove_file(list).expect("it is there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_are_suggested_for_what_was_fetched_again_and_a_dry_run_tells_before_the_switch() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = Sidecar::before(&origin, "budget = { rate = \"1000/s\", burst = 10 }\n").await;
+    for target in ["/products/1", "/products/1", "/products/1", "/products/2", "/once"] {
+        sidecar.get(target).await;
+    }
+    let admin = admin(&sidecar);
+    let (code, told, _) = sidecache(&["suggest", "--admin", &admin, "--ttl", "5m"]).await;
+    assert_eq!(code, 0);
+    assert!(told.contains("# saves 2 of 4 calls (now: no-freshness)"), "{told}");
+    assert!(told.contains("path = \"/products/{id}\"\nttl = \"5m\""), "{told}");
+    assert!(!told.contains("/once"), "{told}");
+    let (code, told, _) = sidecache(&["mode", "bypass", "--dry-run", "--admin", &admin]).await;
+    assert!(code == 0 && told.contains("that fits") && told.contains("nothing was changed"), "{told}");
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["mode"]["mode"], "normal");
+    let (code, told, _) = sidecache(&["mode", "shadow", "--for", "5m", "--admin", &admin]).await;
+    assert!(code == 0 && told.starts_with("mode shadow (set by: local) for another"), "{told}");
+    let (code, _, errors) = sidecache(&["mode", "bypass", "--fleet", "--admin", &admin]).await;
+    assert!(code == 1 && errors.contains("there is no [redis]"), "{errors}");
+    let (code, told, _) = sidecache(&["health", "--ready", "--admin", &admin]).await;
+    assert_eq!((code, told.trim()), (0, "ready"));
+    drop(sidecar);
+    let (code, ..) = sidecache(&["health", "--ready", "--admin", "http://127.0.0.1:9"]).await;
+    assert_eq!(code, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn completions_manual_pages_and_a_check_of_a_file() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, told, _) = sidecache(&["completions", shell]).await;
+        assert!(code == 0 && told.contains("suggest") && told.contains("dry-run"), "{shell}");
+    }
+    let (code, told, _) = sidecache(&["man"]).await;
+    assert!(code == 0 && told.contains(".TH sidecache 1"), "{told}");
+    let folder = crate::support::redis::folder("man");
+    let (code, ..) = sidecache(&["man", "--dir", &folder.display().to_string()]).await;
+    assert!(code == 0 && folder.join("sidecache-purge.1").exists());
+    let (code, told, _) = sidecache(&["check", "config.example.toml"]).await;
+    assert_eq!((code, told.lines().last()), (0, Some("config.example.toml: ok")), "{told}");
+}
