@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use arc_swap::ArcSwapOption;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, ORIGIN};
 use axum::http::{HeaderMap, StatusCode};
@@ -34,7 +35,7 @@ pub use purge::PurgeRequest;
 pub use reload::{Reload, Reloads};
 
 use crate::config::Secret;
-use crate::proxy::face::Face;
+use crate::proxy::face::Stage;
 use crate::proxy::{Commons, Proxy};
 
 /// The largest request body.
@@ -43,29 +44,25 @@ const MAX_BODY: usize = 1 << 20;
 /// What the admin API knows.
 #[derive(Debug)]
 pub struct Admin {
-    commons: Arc<Commons>,
-    faces: Vec<Arc<Face>>,
+    stage: Arc<Stage>,
     reload: Arc<dyn Reload>,
-    token: Option<Secret>,
-    address: SocketAddr,
     draining: AtomicBool,
 }
 
 impl Admin {
-    /// The API of the proxies behind these faces, on this address.
-    pub fn new(
-        commons: Arc<Commons>,
-        faces: Vec<Arc<Face>>,
-        reload: Arc<dyn Reload>,
-        token: Option<Secret>,
-        address: SocketAddr,
-    ) -> Admin {
-        Admin { commons, faces, reload, token, address, draining: AtomicBool::new(false) }
+    /// The API of what is shown there.
+    pub fn new(stage: Arc<Stage>, reload: Arc<dyn Reload>) -> Admin {
+        Admin { stage, reload, draining: AtomicBool::new(false) }
+    }
+
+    /// What all upstreams share now.
+    fn commons(&self) -> Arc<Commons> {
+        self.stage.commons()
     }
 
     /// Who answers now.
     fn proxies(&self) -> Vec<Arc<Proxy>> {
-        self.faces.iter().map(|face| face.proxy()).collect()
+        self.stage.proxies()
     }
 
     /// From now on not ready.
@@ -74,8 +71,28 @@ impl Admin {
     }
 }
 
+/// Who may ask an admin listener.
+#[derive(Debug)]
+pub struct Access {
+    /// Where it is.
+    pub address: SocketAddr,
+    token: ArcSwapOption<Secret>,
+}
+
+impl Access {
+    /// Whoever has the token; without one, everybody who reaches it.
+    pub fn new(address: SocketAddr, token: Option<Secret>) -> Access {
+        Access { address, token: ArcSwapOption::from_pointee(token) }
+    }
+
+    /// From now on this is the token.
+    pub fn set_token(&self, token: Option<Secret>) {
+        self.token.store(token.map(Arc::new));
+    }
+}
+
 /// Serves until `close` turns true.
-pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>, access: Arc<Access>, close: watch::Receiver<bool>) {
     let open = probes()
         .route("/health", get(health::health))
         .route("/openapi.json", get(openapi))
@@ -90,7 +107,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, close: watch::Recei
         .route("/explain", post(explain::explain))
         .route("/mode", post(mode::mode))
         .route("/reload", post(reload::reload))
-        .layer(from_fn_with_state(admin.clone(), guard));
+        .layer(from_fn_with_state(access, guard));
     let app = open.merge(guarded).fallback(nothing_here).method_not_allowed_fallback(other_method);
     let app = app.layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
     answer(listener, app, close, "admin").await;
@@ -141,9 +158,9 @@ async fn other_method() -> Response {
 }
 
 /// Host its own (against DNS rebinding), Origin its own or absent (against CSRF), and the token.
-async fn guard(State(admin): State<Arc<Admin>>, request: Request, next: Next) -> Response {
+async fn guard(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
-    if !is_own_host(headers, admin.address) {
+    if !is_own_host(headers, access.address) {
         return problem(
             StatusCode::MISDIRECTED_REQUEST,
             "bad_host",
@@ -153,7 +170,7 @@ async fn guard(State(admin): State<Arc<Admin>>, request: Request, next: Next) ->
     if !is_own_origin(headers) {
         return problem(StatusCode::FORBIDDEN, "foreign_origin", "The Origin is not this admin listener's.");
     }
-    if let Some(token) = &admin.token {
+    if let Some(token) = &*access.token.load() {
         let given = headers.get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
         if !given.is_some_and(|given| token.equals(given)) {
             let message = "Send Authorization: Bearer with the token of [admin].";

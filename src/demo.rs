@@ -76,7 +76,7 @@ impl From<&ShopArgs> for Options {
 /// The shop alone, until it is told to stop.
 pub async fn mock_shop(args: ShopArgs) -> Result<ExitCode, String> {
     let stop = stop_signal()?;
-    let listener = crate::server::bind(args.listen, "mock-shop").await?;
+    let listener = crate::server::bind(args.listen, "mock-shop")?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let shop = Shop::new(Options::from(&args), Clock::start());
     say(format!("listening mock-shop addr={address} products={} tokens={}", args.products, shop::TOKENS.join(",")));
@@ -96,10 +96,10 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     let clock = Clock::start();
     let faults = Faults { latency: Duration::from_secs(2), errors: 0.5, ..Faults::default() };
     let shop = Arc::new(Shop::new(Options { products: 5000, bucket: 40, leak: 2.0, faults }, clock.clone()));
-    let listener = bind_near(18090, "mock-shop").await?;
+    let listener = bind_near(18090, "mock-shop")?;
     let shop_address = listener.local_addr().map_err(|e| e.to_string())?;
     let serving = tokio::spawn(shop::serve(listener, shop.clone(), ended.clone()));
-    let app = sidecar(shop_address).await?;
+    let app = sidecar(shop_address)?;
     let sidecar = app.addresses().first().copied().ok_or("the sidecar has no listener")?;
     let admin = app.admin_address().ok_or("the sidecar has no admin listener")?;
     let running = tokio::spawn(app.run(ended));
@@ -140,15 +140,15 @@ fn invite(sidecar: SocketAddr, admin: SocketAddr) {
 }
 
 /// The usual port, or any free one.
-async fn bind_near(port: u16, what: &str) -> Result<tokio::net::TcpListener, String> {
-    match crate::server::bind(SocketAddr::from(([127, 0, 0, 1], port)), what).await {
+fn bind_near(port: u16, what: &str) -> Result<tokio::net::TcpListener, String> {
+    match crate::server::bind(SocketAddr::from(([127, 0, 0, 1], port)), what) {
         Ok(listener) => Ok(listener),
-        Err(_taken) => crate::server::bind(SocketAddr::from(([127, 0, 0, 1], 0)), what).await,
+        Err(_taken) => crate::server::bind(SocketAddr::from(([127, 0, 0, 1], 0)), what),
     }
 }
 
 /// A sidecar with its defaults before the shop, on its usual ports or any free ones.
-async fn sidecar(shop: SocketAddr) -> Result<App, String> {
+fn sidecar(shop: SocketAddr) -> Result<App, String> {
     let with_ports = |listen: u16, admin: u16| {
         let text = format!(
             "[[upstream]]\nprofile = \"shopify\"\nurl = \"http://{shop}\"\nlisten = \"127.0.0.1:{listen}\"\n\
@@ -156,8 +156,8 @@ async fn sidecar(shop: SocketAddr) -> Result<App, String> {
         );
         config::from_text("demo", &text, Path::new("")).map_err(|e| format!("{e:?}"))
     };
-    match App::bind(with_ports(18080, 18081)?).await {
+    match App::bind(with_ports(18080, 18081)?) {
         Ok(app) => Ok(app),
-        Err(_taken) => App::bind(with_ports(0, 0)?).await,
+        Err(_taken) => App::bind(with_ports(0, 0)?),
     }
 }

@@ -56,9 +56,9 @@ pub struct Commons {
     /// The time.
     pub clock: Clock,
     /// What is stored.
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     /// Beginnings of answers.
-    pub partials: Partials,
+    pub partials: Arc<Partials>,
     /// What was purged.
     pub invalidations: Arc<Invalidations>,
     /// What is being fetched.
@@ -68,15 +68,15 @@ pub struct Commons {
     /// The sidecars that share a Redis with this one; none: it is alone.
     pub fleet: Option<Arc<Fleet>>,
     /// Digests credentials. The fleet may have another than the one begun with.
-    pub secret: ArcSwap<KeySecret>,
+    pub secret: Arc<ArcSwap<KeySecret>>,
     /// The largest answer that is stored.
     pub max_entry_bytes: u64,
     /// When a reader that others wait for is cut.
     pub shared_write_stall: Duration,
     /// The kill switch.
-    pub mode: Switch,
+    pub mode: Arc<Switch>,
     /// What happened.
-    pub telemetry: Telemetry,
+    pub telemetry: Arc<Telemetry>,
 }
 
 /// The proxy before one upstream.

@@ -32,6 +32,9 @@ pub use coordination::{Claim, LogEntry, Message, News};
 pub use link::{IN_FLIGHT, LinkState};
 pub use records::Cursor;
 
+/// What the driver says by itself, in the words of a log filter: what it warns of, this house says.
+pub const QUIET: &str = "fred=error";
+
 /// Two kinds of records, which can lie in databases of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Class {

@@ -15,9 +15,11 @@ mod wire;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -29,12 +31,21 @@ use crate::tls;
 use connection::Door;
 use crowd::{Crowd, Place};
 
+/// Connections that may wait in the kernel to be accepted.
+const BACKLOG: u32 = 1024;
+
 /// After a failed `accept` (no file descriptors left, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Binds an address. The error says what to do.
-pub async fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
-    TcpListener::bind(address).await.map_err(|error| {
+pub fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
+    let listening = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listening().map_err(|error| {
         if error.kind() == io::ErrorKind::AddrInUse {
             format!("{what}: {address} is taken by another process: stop it, or choose another listen address")
         } else if error.kind() == io::ErrorKind::PermissionDenied {
@@ -50,12 +61,20 @@ pub fn acceptor(tls: &ListenTls) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(Arc::new(tls::server_config(tls)?)))
 }
 
+/// TLS of a listener, if it speaks it: certificates can be replaced, for the connections that come.
+pub type SharedTls = Arc<ArcSwap<Option<TlsAcceptor>>>;
+
+/// To be replaced later.
+pub fn shared_tls(tls: Option<TlsAcceptor>) -> SharedTls {
+    Arc::new(ArcSwap::from_pointee(tls))
+}
+
 /// A listener, and what is behind it.
 pub struct Listener {
     /// Where clients come in.
     pub socket: TcpListener,
     /// TLS towards them.
-    pub tls: Option<TlsAcceptor>,
+    pub tls: SharedTls,
     /// Who answers, and what they may do.
     pub face: Arc<Face>,
 }
@@ -66,13 +85,12 @@ impl std::fmt::Debug for Listener {
     }
 }
 
-/// Serves until `drain` turns true, then lets what runs finish until `grace` has passed.
+/// Serves until `drain` turns true, then lets what runs finish until `grace` (in milliseconds, as it is then) has passed.
 ///
 /// Returns how many connections had to be cut.
-pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: Duration) -> usize {
+pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: Arc<AtomicU64>) -> usize {
     let Listener { socket, tls, face } = listener;
     let crowd = Crowd::new(face.now().limits.connections);
-    let door = Door { limits: face.now().limits, face, tls };
     let mut connections = JoinSet::new();
     let mut waiting = None;
     loop {
@@ -84,6 +102,7 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
                 stream = accept(&socket) => stream,
             };
         }
+        crowd.resize(face.now().limits.connections);
         // Beyond `limits.connections`, one that does nothing is asked to leave for each that comes.
         let place = tokio::select! {
             biased;
@@ -91,7 +110,7 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
             place = crowd.place() => place,
         };
         if let Some(stream) = waiting.take() {
-            admit(&door, stream, place, &mut connections);
+            admit(&face, &tls, stream, place, &mut connections);
         }
     }
     // Who is in the kernel's queue already has been let in.
@@ -101,12 +120,12 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
             waiting = queued.ok().and_then(Result::ok).map(|(stream, _)| stream);
         }
         let Some(stream) = waiting.take() else { break };
-        admit(&door, stream, place, &mut connections);
+        admit(&face, &tls, stream, place, &mut connections);
     }
     drop(socket);
     crowd.close();
     let finish = async { while connections.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(grace, finish).await;
+    let _ = tokio::time::timeout(Duration::from_millis(grace.load(Ordering::Relaxed)), finish).await;
     let cut = connections.len();
     connections.shutdown().await;
     cut
@@ -123,8 +142,9 @@ async fn accept(socket: &TcpListener) -> Option<TcpStream> {
     }
 }
 
-fn admit(door: &Door, stream: TcpStream, place: Place, connections: &mut JoinSet<()>) {
-    let door = Door { limits: door.face.now().limits, ..door.clone() };
+/// With what counts when it comes.
+fn admit(face: &Arc<Face>, tls: &SharedTls, stream: TcpStream, place: Place, connections: &mut JoinSet<()>) {
+    let door = Door { limits: face.now().limits, face: face.clone(), tls: Option::clone(&tls.load()) };
     connections.spawn(async move {
         door.connection(stream, place.seat.clone()).await;
         drop(place);

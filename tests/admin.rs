@@ -10,7 +10,7 @@ const TARGETS: [&str; 4] = ["/products/1", "/products/2", "/shop?a=1", "/shop?a=
 
 async fn filled() -> (Origin, Sidecar) {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     fill(&sidecar).await;
     (origin, sidecar)
 }
@@ -88,7 +88,7 @@ async fn who_may_ask() {
         origin.address,
         file.display()
     );
-    let sidecar = Sidecar::from_text(&text).await;
+    let sidecar = Sidecar::from_text(&text);
     std::fs::remove_file(&file).expect("it is there");
     let own = sidecar.admin.to_string();
     let token = ("Authorization", "Bearer canary-token");
@@ -139,7 +139,7 @@ async fn metrics_tell_by_upstream_rule_and_outcome_what_happened() {
     let rules = "[[upstream.rule]]\nname = \"things\"\npath = [\"/a\", \"/b\"]\nttl = \"1m\"\n\
                  fallback = { body = \"{}\" }\n[[upstream.rule]]\nname = \"bad\"\npath = \"/bad\"\nttl = \"1m\"\n\
                  fallback = { body = \"{}\" }\n";
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for target in ["/a", "/a", "/b", "/bad", "/other"] {
         sidecar.get(target).await;
     }
@@ -171,7 +171,7 @@ async fn metrics_tell_by_upstream_rule_and_outcome_what_happened() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_label_holds_a_path_a_host_or_a_credential() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for i in 0..200 {
         let token = format!("secret-{i}");
         sidecar.get_with(&format!("/path-{i}?q=query-{i}"), &[("X-Api-Key", token.as_str())]).await;
@@ -188,7 +188,7 @@ async fn probes_answer_anybody_and_nothing_else() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let text = crate::support::sidecar::text(origin.address, "", "[probes]\nlisten = \"127.0.0.1:0\"\n");
     let config = sidecache::config::from_text("test", &text, std::path::Path::new(".")).expect("it is good");
-    let app = sidecache::app::App::bind(config).await.expect("free ports");
+    let app = sidecache::app::App::bind(config).expect("free ports");
     let probes = app.probes_address().expect("a listener");
     assert!(app.lines().iter().any(|line| line == &format!("listening probes addr={probes}")));
     let (stop, stopped) = tokio::sync::watch::channel(false);
@@ -205,7 +205,7 @@ async fn probes_answer_anybody_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing_old() {
     let origin = Origin::start(|ask| Reply::new(200, format!("{} {}", ask.method, ask.number))).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let mode = async |json: &str| {
         send(sidecar.admin, "POST", "/mode", &[("Content-Type", "application/json")], json.as_bytes()).await
     };
@@ -247,7 +247,7 @@ async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing
 async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let text = format!("mode = \"bypass\"\n{}", crate::support::sidecar::text(origin.address, "", ""));
-    let sidecar = Sidecar::from_text(&text).await;
+    let sidecar = Sidecar::from_text(&text);
     for _ in 0..2 {
         assert!(!sidecar.get("/x").await.is_hit());
     }
@@ -262,7 +262,7 @@ async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
     let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     for i in 0..25 {
         sidecar.get_with(&format!("/products/{i}?access_token=canary-{i}"), &[("X-Api-Key", "canary")]).await;
     }
@@ -297,7 +297,7 @@ async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_dashboard_is_one_page_that_asks_nobody_else() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let page = get(sidecar.admin, "/", &[]).await;
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
     let policy = page.header("content-security-policy").expect("one");
@@ -313,7 +313,7 @@ async fn the_last_requests_are_told_with_their_reasons_and_without_their_secrets
         _ => Reply::fresh(60, "x"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for target in ["/a?token=hidden", "/a?token=hidden", "/plain", "/plain"] {
         sidecar.get(target).await;
     }
@@ -354,7 +354,7 @@ async fn the_last_requests_are_told_with_their_reasons_and_without_their_secrets
 #[tokio::test(flavor = "multi_thread")]
 async fn the_configuration_in_force_and_the_process_are_told() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let config = get(sidecar.admin, "/config", &[]).await.json();
     assert_eq!(config["upstreams"][0]["rules"][0]["ttl"], "1h");
     assert_eq!(config["limits"]["headers"], "32KiB");
@@ -369,7 +369,7 @@ async fn the_configuration_in_force_and_the_process_are_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_openapi_document_names_every_path() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let document = get(sidecar.admin, "/openapi.json", &[]).await.json();
     assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
     let source = include_str!("../src/admin.rs");

@@ -34,7 +34,7 @@ async fn throttling(often: usize, retry_after: &'static str) -> (Origin, Times) 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_429_that_says_when_is_absorbed() {
     let (origin, times) = throttling(2, "0.4").await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let answer = sidecar.get("/a").await;
     assert_eq!((answer.status, answer.text()), (200, "at last".into()));
     assert!(sidecar.get("/a").await.is_hit());
@@ -49,11 +49,11 @@ async fn a_429_that_says_when_is_absorbed() {
 async fn what_passes_through_waits_too_but_a_write_is_not_repeated() {
     let (origin, times) = throttling(1, "0.3").await;
     let rule = "[[upstream.rule]]\npath = \"/**\"\ncache = \"off\"\n";
-    let sidecar = Sidecar::before(&origin, rule).await;
+    let sidecar = Sidecar::before(&origin, rule);
     assert_eq!(sidecar.get("/a").await.status, 200);
     assert!(since(&times)[0] >= Duration::from_millis(300));
     let (origin, times) = throttling(1, "0.3").await;
-    let sidecar = Sidecar::before(&origin, rule).await;
+    let sidecar = Sidecar::before(&origin, rule);
     let answer = sidecar.send("POST", "/a", "x").await;
     assert_eq!((answer.status, answer.header("retry-after")), (429, Some("0.3")), "as it came");
     assert_eq!(sidecar.send("POST", "/a", "x").await.status, 200);
@@ -69,7 +69,7 @@ async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
     .await;
     let rule = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_if_error = \"1h\"\n\
                 [[upstream.rule]]\npath = \"/**\"\n";
-    let sidecar = Sidecar::before(&origin, rule).await;
+    let sidecar = Sidecar::before(&origin, rule);
     for target in ["/a", "/b"] {
         assert_eq!(sidecar.get(target).await.text(), "old");
     }
@@ -93,7 +93,7 @@ async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
 async fn an_upstream_that_always_says_at_once_is_not_asked_for_ever() {
     let (origin, times) = throttling(usize::MAX, "0").await;
     let budget = "budget = { rate = \"1000/s\", burst = 1000, max_wait = \"350ms\" }";
-    let sidecar = Sidecar::before(&origin, budget).await;
+    let sidecar = Sidecar::before(&origin, budget);
     assert_eq!(sidecar.get("/a").await.status, 429);
     assert!(origin.count() <= 4, "{}", origin.count());
     assert!(since(&times).iter().all(|gap| *gap >= Duration::from_millis(100)));
@@ -103,7 +103,7 @@ async fn an_upstream_that_always_says_at_once_is_not_asked_for_ever() {
 async fn a_configured_pace_is_kept_and_who_would_wait_too_long_is_told_at_once() {
     let (origin, times) = throttling(0, "").await;
     let budget = "budget = { rate = \"10/s\", burst = 2, max_wait = \"350ms\", per = \"host\" }";
-    let sidecar = Sidecar::before(&origin, budget).await;
+    let sidecar = Sidecar::before(&origin, budget);
     let mut asking = tokio::task::JoinSet::new();
     for n in 0..12 {
         asking.spawn(async move { get(sidecar.address, &format!("/{n}"), &[("X-N", "1")]).await });
@@ -127,7 +127,7 @@ async fn the_breaker_spares_a_host_where_nobody_is() {
     let address = listener.local_addr().expect("bound");
     drop(listener);
     let breaker = "[upstream.retry]\nattempts = 1\n[upstream.breaker]\nfailures = 3\nopen_for = \"5s\"\n";
-    let sidecar = Sidecar::from_text(&text(address, breaker, "")).await;
+    let sidecar = Sidecar::from_text(&text(address, breaker, ""));
     for n in 0..3 {
         let answer = sidecar.get(&format!("/{n}")).await;
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (502, &"upstream_unreachable".into()));
@@ -170,7 +170,7 @@ async fn an_upstream_gets_no_more_connections_than_allowed() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "x").after(&held)).await;
-    let sidecar = Sidecar::before(&origin, "[upstream.pool]\nconnections = 2\n").await;
+    let sidecar = Sidecar::before(&origin, "[upstream.pool]\nconnections = 2\n");
     let mut clients = Vec::new();
     for n in 0..6 {
         let mut client = Client::connect(sidecar.address).await;

@@ -7,7 +7,7 @@ const OVERRIDE: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nnegati
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fresh_answer_is_served_until_it_expires() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("answer {}", ask.number))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let first = sidecar.get("/a?x=1").await;
     assert_eq!((first.status, first.cache_status().as_str()), (200, "sidecache; fwd=uri-miss; stored"));
     assert!(first.header("age").is_none() && first.header("date").is_some());
@@ -37,7 +37,7 @@ async fn an_answer_that_is_not_stored_says_why() {
         _ => Reply::fresh(9, "x"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/off\"\ncache = \"off\"\n").await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/off\"\ncache = \"off\"\n");
     let table: &[(&str, &[(&str, &str)], &str)] = &[
         ("/plain", &[], "sidecache; fwd=uri-miss; detail=no-freshness"),
         ("/no-store", &[], "sidecache; fwd=uri-miss; detail=no-store"),
@@ -71,7 +71,7 @@ async fn header_case_order_of_values_and_repeated_fields_survive() {
             .header("Set-Cookie", "b=2")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for expected_hit in [false, true] {
         let answer = sidecar.get("/").await;
         assert_eq!(answer.is_hit(), expected_hit);
@@ -86,7 +86,7 @@ async fn header_case_order_of_values_and_repeated_fields_survive() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_goes_upstream_as_it_came() {
     let origin = Origin::start(|ask| Reply::new(200, ask.body.clone())).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let lines = [
         ("X-MiXed-Case", "kept"),
         ("Connection", "keep-alive, X-Hop"),
@@ -119,7 +119,7 @@ async fn links_and_redirects_lead_back_to_the_sidecar() {
         if ask.target == "/moved" { reply.header("Location", &format!("http://{host}/p")) } else { reply }
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let here = sidecar.address;
     let expected = format!("<http://{here}/p?page=1>; rel=\"previous\", <http://{here}/p?page=3>; rel=\"next\"");
     for _ in 0..2 {
@@ -138,7 +138,7 @@ async fn variants_of_one_url_live_side_by_side() {
         Reply::fresh(60, language).header("Vary", "Accept-Language")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for round in 0..2 {
         for language in ["de", "en", "fr"] {
             let answer = sidecar.get_with("/", &[("Accept-Language", language)]).await;
@@ -159,7 +159,7 @@ async fn a_stale_answer_is_validated_and_a_304_makes_it_fresh() {
         Reply::fresh(10, "body").header("ETag", "\"v1\"")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     sidecar.turn(11);
     let validated = sidecar.get("/").await;
@@ -174,7 +174,7 @@ async fn a_stale_answer_is_validated_and_a_304_makes_it_fresh() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clients_condition_is_answered_from_the_cache() {
     let origin = Origin::start(|_| Reply::fresh(60, "body").header("ETag", "\"v1\"")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for _ in 0..2 {
         let answer = sidecar.get_with("/", &[("If-None-Match", "\"v1\"")]).await;
         assert_eq!((answer.status, answer.header("etag")), (304, Some("\"v1\"")));
@@ -188,7 +188,7 @@ async fn a_clients_condition_is_answered_from_the_cache() {
 #[tokio::test(flavor = "multi_thread")]
 async fn head_is_answered_from_a_stored_get_and_stores_nothing() {
     let origin = Origin::start(|_| Reply::fresh(60, "twelve bytes")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let missed = sidecar.send("HEAD", "/", "").await;
     assert_eq!(missed.cache_status(), "sidecache; fwd=uri-miss; detail=head");
     sidecar.get("/").await;
@@ -206,7 +206,7 @@ async fn override_asks_nobody_and_keeps_no_cookie() {
         _ => Reply::new(200, "x").header("Cache-Control", "no-store, private").header("Set-Cookie", "session=1"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, OVERRIDE).await;
+    let sidecar = Sidecar::before(&origin, OVERRIDE);
     assert_eq!(sidecar.get("/").await.status, 200);
     let hit = sidecar.get_with("/", &[("Cache-Control", "no-cache")]).await;
     assert!(hit.is_hit() && hit.header("set-cookie").is_none());
@@ -232,8 +232,7 @@ async fn what_is_too_large_streams_through_unstored() {
         _ => Reply::raw([b"HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n\r\n".to_vec(), body.clone()].concat()),
     })
     .await;
-    let sidecar =
-        Sidecar::with_tables(&origin, "", "[memory]\nmax_bytes = \"1MiB\"\nmax_entry_bytes = \"100KiB\"\n").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[memory]\nmax_bytes = \"1MiB\"\nmax_entry_bytes = \"100KiB\"\n");
     let mut client = crate::support::Client::connect(sidecar.address).await;
     client.ask("GET", "/announced", &[], b"").await;
     client.read_some(200_000).await;
@@ -254,7 +253,7 @@ async fn the_most_specific_is_not_what_wins_but_the_first() {
     let rules = "[[upstream.rule]]\nname = \"one\"\npath = \"/a/*\"\ncache = \"off\"\n\
                  [[upstream.rule]]\nname = \"two\"\npath = \"/a/b\"\nttl = \"5m\"\n";
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     assert_eq!(sidecar.get("/a/b").await.cache_status(), "sidecache; fwd=bypass; detail=rule-off");
 }
 
@@ -262,7 +261,7 @@ async fn the_most_specific_is_not_what_wins_but_the_first() {
 async fn excluded_parameters_are_forwarded_but_not_keyed() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"*\", \"!utm_*\"] }\n";
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     sidecar.get("/?a=1&utm_source=mail").await;
     assert!(sidecar.get("/?utm_source=web&a=1").await.is_hit());
     assert_eq!(origin.asks()[0].target, "/?a=1&utm_source=mail");
@@ -271,7 +270,7 @@ async fn excluded_parameters_are_forwarded_but_not_keyed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_if_cached_is_honoured() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let only = [("Cache-Control", "only-if-cached")];
     assert_eq!(sidecar.get_with("/", &only).await.status, 504);
     sidecar.get("/").await;
@@ -283,7 +282,7 @@ async fn only_if_cached_is_honoured() {
 async fn a_list_of_exclusions_excludes_nothing_else() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"!utm_*\"] }\n";
     let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for page in 1..3 {
         let target = format!("/?page={page}");
         assert_eq!(sidecar.get(&target).await.text(), target);
@@ -295,7 +294,7 @@ async fn what_one_rule_stored_is_not_for_another() {
     let rules = "[[upstream.rule]]\nname = \"gold\"\npath = \"/**\"\nttl = \"10s\"\nwhen = { headers = { x-tier = \"gold\" } }\n\
                  [[upstream.rule]]\nname = \"plain\"\npath = \"/**\"\nttl = \"1h\"\n";
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     sidecar.get("/").await;
     sidecar.turn(100);
     assert!(sidecar.get("/").await.is_hit());
@@ -308,7 +307,7 @@ async fn a_field_that_connection_names_cannot_poison_a_variant() {
         Reply::fresh(60, ask.header("accept-language").unwrap_or("default")).header("Vary", "Accept-Language")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let poison = [("Connection", "Accept-Language"), ("Accept-Language", "de")];
     assert_eq!(sidecar.get_with("/", &poison).await.text(), "default");
     assert_eq!(sidecar.get_with("/", &[("Accept-Language", "de")]).await.text(), "de");
@@ -321,7 +320,7 @@ async fn a_304_about_another_representation_freshens_nothing() {
         None => Reply::fresh(10, "v1").header("ETag", "\"v1\""),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     sidecar.turn(11);
     let answer = sidecar.get("/").await;

@@ -36,7 +36,7 @@ async fn a_token_in_every_place_a_client_can_put_it_is_nowhere_written_down() {
         _ => Reply::fresh(60, "{}"),
     })
     .await;
-    let sidecar = Sidecar::with_tables(&origin, "", &redis.table()).await;
+    let sidecar = Sidecar::with_tables(&origin, "", &redis.table());
     sidecar.in_fleet().await;
     let (bearer, cookie) = (format!("Bearer {TOKEN}"), format!("session={TOKEN}"));
     let headers = [
@@ -81,7 +81,7 @@ async fn the_password_of_redis_is_nowhere_written_down() {
     std::fs::write(&file, TOKEN).expect("written");
     let (at, password) = (chaos.address, file.display());
     let table = format!("[redis]\nurl = \"redis://{at}\"\npassword = {{ file = \"{password}\" }}\n");
-    let sidecar = Sidecar::with_tables(&origin, "", &table).await;
+    let sidecar = Sidecar::with_tables(&origin, "", &table);
     sidecar.in_fleet().await;
     sidecar.get("/a").await;
     chaos.set(Mood::Refuses);

@@ -24,7 +24,7 @@ async fn two_hundred_cold_requests_make_one_upstream_request() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "shared").after(&held)).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 200, "/");
     origin.asked(1).await;
     gate.open();
@@ -41,7 +41,7 @@ async fn followers_read_along_while_the_body_comes() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "first half second half").halfway(&held)).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut clients = Vec::new();
     for _ in 0..2 {
         let mut client = Client::connect(sidecar.address).await;
@@ -77,7 +77,7 @@ async fn an_uncacheable_answer_releases_everybody_at_its_head_and_next_time_nobo
         Reply::new(200, "mine").header("Cache-Control", "no-store").after(gate)
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "[upstream.timeouts]\ndeadline = \"20s\"\n").await;
+    let sidecar = Sidecar::before(&origin, "[upstream.timeouts]\ndeadline = \"20s\"\n");
     let first = burst(&sidecar, 20, "/");
     origin.asked(1).await;
     heads[0].open();
@@ -97,7 +97,7 @@ async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
         let gate = Gate::new();
         let held = gate.clone();
         let origin = Origin::start(move |_| Reply::fresh(60, "shared").after(&held)).await;
-        let sidecar = Sidecar::before(&origin, "").await;
+        let sidecar = Sidecar::before(&origin, "");
         let mut leader = Client::connect(sidecar.address).await;
         leader.ask("GET", "/", &[], b"").await;
         origin.asked(1).await;
@@ -118,7 +118,7 @@ async fn a_fetch_that_everybody_left_still_fills_the_cache() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "late").after(&held)).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut leader = Client::connect(sidecar.address).await;
     leader.ask("GET", "/", &[], b"").await;
     origin.asked(1).await;
@@ -151,7 +151,7 @@ impl Upstream for Fragile {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_panics_leaves_nobody_failed_or_stuck() {
     let upstream = Arc::new(Fragile { calls: AtomicUsize::new(0), gate: Gate::new() });
-    let sidecar = Sidecar::over(upstream.clone(), "").await;
+    let sidecar = Sidecar::over(upstream.clone(), "");
     let requests = burst(&sidecar, 20, "/");
     until("the first fetch", || (upstream.calls.load(Ordering::SeqCst) == 1).then_some(())).await;
     upstream.gate.open();
@@ -168,7 +168,7 @@ async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() 
         _ => Reply::fresh(60, "later"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 10, "/");
     origin.asked(1).await;
     gate.open();
@@ -187,7 +187,7 @@ async fn followers_of_another_variant_get_their_own() {
         Reply::fresh(60, language).header("Vary", "Accept-Language").after(&held)
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut requests = JoinSet::new();
     for i in 0..30 {
         let (address, language) = (sidecar.address, ["de", "en", "fr"][i % 3]);
@@ -208,7 +208,7 @@ async fn a_body_that_breaks_off_breaks_off_for_all_and_is_not_stored() {
         _ => Reply::fresh(60, "whole"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
     let broken = client.answer_to("GET").await;
@@ -224,7 +224,7 @@ async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
     let origin =
         Origin::start(move |ask| Reply::fresh(60, format!("answer {}", ask.number)).after(&held[ask.number.min(1)]))
             .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let before = burst(&sidecar, 5, "/");
     origin.asked(1).await;
     sidecar.purge(r#"{"all":true}"#).await;
@@ -249,7 +249,7 @@ async fn another_variant_may_come_while_the_first_ones_body_is_still_coming() {
         _ => Reply::new(200, "plain"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n").await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n");
     let mut first = Client::connect(sidecar.address).await;
     first.ask("GET", "/", &[("Accept-Encoding", "gzip")], b"").await;
     first.read_some(100).await;
@@ -265,7 +265,7 @@ async fn when_nothing_more_may_be_held_answers_stream_through() {
     let origin = Origin::start(|_| Reply::fresh(60, vec![b'x'; 300_000])).await;
     for rule in ["", "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nreject_empty = \"/x\"\n"] {
         let before = origin.count();
-        let sidecar = Sidecar::with_tables(&origin, rule, "[memory]\nmax_inflight_bytes = \"1KiB\"\n").await;
+        let sidecar = Sidecar::with_tables(&origin, rule, "[memory]\nmax_inflight_bytes = \"1KiB\"\n");
         let answers = burst(&sidecar, 10, "/").join_all().await;
         assert!(answers.iter().all(|a| a.status == 200 && a.whole && a.body.len() == 300_000), "{rule}");
         assert!(origin.count() - before <= 20, "{} calls for 10 requests", origin.count() - before);
@@ -283,7 +283,7 @@ async fn an_answer_that_needs_validation_is_for_the_one_who_fetched_it() {
         Reply::new(200, "x").header("ETag", "\"1\"").header("Set-Cookie", &cookie).after(&held)
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 5, "/");
     origin.asked(1).await;
     gate.open();
@@ -299,7 +299,7 @@ async fn a_cookie_reaches_the_one_it_is_for_and_nobody_else() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::new(200, "x").header("Set-Cookie", "session=1").after(&held)).await;
-    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n").await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n");
     let requests = burst(&sidecar, 10, "/");
     origin.asked(1).await;
     gate.open();
@@ -339,7 +339,7 @@ impl http_body::Body for Bomb {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flight_that_panics_in_the_body_leaves_no_reader_waiting() {
-    let sidecar = Sidecar::over(Arc::new(Bursting), "").await;
+    let sidecar = Sidecar::over(Arc::new(Bursting), "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
     assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole));

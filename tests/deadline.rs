@@ -9,7 +9,7 @@ async fn a_504_in_time_and_a_hit_the_next_time() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
-    let sidecar = Sidecar::before(&origin, TIMEOUTS).await;
+    let sidecar = Sidecar::before(&origin, TIMEOUTS);
     let late = sidecar.get("/").await;
     assert_eq!((late.status, late.header("retry-after")), (504, Some("2")));
     assert_eq!(late.cache_status(), "sidecache; fwd=uri-miss; detail=error; cause=\"timeout\"");
@@ -25,7 +25,7 @@ async fn followers_have_deadlines_of_their_own() {
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\ndeadline = \"150ms\"\n";
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for _ in 0..3 {
         assert_eq!(sidecar.get("/").await.status, 504);
     }
@@ -43,7 +43,7 @@ async fn at_the_deadline_stale_is_better_than_an_error() {
     })
     .await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_if_error = \"1h\"\ndeadline = \"150ms\"\n";
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     // However slow this machine is: once it is stored, it is stored.
     while sidecar.get("/").await.text() != "old" {}
     sidecar.turn(11);
@@ -65,7 +65,7 @@ async fn writes_and_passed_through_requests_have_no_deadline() {
         _ => Reply::new(200, "written").after(&held),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, TIMEOUTS).await;
+    let sidecar = Sidecar::before(&origin, TIMEOUTS);
     let address = sidecar.address;
     let write = tokio::spawn(async move { crate::support::send(address, "POST", "/", &[], b"x").await });
     origin.asked(1).await;
@@ -83,7 +83,7 @@ async fn the_upstream_has_time_limits_of_its_own() {
     })
     .await;
     let timeouts = "[upstream.timeouts]\nfirst_byte = \"1s\"\nidle = \"100ms\"\n";
-    let sidecar = Sidecar::before(&origin, timeouts).await;
+    let sidecar = Sidecar::before(&origin, timeouts);
     let head = sidecar.send("POST", "/head", "x").await;
     assert_eq!((head.status, head.json()["error"]["code"].as_str()), (504, Some("upstream_timeout")));
     let body = sidecar.get("/body").await;

@@ -19,7 +19,7 @@ async fn explain(sidecar: &Sidecar, request: Value) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn it_names_rule_key_tags_and_state() {
     let origin = Origin::start(|_| Reply::new(200, "{}")).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let asked = json!({
         "method": "GET", "url": "/products/7.json?a=b",
         "headers": [["Authorization", "Bearer x"], ["Accept-Language", "de"]],
@@ -49,7 +49,7 @@ async fn it_names_rule_key_tags_and_state() {
 #[tokio::test(flavor = "multi_thread")]
 async fn it_says_why_something_is_not_cached() {
     let origin = Origin::start(|_| Reply::new(200, "{}").header("Cache-Control", "private")).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let passed = [
         (json!({ "url": "/private/a" }), "rule-off"),
         (json!({ "method": "POST", "url": "/products/7.json" }), "method"),
@@ -83,7 +83,7 @@ async fn it_says_why_something_is_not_cached() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_asks_the_running_one_or_reads_the_file() {
     let origin = Origin::start(|_| Reply::new(200, "{}")).await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let admin = format!("http://{}", sidecar.admin);
     let url = format!("http://{}/products/7.json", sidecar.address);
     let (code, told, _) = run(&["explain", "GET", &url, "--admin", &admin]).await;

@@ -43,7 +43,7 @@ const CAUSES: [&str; 5] = ["timeout", "connect", "5xx", "429", "empty"];
 #[tokio::test(flavor = "multi_thread")]
 async fn every_failure_is_told_apart_in_cache_status_and_in_the_counters() {
     let origin = failing().await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     for cause in CAUSES {
         let answer = sidecar.get(&format!("/{cause}")).await;
         assert_eq!((answer.status, answer.text().as_str()), (203, r#"{"products":[{"id":1}]}"#), "{cause}");
@@ -63,7 +63,7 @@ async fn every_failure_is_told_apart_in_cache_status_and_in_the_counters() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_payload_the_upstreams_words_are_relayed_and_silence_is_a_clear_error() {
     let origin = failing().await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let words = sidecar.get("/plain/5xx").await;
     assert_eq!((words.status, words.text().as_str()), (503, "the upstream's own words"));
     assert_eq!(words.header("retry-after"), Some("7"));
@@ -84,7 +84,7 @@ async fn without_a_payload_the_upstreams_words_are_relayed_and_silence_is_a_clea
 async fn a_payload_answers_only_what_it_is_for() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nfallback = { body = \"{}\", on = [\"429\"] }\n";
     let origin = failing().await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     assert_eq!(sidecar.get("/5xx").await.status, 503);
     assert_eq!(sidecar.get("/429").await.status, 200);
 }
@@ -99,7 +99,7 @@ async fn an_upstream_that_is_not_there_is_a_502_and_shows_in_health() {
         "[[upstream]]\nname = \"api\"\nurl = \"http://{gone}\"\nlisten = \"127.0.0.1:0\"\n\
          [admin]\nlisten = \"127.0.0.1:0\"\n"
     );
-    let sidecar = Sidecar::from_text(&text).await;
+    let sidecar = Sidecar::from_text(&text);
     assert_eq!(sidecar.get("/").await.status, 502);
     for _ in 0..4 {
         // 503 once the breaker is open: each request is two attempts.
@@ -115,7 +115,7 @@ async fn an_upstream_that_is_not_there_is_a_502_and_shows_in_health() {
 #[tokio::test(flavor = "multi_thread")]
 async fn passed_through_requests_have_no_ladder() {
     let origin = failing().await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let posted = sidecar.send("POST", "/5xx", "x").await;
     assert_eq!((posted.status, posted.text().as_str()), (503, "the upstream's own words"));
 }
@@ -127,7 +127,7 @@ async fn a_payload_may_lie_in_a_file_beside_the_configuration() {
     let rules =
         format!("[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nfallback = {{ file = \"{}\" }}\n", file.display());
     let origin = failing().await;
-    let sidecar = Sidecar::before(&origin, &rules).await;
+    let sidecar = Sidecar::before(&origin, &rules);
     std::fs::remove_file(&file).expect("it is there");
     assert_eq!(sidecar.get("/5xx").await.text(), r#"{"products":["from a file"]}"#, "it was read at start");
 }

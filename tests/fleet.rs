@@ -16,7 +16,7 @@ const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\
                      [[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n";
 
 async fn member(origin: &Origin, table: &str) -> Sidecar {
-    let sidecar = Sidecar::with_tables(origin, RULES, table).await;
+    let sidecar = Sidecar::with_tables(origin, RULES, table);
     sidecar.in_fleet().await;
     sidecar
 }
@@ -221,7 +221,7 @@ async fn another_log_in_its_place_makes_everything_stale_but_not_gone() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nstale_if_error = \"1h\"\n";
-    let sidecar = Sidecar::with_tables(&origin, rules, &redis.table()).await;
+    let sidecar = Sidecar::with_tables(&origin, rules, &redis.table());
     sidecar.in_fleet().await;
     for lost in ["DEL {sidecache}:1:log", "FLUSHALL"] {
         sidecar.purge(r#"{"all":true}"#).await;
@@ -303,8 +303,8 @@ async fn an_answer_that_is_not_shared_holds_nobody_up() {
     })
     .await;
     let table = redis.table();
-    let one = Sidecar::with_tables(&origin, "", &table).await;
-    let other = Sidecar::with_tables(&origin, "", &table).await;
+    let one = Sidecar::with_tables(&origin, "", &table);
+    let other = Sidecar::with_tables(&origin, "", &table);
     one.in_fleet().await;
     other.in_fleet().await;
     let (first, second) = (one.address, other.address);
@@ -321,8 +321,8 @@ const AHEAD: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nrefresh_a
 
 /// Two sidecars that have one thing, which is about to expire.
 async fn about_to_expire(origin: &Origin, redis: &Redis, lines: &[(&str, &str)]) -> [Sidecar; 2] {
-    let one = Sidecar::with_tables(origin, AHEAD, &redis.table()).await;
-    let other = Sidecar::with_tables(origin, AHEAD, &redis.table()).await;
+    let one = Sidecar::with_tables(origin, AHEAD, &redis.table());
+    let other = Sidecar::with_tables(origin, AHEAD, &redis.table());
     for sidecar in [&one, &other] {
         sidecar.in_fleet().await;
         sidecar.get_with("/x", lines).await;
@@ -385,7 +385,7 @@ async fn what_a_worker_that_died_has_left_is_taken_over() {
     soon("the work is taken", hot).await;
     worker.signal(Signal::SIGKILL);
     assert_eq!(worker.ended().await, None);
-    let other = Sidecar::with_tables(&origin, rules, &redis.table()).await;
+    let other = Sidecar::with_tables(&origin, rules, &redis.table());
     origin.asked(3).await;
     until("the work is done", || {
         let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(1);
@@ -401,8 +401,8 @@ async fn a_purge_by_url_counts_for_all_targets_with_that_record() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nkey = { query = [\"*\", \"!utm_*\"] }\n";
-    let one = Sidecar::with_tables(&origin, rules, &redis.table()).await;
-    let other = Sidecar::with_tables(&origin, rules, &redis.table()).await;
+    let one = Sidecar::with_tables(&origin, rules, &redis.table());
+    let other = Sidecar::with_tables(&origin, rules, &redis.table());
     for sidecar in [&one, &other] {
         sidecar.in_fleet().await;
     }
@@ -425,7 +425,7 @@ async fn answers_that_must_be_validated_do_not_make_a_queue() {
     .await;
     let mut sidecars = Vec::new();
     for _ in 0..4 {
-        let sidecar = Sidecar::with_tables(&origin, "", &redis.table()).await;
+        let sidecar = Sidecar::with_tables(&origin, "", &redis.table());
         sidecar.in_fleet().await;
         sidecars.push(sidecar);
     }
@@ -455,8 +455,8 @@ async fn an_answer_too_large_to_share_holds_nobody_up() {
     })
     .await;
     let memory = format!("{}[memory]\nmax_bytes = \"1MiB\"\nmax_entry_bytes = \"64KiB\"\n", redis.table());
-    let one = Sidecar::with_tables(&origin, "", &memory).await;
-    let other = Sidecar::with_tables(&origin, "", &memory).await;
+    let one = Sidecar::with_tables(&origin, "", &memory);
+    let other = Sidecar::with_tables(&origin, "", &memory);
     one.in_fleet().await;
     other.in_fleet().await;
     let address = one.address;

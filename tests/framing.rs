@@ -38,8 +38,7 @@ async fn raw_requests_get_what_they_should() {
     };
     let requests: Vec<Value> = serde_json::from_str(&text).expect("JSON");
     let origin = Origin::start(|_| Reply::new(200, "ok")).await;
-    let sidecar =
-        Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"500ms\"\nkeep_alive = \"500ms\"").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"500ms\"\nkeep_alive = \"500ms\"");
     let scored: Vec<Value> = requests.into_iter().filter(|request| request["scored"] == true).collect();
     assert_eq!(scored.len(), 125);
     let mut asking = JoinSet::new();
@@ -66,7 +65,7 @@ async fn fault(request: Value, address: SocketAddr) -> Option<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_waits_for_its_turn_and_what_follows_it_is_nobodys_request() {
     let origin = Origin::start(|_| Reply::new(200, "fine")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     let (good, evil) = ("GET /good HTTP/1.1\r\nHost: a\r\n\r\n", "GET /evil HTTP/1.1\r\nHost: a\r\n\r\n");
     client.write(format!("{good}GET /bad HTTP/1.1\nHost: a\r\n\r\n{evil}")).await;
@@ -81,7 +80,7 @@ async fn a_refusal_waits_for_its_turn_and_what_follows_it_is_nobodys_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_breaks_after_its_first_mebibyte_cuts_its_request() {
     let origin = Origin::start(|ask| Reply::new(200, format!("{}", ask.body.len()))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     for (chunks, served) in [(3, 0), (40, 0)] {

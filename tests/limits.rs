@@ -9,7 +9,7 @@ async fn plain() -> Origin {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_guard_refuses_never_reaches_the_upstream() {
     let origin = plain().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "a".repeat(9000));
     let large = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "a".repeat(33_000));
     let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: a\r\n".repeat(101));
@@ -46,7 +46,7 @@ async fn what_the_guard_refuses_never_reaches_the_upstream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_unusual_but_right_is_served() {
     let origin = plain().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let table = [
         ("GET / HTTP/1.0\r\n\r\n", 200),
         ("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204),
@@ -65,7 +65,7 @@ async fn what_is_unusual_but_right_is_served() {
 #[tokio::test(flavor = "multi_thread")]
 async fn absolute_form_is_for_the_origin_or_the_listener() {
     let origin = plain().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for (authority, expected) in
         [(origin.address.to_string(), 200), (sidecar.address.to_string(), 200), ("billing.internal".to_owned(), 421)]
     {
@@ -78,7 +78,7 @@ async fn absolute_form_is_for_the_origin_or_the_listener() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_body_keeps_its_framing() {
     let origin = plain().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let large = vec![b'x'; 2 << 20];
     for method in ["POST", "GET"] {
         assert!(send(sidecar.address, method, "/", &[], &large).await.body == large, "{method}");
@@ -94,7 +94,7 @@ async fn a_large_body_keeps_its_framing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn expect_continue_gets_its_go_ahead() {
     let origin = plain().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.write("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n").await;
     assert!(client.read_some(12).await.starts_with(b"HTTP/1.1 100"));
@@ -105,7 +105,7 @@ async fn expect_continue_gets_its_go_ahead() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_streams() {
     let origin = plain().await;
-    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nrequest_body = \"4MiB\"\n").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nrequest_body = \"4MiB\"\n");
     let mut client = Client::connect(sidecar.address).await;
     client.write("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nhalf").await;
     drop(client);
@@ -124,7 +124,7 @@ async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_str
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hit_leaves_no_unread_body_behind_for_the_next_request() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     get(sidecar.address, "/", &[]).await;
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"a body with a GET").await;
@@ -137,7 +137,7 @@ async fn a_hit_leaves_no_unread_body_behind_for_the_next_request() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_never_ends_is_cut_and_others_do_not_notice() {
     let origin = plain().await;
-    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n");
     let mut slow = Client::connect(sidecar.address).await;
     slow.write("GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ").await;
     assert_eq!(get(sidecar.address, "/", &[]).await.status, 200);
@@ -149,7 +149,7 @@ async fn connections_beyond_the_limit_wait_their_turn() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::new(200, "x").after(&held)).await;
-    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nconnections = 1\n").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nconnections = 1\n");
     let mut first = Client::connect(sidecar.address).await;
     first.ask("GET", "/first", &[("Connection", "close")], b"").await;
     origin.asked(1).await;

@@ -27,7 +27,7 @@ async fn what_is_no_http_is_a_502_and_never_stored() {
         Reply::raw(heads[index].clone())
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for index in 0..count {
         for _ in 0..2 {
             let answer = sidecar.get(&format!("/{index}")).await;
@@ -49,7 +49,7 @@ async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
         _ => Reply::new(404, ""),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for target in ["/short", "/reset", "/chunk", "/nochunk"] {
         for _ in 0..2 {
             let mut client = Client::connect(sidecar.address).await;
@@ -70,7 +70,7 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
         _ => Reply::fresh(60, "clean"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/two", &[], b"").await;
     if let Some(answer) = client.answer_to("GET").await {
@@ -88,7 +88,7 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
 async fn interim_answers_do_not_hang_anybody() {
     let interim = "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n".repeat(1000);
     let origin = Origin::start(move |_| Reply::raw(format!("{interim}{OK}Content-Length: 4\r\n\r\nbody"))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     assert_eq!(sidecar.get("/").await.text(), "body");
 }
 
@@ -101,7 +101,7 @@ async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
         _ => Reply::new(200, "second"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     assert_eq!(sidecar.get("/first").await.text(), "first");
     assert_eq!(sidecar.get("/again").await.text(), "second", "a read is tried again");
     assert_eq!(origin.count(), 3);
@@ -113,7 +113,7 @@ async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_connection_is_not_used_again_so_that_dns_is_asked_again() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     sidecar.get("/").await;
     assert_eq!(origin.connections(), 1);

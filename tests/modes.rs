@@ -42,8 +42,7 @@ async fn shadow_answers_everything_from_the_upstream_and_counts_what_the_cache_w
     let sidecar = Sidecar::from_text(&format!(
         "mode = \"shadow\"\n{}",
         crate::support::sidecar::text(origin.address, RULES, "")
-    ))
-    .await;
+    ));
     assert_eq!(shown(&sidecar).await, json!({"mode": "shadow", "source": "file", "for_ms": null}));
     for _ in 0..3 {
         let answer = sidecar.get("/steady").await;
@@ -79,8 +78,8 @@ async fn shadow_answers_everything_from_the_upstream_and_counts_what_the_cache_w
 async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_word() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
-    let one = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
-    let other = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
+    let one = Sidecar::with_tables(&origin, RULES, &redis.table());
+    let other = Sidecar::with_tables(&origin, RULES, &redis.table());
     one.in_fleet().await;
     other.in_fleet().await;
     let told = mode(&one, &json!({"mode": "bypass", "fleet": true})).await;
@@ -92,7 +91,7 @@ async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_wor
     until("the other one hears", || (mode_of(&other) == ("bypass", "fleet")).then_some(())).await;
     assert!(other.get("/x").await.cache_status().ends_with("detail=mode"));
     // Who starts later does it too.
-    let late = Sidecar::with_tables(&origin, RULES, &redis.table()).await;
+    let late = Sidecar::with_tables(&origin, RULES, &redis.table());
     until("the third one hears", || (mode_of(&late) == ("bypass", "fleet")).then_some(())).await;
     // Local counts before fleet.
     mode(&other, &json!({"mode": "normal"})).await;

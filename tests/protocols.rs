@@ -46,7 +46,7 @@ async fn ask(sender: &mut Sender, method: Method, uri: &str, body: &str) -> (Res
 #[tokio::test(flavor = "multi_thread")]
 async fn http_2_by_preface_hits_like_any_other() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = http2_to(sidecar.address).await;
     let uri = format!("http://{}/a", sidecar.address);
     for expected in ["sidecache; fwd=uri-miss; stored", "sidecache; hit"] {
@@ -72,7 +72,7 @@ async fn http_2_has_variants_validation_and_ranges_like_any_other() {
         Reply::fresh(60, format!("0123456789 {language}")).header("ETag", "\"1\"").header("Vary", "Accept-Language")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = http2_to(sidecar.address).await;
     let mut ask = async |lines: &[(&str, &str)]| {
         let request = Request::builder().uri(format!("http://{}/a", sidecar.address)).version(Version::HTTP_2);
@@ -96,7 +96,7 @@ async fn http_2_has_variants_validation_and_ranges_like_any_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_pings_or_half_a_preface_ends_the_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n").await;
+    let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n");
     let mut half = Client::connect(sidecar.address).await;
     half.write("PRI * HTTP/2.0\r\n\r\nSM").await;
     assert!(half.closed().await, "nothing follows");
@@ -124,7 +124,7 @@ async fn a_flood_of_pings_or_half_a_preface_ends_the_connection() {
 }
 
 /// A certificate for localhost: its files, and a client that trusts it.
-fn certificate(folder: &Path) -> (String, ClientConfig) {
+pub(crate) fn certificate(folder: &Path) -> (String, ClientConfig) {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
     let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
     std::fs::write(&cert, made.cert.pem()).expect("written");
@@ -147,7 +147,7 @@ async fn over_tls_the_client_chooses_the_version() {
     .await;
     let folder = folder("tls");
     let (lines, mut config) = certificate(&folder);
-    let sidecar = Sidecar::before(&origin, &lines).await;
+    let sidecar = Sidecar::before(&origin, &lines);
     let connect = async |config: ClientConfig| {
         let stream = TcpStream::connect(sidecar.address).await.expect("a listener");
         let name = ServerName::try_from("localhost").expect("a name");
@@ -199,7 +199,7 @@ async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn http_2_to_the_upstream_by_setting() {
     let (origin, connections) = http2_origin().await;
-    let sidecar = Sidecar::from_text(&text(origin, "http2 = true", "")).await;
+    let sidecar = Sidecar::from_text(&text(origin, "http2 = true", ""));
     let said = get(sidecar.address, "/a?b", &[]).await;
     assert_eq!(said.text(), format!("HTTP/2.0 http://{origin}/a?b 0"));
     assert!(get(sidecar.address, "/a?b", &[]).await.is_hit());
@@ -234,7 +234,7 @@ async fn websockets_pass_where_a_rule_allows_it() {
         }
     });
     let rule = "[[upstream.rule]]\npath = \"/ws\"\ncache = \"off\"\nupgrade = [\"websocket\"]\n";
-    let sidecar = Sidecar::from_text(&text(address, rule, "")).await;
+    let sidecar = Sidecar::from_text(&text(address, rule, ""));
     let lines = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "websocket")];
     assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426, "no rule allows it there");
     let mut client = Client::connect(sidecar.address).await;
@@ -275,7 +275,7 @@ async fn events_pass_as_they_come_and_each_client_has_its_own_stream() {
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n";
     let origin =
         Origin::start(move |_| Reply::raw_halfway(format!("{head}data: one\n\n"), &held, "data: two\n\n")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut clients = Vec::new();
     for n in 1..=3 {
         let mut client = Client::connect(sidecar.address).await;

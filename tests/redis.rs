@@ -13,7 +13,7 @@ async fn member(origin: &Origin, redis: &Redis) -> Sidecar {
 }
 
 async fn member_with(origin: &Origin, redis: &Redis, tables: &str) -> Sidecar {
-    let sidecar = Sidecar::with_tables(origin, RULES, &(redis.patient_table() + tables)).await;
+    let sidecar = Sidecar::with_tables(origin, RULES, &(redis.patient_table() + tables));
     sidecar.in_fleet().await;
     sidecar
 }
@@ -217,14 +217,12 @@ async fn without_a_secret_of_their_own_sidecars_share_one_that_redis_keeps() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let token = [("Authorization", "Bearer x")];
     let one =
-        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table())
-            .await;
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table());
     one.in_fleet().await;
     one.get_with("/x", &token).await;
     one.written().await;
     let other =
-        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table())
-            .await;
+        Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table());
     other.in_fleet().await;
     assert!(other.get_with("/x", &token).await.is_hit(), "the same digest of a credential");
     let secret: Vec<u8> = redis.observer().get("{sidecache}:1:secret").expect("kept");
@@ -292,8 +290,7 @@ async fn an_acl_user_needs_what_the_documentation_says_and_no_more() {
     );
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nrefresh_ahead = \"40s\"\n";
-    let (one, other) =
-        (Sidecar::with_tables(&origin, rules, &table).await, Sidecar::with_tables(&origin, rules, &table).await);
+    let (one, other) = (Sidecar::with_tables(&origin, rules, &table), Sidecar::with_tables(&origin, rules, &table));
     for sidecar in [&one, &other] {
         sidecar.in_fleet().await;
     }

@@ -12,7 +12,7 @@ use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, get, soon, unti
 
 async fn before(table: &str) -> (Origin, Sidecar) {
     let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
-    let sidecar = Sidecar::with_tables(&origin, "", table).await;
+    let sidecar = Sidecar::with_tables(&origin, "", table);
     (origin, sidecar)
 }
 
@@ -172,7 +172,7 @@ async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one
     let redis = Redis::start();
     let chaos = Chaos::before(redis.address()).await;
     let origin = Origin::start(|ask| Reply::fresh(60, ask.target.repeat(200))).await;
-    let sidecar = Sidecar::with_tables(&origin, "[memory]\nmax_bytes = \"64MiB\"\n", &chaos.table()).await;
+    let sidecar = Sidecar::with_tables(&origin, "[memory]\nmax_bytes = \"64MiB\"\n", &chaos.table());
     sidecar.in_fleet().await;
     chaos.set(Mood::Slow(std::time::Duration::from_millis(500)));
     for number in 0..30 {
@@ -183,7 +183,7 @@ async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one
     assert!(reader.missed <= 8, "{reader:?}");
     chaos.set(Mood::Fine);
     used_again(&sidecar, "slow").await;
-    let writer = Sidecar::with_tables(&origin, "", &redis.table()).await;
+    let writer = Sidecar::with_tables(&origin, "", &redis.table());
     writer.in_fleet().await;
     for number in 0..50 {
         writer.get(&format!("/lies/{number}")).await;

@@ -9,9 +9,10 @@ use sidecache::app::reload::Origin as ConfigOrigin;
 use sidecache::config;
 use tokio::sync::watch;
 
-use crate::support::redis::folder;
+use crate::support::process::command;
+use crate::support::redis::{folder, free_port};
 use crate::support::sidecar::text;
-use crate::support::{Client, Origin, Reply, get, send, soon, until};
+use crate::support::{Client, Origin, Redis, Reply, get, send, soon, until};
 
 /// A sidecar that reads its configuration from a file.
 struct FromFile {
@@ -22,7 +23,7 @@ struct FromFile {
 }
 
 impl FromFile {
-    async fn start(origin: &Origin, rules: &str) -> FromFile {
+    fn start(origin: &Origin, rules: &str) -> FromFile {
         let file = folder("reload").join("sidecache.toml");
         std::fs::write(&file, text(origin.address, rules, "")).expect("writable");
         let path = file.clone();
@@ -31,7 +32,7 @@ impl FromFile {
             config::from_text("sidecache.toml", &read, path.parent().expect("a folder"))
                 .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
         };
-        let app = App::bind(load().expect("it is good")).await.expect("free ports");
+        let app = App::bind(load().expect("it is good")).expect("free ports");
         app.reload_from(ConfigOrigin { load: Box::new(load), file: Some(file.clone()) });
         let (address, admin) = (app.addresses()[0], app.admin_address().expect("an admin listener"));
         let (stop, stopped) = watch::channel(false);
@@ -54,7 +55,7 @@ const PASSES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\ncache =
 #[tokio::test(flavor = "multi_thread")]
 async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
-    let sidecar = FromFile::start(&origin, STORES).await;
+    let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
     let mut ask = async || {
         client.ask("GET", "/x", &[], b"").await;
@@ -64,7 +65,7 @@ async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing(
     assert!(ask().await.is_hit());
     sidecar.write(&text(origin.address, PASSES, ""));
     let answer = sidecar.reload().await;
-    assert_eq!((answer.status, answer.json()["needs_restart"].clone()), (200, serde_json::json!([])), "{answer:?}");
+    assert_eq!((answer.status, answer.json()["replaced"].clone()), (200, serde_json::json!([])), "{answer:?}");
     assert_eq!(ask().await.cache_status(), "sidecache; fwd=bypass; detail=rule-off");
     sidecar.write(&text(origin.address, "[[upstream.rule]]\npath = \"/**\"\nttl = \"soon\"\n", ""));
     let refused = sidecar.reload().await;
@@ -85,26 +86,182 @@ async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_needs_a_restart_is_named_and_other_listeners_are_refused() {
-    let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = FromFile::start(&origin, STORES).await;
-    sidecar.write(&text(origin.address, STORES, "[log]\nfilter = \"warn\"\n[memory]\nmax_bytes = \"32MiB\"\n"));
-    assert_eq!(sidecar.reload().await.json()["needs_restart"], serde_json::json!(["[log]"]));
+async fn sizes_count_at_once_and_what_is_stored_stays() {
+    let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
+    let sidecar = FromFile::start(&origin, STORES);
+    get(sidecar.address, "/x", &[]).await;
+    let sizes = "[memory]\nmax_bytes = \"32MiB\"\nmax_entry_bytes = \"1KiB\"\nmax_inflight_bytes = \"1MiB\"\n\
+                 [limits]\nurl = \"64B\"\nconnections = 5\n[shutdown]\ngrace = \"1s\"\n";
+    sidecar.write(&text(origin.address, STORES, sizes));
+    assert_eq!(sidecar.reload().await.json()["replaced"], serde_json::json!([]));
     let memory = get(sidecar.admin, "/stats", &[]).await.json()["memory"]["max_bytes"].clone();
-    assert_eq!(memory, 32 << 20, "sizes count at once");
-    sidecar.write(&text(origin.address, STORES, "").replacen(
-        "listen = \"127.0.0.1:0\"",
-        "listen = \"127.0.0.1:1\"",
-        1,
-    ));
+    assert_eq!(memory, 32 << 20);
+    assert!(get(sidecar.address, "/x", &[]).await.is_hit());
+    assert_eq!(get(sidecar.address, &format!("/{}", "y".repeat(80)), &[]).await.status, 414);
+    let config = get(sidecar.admin, "/config", &[]).await.json();
+    assert_eq!(config["limits"]["connections"], 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn listeners_come_and_go_and_those_that_stay_keep_their_connections() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = FromFile::start(&origin, STORES);
+    let mut kept = Client::connect(sidecar.address).await;
+    let first = text(origin.address, STORES, "");
+    let port = free_port();
+    let second = format!(
+        "[[upstream]]\nname = \"second\"\nurl = \"http://{}\"\nlisten = \"127.0.0.1:{port}\"\n",
+        origin.address
+    );
+    sidecar.write(&format!("{first}[probes]\nlisten = \"127.0.0.1:0\"\n{second}"));
+    let answer = sidecar.reload().await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(answer.text().contains(&format!("listening on 127.0.0.1:{port}")), "{}", answer.text());
+    let new = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    assert_eq!(get(new, "/x", &[]).await.text(), "x");
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert!(health["components"]["upstreams"]["second"].is_object(), "{health}");
+    // One that can't be bound: nothing changes, what could be bound is let go.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let third =
+        second.replace("second", "third").replace(&port.to_string(), &taken.local_addr().unwrap().port().to_string());
+    sidecar.write(&format!("{first}{third}"));
     let refused = sidecar.reload().await;
-    assert!(refused.status == 422 && refused.text().contains("restart"), "{}", refused.text());
+    assert!(refused.status == 422 && refused.text().contains("is taken"), "{}", refused.text());
+    assert_eq!(get(new, "/x", &[]).await.text(), "x");
+    // Gone: nobody listens there any more; the first one's connection has seen nothing of it.
+    sidecar.write(&first);
+    assert!(sidecar.reload().await.text().contains(&format!("no longer listening on 127.0.0.1:{port}")));
+    let closed = async { while tokio::net::TcpStream::connect(new).await.is_ok() {} };
+    soon("the port is free", closed).await;
+    kept.ask("GET", "/x", &[], b"").await;
+    assert_eq!(kept.answer_to("GET").await.expect("the connection stays").status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_and_the_admin_listener_are_replaced() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = FromFile::start(&origin, STORES);
+    let folder = sidecar.file.parent().expect("a folder");
+    let with = |token: &str, listen: &str| {
+        std::fs::write(folder.join("token"), token).expect("writable");
+        text(origin.address, STORES, "").replacen(
+            "[admin]\nlisten = \"127.0.0.1:0\"\n",
+            &format!("[admin]\nlisten = \"{listen}\"\ntoken = {{ file = \"token\" }}\n"),
+            1,
+        )
+    };
+    sidecar.write(&with("canary-one", "127.0.0.1:0"));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert_eq!(get(sidecar.admin, "/stats", &[]).await.status, 401);
+    let one = [("Authorization", "Bearer canary-one")];
+    assert_eq!(get(sidecar.admin, "/stats", &one).await.status, 200);
+    // The same file with another token in it: asked to, it reads it again.
+    sidecar.write(&with("canary-two", "127.0.0.1:0"));
+    assert_eq!(send(sidecar.admin, "POST", "/reload", &one, b"").await.status, 200);
+    assert_eq!(get(sidecar.admin, "/stats", &one).await.status, 401);
+    let two = [("Authorization", "Bearer canary-two")];
+    let moved = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
+    sidecar.write(&with("canary-two", &moved.to_string()));
+    assert_eq!(send(sidecar.admin, "POST", "/reload", &two, b"").await.status, 200, "its answer still comes");
+    assert_eq!(get(moved, "/stats", &two).await.status, 200);
+    let closed = async { while tokio::net::TcpStream::connect(sidecar.admin).await.is_ok() {} };
+    soon("the old one is closed", closed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_and_secrets_are_replaced_and_the_cache_begins_empty() {
+    let (one, other) = (Redis::start(), Redis::start());
+    let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
+    let sidecar = FromFile::start(&origin, STORES);
+    let mut client = Client::connect(sidecar.address).await;
+    let mut ask = async || {
+        client.ask("GET", "/x", &[], b"").await;
+        client.answer_to("GET").await.expect("the connection stays")
+    };
+    let secret = "[security]\nsecret = { env = \"PATH\" }\n";
+    for (number, table) in [one.table(), other.table(), other.table() + secret].iter().enumerate() {
+        ask().await;
+        assert!(ask().await.is_hit());
+        sidecar.write(&text(origin.address, STORES, table));
+        let answer = sidecar.reload().await;
+        assert!(answer.text().contains("the cache begins empty"), "{}", answer.text());
+        let fetched = ask().await;
+        assert!(!fetched.is_hit(), "{number}: {fetched:?}");
+        let redis = if number == 0 { &one } else { &other };
+        until("it lies in the Redis of now", || (!redis.keys("sidecache:1:s:*").is_empty()).then_some(())).await;
+    }
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["components"]["redis"]["place"], format!("127.0.0.1:{}", other.port));
+    sidecar.write(&text(origin.address, STORES, ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert_eq!(get(sidecar.admin, "/health", &[]).await.json()["components"]["redis"]["status"], "off");
+    // The one that is not used any more is left alone.
+    let mut observer = one.observer();
+    until("no connection is left", || {
+        let clients: String = redis::cmd("CLIENT").arg("LIST").query(&mut observer).expect("it answers");
+        (clients.lines().count() == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_replaced_for_the_connections_that_come() {
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let (one, other) = (folder("tls"), folder("tls"));
+    let (first, trusts_first) = crate::protocols::certificate(&one);
+    let (second, trusts_second) = crate::protocols::certificate(&other);
+    let sidecar = FromFile::start(&origin, &first);
+    let speaks = async |config: &rustls::ClientConfig| {
+        let stream = tokio::net::TcpStream::connect(sidecar.address).await.expect("a listener");
+        let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
+        tokio_rustls::TlsConnector::from(Arc::new(config.clone())).connect(name, stream).await.is_ok()
+    };
+    assert!(speaks(&trusts_first).await && !speaks(&trusts_second).await);
+    sidecar.write(&text(origin.address, &second, ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert!(!speaks(&trusts_first).await && speaks(&trusts_second).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_changes_its_filter_and_its_form() {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
+    let file = folder("log").join("sidecache.toml");
+    std::fs::write(&file, text(origin.address, "", "")).expect("writable");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut out = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut log = BufReader::new(child.stderr.take().expect("piped")).lines();
+    let mut line = async |of: &str| loop {
+        let line = soon("a line", out.next_line()).await.expect("readable").expect("it goes on");
+        if let Some((_, rest)) = line.split_once(of) {
+            let word = rest.split(' ').next().expect("an address");
+            break word.parse::<std::net::SocketAddr>().expect("an address");
+        }
+    };
+    let (address, admin) = (line("upstream=api addr=").await, line("admin addr=").await);
+    std::fs::write(&file, text(origin.address, "", "[log]\nfilter = \"sidecache=debug\"\nformat = \"json\"\n"))
+        .expect("writable");
+    assert_eq!(send(admin, "POST", "/reload", &[], b"").await.status, 200);
+    get(address, "/x", &[]).await;
+    assert!(get(address, "/x", &[]).await.is_hit());
+    let told = async {
+        loop {
+            let line = log.next_line().await.expect("readable").expect("it goes on");
+            let told: Option<serde_json::Value> = serde_json::from_str(&line).ok();
+            if told.is_some_and(|told| told["outcome"] == "hit") {
+                break;
+            }
+        }
+    };
+    soon("a hit is told, as JSON", told).await;
+    child.kill().await.expect("our own process");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_file_is_watched_also_as_a_link_that_moves() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = FromFile::start(&origin, STORES).await;
+    let sidecar = FromFile::start(&origin, STORES);
     // As Kubernetes does it: the file is reached through a link, and the link is replaced.
     let folder = sidecar.file.parent().expect("a folder");
     for (name, rules) in [("one", STORES), ("two", PASSES)] {
@@ -123,7 +280,7 @@ async fn the_file_is_watched_also_as_a_link_that_moves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_reloads_under_load_fail_nobody_and_close_no_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Arc::new(FromFile::start(&origin, STORES).await);
+    let sidecar = Arc::new(FromFile::start(&origin, STORES));
     let (over, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let mut clients = tokio::task::JoinSet::new();
     for number in 0..8 {

@@ -13,7 +13,7 @@ async fn parts_come_from_a_stored_whole() {
             .header("Last-Modified", "Fri, 20 Nov 2026 12:00:00 GMT")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/x").await;
     let table: &[(&[(&str, &str)], u16, &str, Option<&str>)] = &[
         (&[("Range", "bytes=2-4")], 206, "234", Some("bytes 2-4/10")),
@@ -61,7 +61,7 @@ async fn a_part_that_passes_by_is_completed_when_the_whole_is_asked_for() {
         )
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for (target, whole, asked) in [("/same", DIGITS, 2), ("/changed", "another", 3)] {
         let before = origin.count();
         let part = sidecar.get_with(target, &[("Range", "bytes=0-3")]).await;
@@ -86,7 +86,7 @@ async fn a_beginning_that_was_purged_completes_nothing() {
         None => Reply::fresh(60, DIGITS),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get_with("/x", &[("Range", "bytes=0-3")]).await;
     sidecar.purge(r#"{"urls":["/x"]}"#).await;
     assert_eq!(sidecar.get("/x").await.text(), DIGITS);
@@ -107,7 +107,7 @@ async fn an_answer_to_a_post_is_kept_if_it_says_that_it_is_what_get_would_bring(
         }
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for (target, expected) in
         [("/kept", "POST 0"), ("/elsewhere", "GET 2"), ("/no-lifetime", "GET 4"), ("/x", "GET 6")]
     {
@@ -136,7 +136,7 @@ async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
         reply.header("Connection", "X-Named").header("X-Unknown", "stays")
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let lines: Vec<(&str, &str)> =
         names[1..].iter().map(|name| (*name, "trailers")).chain([("X-Unknown", "stays")]).collect();
     // With a credential for proxies the request passes through.
@@ -162,7 +162,7 @@ async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
 async fn requests_that_say_the_same_share_a_variant_and_tenants_do_not() {
     let origin =
         Origin::start(|ask| Reply::fresh(60, ask.number.to_string()).header("Vary", "Accept-Language, X-List")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let ask = async |lines: &[(&str, &str)]| sidecar.get_with("/x", lines).await.text();
     assert_eq!(ask(&[("Accept-Language", "en, de"), ("X-List", "1, 2")]).await, "0");
     assert_eq!(ask(&[("Accept-Language", "DE,en"), ("X-List", "1"), ("X-List", "2")]).await, "0");
@@ -177,7 +177,7 @@ async fn requests_that_say_the_same_share_a_variant_and_tenants_do_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn variants_of_one_address_are_capped() {
     let origin = Origin::start(|_| Reply::fresh(60, "x").header("Vary", "X-V")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for i in 0..40 {
         sidecar.get_with("/x", &[("X-V", &i.to_string())]).await;
     }
@@ -195,7 +195,7 @@ async fn a_failure_is_kept_for_as_long_as_it_says_unless_there_is_something_bett
         _ => Reply::new(503, "busy").header("Cache-Control", "max-age=10"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     assert_eq!(sidecar.get("/bad").await.status, 503);
     let kept = sidecar.get("/bad").await;
     assert!(kept.is_hit() && kept.status == 503, "{kept:?}");
@@ -221,7 +221,7 @@ async fn a_head_freshens_what_is_stored_or_shows_that_it_is_outdated() {
             .header("X-Number", &ask.number.to_string())
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/same").await;
     sidecar.get("/changed").await;
     sidecar.turn(11);
@@ -248,7 +248,7 @@ async fn directives_for_caches_like_us_displace_those_for_all() {
         Reply::new(200, "x").header("Cache-Control", "no-store").header(field, value)
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for (target, hit) in [("/ours", true), ("/cdn", true), ("/invalid", false)] {
         sidecar.get(target).await;
         let again = sidecar.get(target).await;
@@ -268,7 +268,7 @@ async fn what_was_cut_off_leaves_no_beginning() {
         _ => Reply::fresh(60, DIGITS),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/x", &[("Range", "bytes=0-3")], b"").await;
     until("it is asked", || (origin.count() == 1).then_some(())).await;
@@ -292,7 +292,7 @@ async fn interim_answers_go_on_at_once_to_the_one_who_asked_and_are_not_stored()
         _ => Reply::raw(format!("{HINTS}{FINAL}")),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/slow", &[], b"").await;
     assert_eq!(String::from_utf8_lossy(client.read_some(PASSED_ON.len()).await), PASSED_ON, "before the answer");
@@ -322,7 +322,7 @@ async fn interim_answers_go_on_at_once_to_the_one_who_asked_and_are_not_stored()
 #[tokio::test(flavor = "multi_thread")]
 async fn interim_answers_to_a_write_go_on_too() {
     let origin = Origin::start(|_| Reply::raw(format!("{HINTS}{FINAL}"))).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.write(b"POST /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n1").await;
     let mut all = Vec::new();
@@ -336,7 +336,7 @@ async fn cookies_are_stored_or_removed_as_the_rule_says() {
     let rules = "[[upstream.rule]]\npath = \"/removed\"\ncache = \"http\"\nset_cookie = \"remove\"\n\
                  [[upstream.rule]]\npath = \"/stored\"\nttl = \"1h\"\nset_cookie = \"store\"\n\
                  [[upstream.rule]]\npath = \"/override\"\nttl = \"1h\"\n[[upstream.rule]]\npath = \"/http\"\n";
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for (target, expected) in
         [("/removed", None), ("/stored", Some("a=b")), ("/override", None), ("/http", Some("a=b"))]
     {
@@ -351,7 +351,7 @@ async fn cookies_are_stored_or_removed_as_the_rule_says() {
 async fn a_head_that_names_no_validator_freshens_nothing() {
     let origin =
         Origin::start(|ask| Reply::new(200, ask.number.to_string()).header("Cache-Control", "max-age=10")).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/x").await;
     sidecar.turn(11);
     crate::support::send(sidecar.address, "HEAD", "/x", &[], b"").await;
@@ -365,7 +365,7 @@ async fn a_failure_takes_no_place_from_what_is_fresh() {
         _ => Reply::new(503, "bad").header("Cache-Control", "max-age=60"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/x").await;
     assert_eq!(sidecar.get_with("/x", &[("Cache-Control", "no-cache")]).await.status, 503);
     assert_eq!(sidecar.get("/x").await.text(), "good");
@@ -379,7 +379,7 @@ async fn a_part_of_what_is_stale_is_of_the_refreshed_whole_and_in_an_outage_of_t
         _ => Reply::close(),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let part = [("Range", "bytes=2-3")];
     sidecar.get("/x").await;
     for _ in 0..2 {
@@ -398,7 +398,7 @@ async fn a_304_of_another_is_not_believed_and_the_whole_asked_for() {
         Some(_) => Reply::new(304, "").header("ETag", "\"2\"").header("Cache-Control", "max-age=10"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/x").await;
     sidecar.turn(11);
     assert_eq!(sidecar.get("/x").await.text(), "2");

@@ -31,7 +31,7 @@ impl Street {
             "[[upstream]]\nprofile = \"shopify\"\nurl = \"http://{address}\"\nlisten = \"127.0.0.1:0\"\n\
              [admin]\nlisten = \"127.0.0.1:0\"\n"
         );
-        Street { address, shop, sidecar: Sidecar::from_text(&text).await, _stop: stop }
+        Street { address, shop, sidecar: Sidecar::from_text(&text), _stop: stop }
     }
 
     async fn ask(&self, method: &str, target: &str, token: &str, body: &str) -> Answer {

@@ -14,7 +14,7 @@ async fn stale_while_revalidate_answers_at_once_and_refreshes_once() {
         _ => Reply::new(200, "new").after(&held),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, SWR).await;
+    let sidecar = Sidecar::before(&origin, SWR);
     sidecar.get("/").await;
     sidecar.turn(22);
     for _ in 0..10 {
@@ -40,7 +40,7 @@ async fn stale_if_error_stands_in_for_each_kind_of_failure() {
         _ => Reply::new(200, "good"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, SWR).await;
+    let sidecar = Sidecar::before(&origin, SWR);
     for (target, cause) in [("/5xx", "5xx"), ("/429", "429"), ("/connect", "connect"), ("/malformed", "connect")] {
         sidecar.get(target).await;
         sidecar.turn(100);
@@ -66,7 +66,7 @@ async fn under_http_a_status_needs_leave_but_a_lost_connection_does_not() {
         (Some(_), _) => Reply::close(),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let table = [
         ("/", "503", 503),
         ("/", "close", 200),
@@ -89,7 +89,7 @@ async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
         _ => Reply::new(500, "broken"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, SWR).await;
+    let sidecar = Sidecar::before(&origin, SWR);
     sidecar.get("/").await;
     sidecar.turn(20);
     for round in 1..4 {
@@ -102,7 +102,7 @@ async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_insists_gets_a_new_answer() {
     let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     for (i, directive) in ["no-cache", "max-age=0"].iter().enumerate() {
         let insisted = sidecar.get_with("/", &[("Cache-Control", directive)]).await;
@@ -119,7 +119,7 @@ async fn a_definitive_answer_displaces_what_was_stored() {
         _ => Reply::close(),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, SWR).await;
+    let sidecar = Sidecar::before(&origin, SWR);
     sidecar.get("/").await;
     sidecar.turn(20);
     assert_eq!(sidecar.get("/").await.text(), "old", "while the refresh finds out");
@@ -136,7 +136,7 @@ async fn a_304_that_takes_back_its_leave_to_store_displaces_what_was_stored() {
         _ => Reply::close(),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     sidecar.turn(11);
     let validated = sidecar.get("/").await;

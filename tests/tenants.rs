@@ -13,7 +13,7 @@ async fn echo() -> Origin {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_credential_is_a_partition_of_its_own_and_several_combine() {
     let origin = echo().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let tenants: &[&[(&str, &str)]] = &[
         &[],
         &[("Authorization", "Bearer a")],
@@ -41,7 +41,7 @@ async fn everyone_shares_only_where_the_rule_says_so() {
     let rules = "[[upstream.rule]]\npath = \"/shared\"\nttl = \"60s\"\nkey = { partition = \"everyone\" }\n\
                  [[upstream.rule]]\npath = \"/own\"\nttl = \"60s\"\n";
     let origin = echo().await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for (target, shared) in [("/shared", true), ("/own", false)] {
         sidecar.get_with(target, &[("Authorization", "a")]).await;
         assert_eq!(sidecar.get_with(target, &[("Authorization", "b")]).await.is_hit(), shared, "{target}");
@@ -52,13 +52,13 @@ async fn everyone_shares_only_where_the_rule_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_credential_nobody_configured_bypasses_until_it_is_configured() {
     let origin = echo().await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for _ in 0..2 {
         let answer = sidecar.get_with("/", &[("X-Acme-Token", "a")]).await;
         assert_eq!(answer.cache_status(), "sidecache; fwd=bypass; detail=unkeyed-credential");
     }
     let tables = "[security]\ncredential_headers = [\"x-acme-token\"]\n";
-    let knowing = Sidecar::with_tables(&origin, "", tables).await;
+    let knowing = Sidecar::with_tables(&origin, "", tables);
     knowing.get_with("/", &[("X-Acme-Token", "a")]).await;
     assert!(knowing.get_with("/", &[("X-Acme-Token", "a")]).await.is_hit());
     assert!(!knowing.get_with("/", &[("X-Acme-Token", "b")]).await.is_hit());
@@ -73,7 +73,7 @@ async fn followers_of_another_tenant_never_join() {
         Reply::fresh(60, who).after(&held)
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     let mut requests = tokio::task::JoinSet::new();
     for i in 0..20 {
         let (address, key) = (sidecar.address, ["a", "b"][i % 2]);
@@ -95,7 +95,7 @@ async fn hosts_part_tenants_and_a_foreign_host_is_misdirected() {
         "[[upstream]]\nname = \"api\"\nhosts = [\"http://127.0.0.*:{port}\"]\nlisten = \"127.0.0.1:0\"\n\
          [admin]\nlisten = \"127.0.0.1:0\"\n"
     );
-    let sidecar = Sidecar::from_text(&text).await;
+    let sidecar = Sidecar::from_text(&text);
     let named = format!("127.0.0.1:{port}");
     let first = sidecar.get_with("/", &[("Host", &named)]).await;
     assert_eq!(first.text(), named);

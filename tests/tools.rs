@@ -1,17 +1,7 @@
 //! The commands that talk to a running sidecar, as processes.
 
-use tokio::process::Command;
-
-use crate::support::{Origin, Reply, Sidecar, get, soon};
-
-/// Exit code, standard output, standard error.
-async fn sidecache(arguments: &[&str]) -> (i32, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
-    command.args(arguments).env_remove("SIDECACHE_ADMIN").env_remove("SIDECACHE_CONFIG");
-    let output = soon("it ends", command.output()).await.expect("it runs");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code().expect("it ended by itself"), text(&output.stdout), text(&output.stderr))
-}
+use crate::support::process::run as sidecache;
+use crate::support::{Origin, Reply, Sidecar, get};
 
 fn admin(sidecar: &Sidecar) -> String {
     format!("http://{}", sidecar.admin)
@@ -27,7 +17,7 @@ async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
     .await;
     // A bucket of two, and nobody waits for long: the third has to come again.
     let rules = "budget = { rate = \"4/s\", burst = 2, max_wait = \"10ms\" }\n";
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     let list = std::env::temp_dir().join(format!("sidecache-warm-{}", sidecar.admin.port()));
     std::fs::write(&list, "# a list\n/a\n/b\n/a\n/private\n").expect("writable");
     let (to, from, list) = (format!("http://{}", sidecar.address), admin(&sidecar), list.display().to_string());
@@ -46,7 +36,7 @@ async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_are_suggested_for_what_was_fetched_again_and_a_dry_run_tells_before_the_switch() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
-    let sidecar = Sidecar::before(&origin, "budget = { rate = \"1000/s\", burst = 10 }\n").await;
+    let sidecar = Sidecar::before(&origin, "budget = { rate = \"1000/s\", burst = 10 }\n");
     for target in ["/products/1", "/products/1", "/products/1", "/products/2", "/once"] {
         sidecar.get(target).await;
     }

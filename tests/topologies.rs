@@ -10,7 +10,7 @@ async fn origin() -> Origin {
 }
 
 async fn member(origin: &Origin, table: &str) -> Sidecar {
-    let sidecar = Sidecar::with_tables(origin, "", table).await;
+    let sidecar = Sidecar::with_tables(origin, "", table);
     sidecar.in_fleet().await;
     sidecar
 }
@@ -107,7 +107,7 @@ async fn tls_with_a_ca_of_its_own_and_a_client_certificate() {
     let origin = origin().await;
     let (one, other) = (member(&origin, &table(&identity)).await, member(&origin, &table(&identity)).await);
     works(&one, &other, &origin, "tls").await;
-    let stranger = Sidecar::with_tables(&origin, "", &table("")).await;
+    let stranger = Sidecar::with_tables(&origin, "", &table(""));
     until("it is turned away, and says so", || stranger.commons.fleet.as_ref()?.redis.state().trouble).await;
     assert_eq!(stranger.get("/x").await.status, 200, "and serves all the same");
     drop(redis);

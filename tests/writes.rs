@@ -29,7 +29,7 @@ async fn versioned() -> (Origin, Arc<AtomicUsize>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_makes_its_url_and_tags_stale_for_everyone() {
     let (origin, _) = versioned().await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let tenants = [("X-Api-Key", "a"), ("X-Api-Key", "b")];
     let targets = ["/products/1", "/products/1?fields=id", "/products/2", "/products", "/other"];
     for (round, (method, write)) in [("PUT", "/products/1"), ("DELETE", "/products/1")].into_iter().enumerate() {
@@ -55,7 +55,7 @@ async fn a_write_makes_its_url_and_tags_stale_for_everyone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_write_changes_nothing() {
     let (origin, _) = versioned().await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     sidecar.get("/products/1").await;
     sidecar.send("PATCH", "/products/1", "x").await;
     assert!(sidecar.get("/products/1").await.is_hit());
@@ -71,7 +71,7 @@ async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
         _ => Reply::new(200, "written"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     let address = sidecar.address;
     let early = tokio::spawn(async move { crate::support::get(address, "/products/1", &[]).await });
     origin.asked(1).await;
@@ -93,7 +93,7 @@ async fn after_a_write_not_even_an_outage_brings_the_old_answer_back() {
         _ => Reply::new(200, "written"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     sidecar.get("/products/1").await;
     sidecar.send("PUT", "/products/1", "x").await;
     assert_eq!(sidecar.get("/products/1").await.status, 503);
@@ -108,7 +108,7 @@ async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
         _ => Reply::new(200, "written").after(&held),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, RULES).await;
+    let sidecar = Sidecar::before(&origin, RULES);
     sidecar.get("/products/1").await;
     let mut client = Client::connect(sidecar.address).await;
     client.ask("PUT", "/products/1", &[], b"x").await;
@@ -126,7 +126,7 @@ async fn location_of_the_same_origin_is_stale_too() {
         _ => Reply::new(201, "made").header("Location", "/made").header("Content-Location", "/also"),
     })
     .await;
-    let sidecar = Sidecar::before(&origin, "").await;
+    let sidecar = Sidecar::before(&origin, "");
     for target in ["/made", "/also", "/made-up"] {
         sidecar.get(target).await;
     }
@@ -142,7 +142,7 @@ async fn a_rules_conditions_on_reads_do_not_shield_it_from_writes() {
                  when = { query = { status = \"active\" } }\n\
                  [[upstream.rule]]\npath = \"/also/{id}\"\nttl = \"1h\"\ntags = [\"product:{id}\"]\n";
     let (origin, _) = versioned().await;
-    let sidecar = Sidecar::before(&origin, rules).await;
+    let sidecar = Sidecar::before(&origin, rules);
     for target in ["/products/1?status=active", "/also/1", "/also/2"] {
         sidecar.get(target).await;
         assert!(sidecar.get(target).await.is_hit());

@@ -35,7 +35,7 @@ pub(super) struct Wanted {
 
 pub(super) async fn entries(State(admin): State<Arc<Admin>>, Asked(wanted): Asked<Wanted>) -> Json<Value> {
     let limit = wanted.limit.map_or(PAGE, |limit| limit.0);
-    let commons = &admin.commons;
+    let commons = admin.commons();
     let now = commons.clock.now();
     let mut found: Vec<(String, Value)> = Vec::new();
     let after = wanted.after.as_deref().unwrap_or_default();

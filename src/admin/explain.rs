@@ -44,7 +44,7 @@ pub(super) async fn explain(State(admin): State<Arc<Admin>>, Told(request): Told
 
 fn explain_now(admin: &Admin, request: &ExplainRequest) -> Result<serde_json::Value, String> {
     let proxies = admin.proxies();
-    let limits = admin.faces.first().map(|face| face.now().limits).ok_or("there is no upstream")?;
+    let limits = admin.stage.limits().ok_or("there is no upstream")?;
     answer(request, proxies.iter().map(AsRef::as_ref), &limits, true)
 }
 

@@ -29,7 +29,7 @@ pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'sta
 /// Every component; always 200, the verdict in the body: `ok`, `degraded` (an upstream or Redis is down: what is
 /// cached is still served), `draining`.
 pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
-    let commons = &admin.commons;
+    let commons = admin.commons();
     let now = commons.clock.now();
     let mut upstreams = BTreeMap::new();
     let mut degraded = false;
@@ -46,7 +46,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
         upstreams.insert(proxy.site.name.to_string(), state);
     }
     let usage = commons.memory.usage();
-    let redis = redis(commons);
+    let redis = redis(&commons);
     degraded |= redis["status"] == "down";
     let status = match (admin.draining.load(Ordering::Relaxed), degraded) {
         (true, _) => "draining",
@@ -63,7 +63,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
             "redis": redis,
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
             "configuration": super::reload::told(&admin.reload.reloads()),
-            "process": process(commons),
+            "process": process(&commons),
         },
     }))
 }

@@ -74,7 +74,7 @@ impl Collector for Scrape {
         let to = &mut to;
         self.requests(to)?;
         self.upstreams(to)?;
-        let commons = &self.0.commons;
+        let commons = self.0.commons();
         let usage = commons.memory.usage();
         gauge(to, "entries", "Keys in memory", &vec![(Vec::new(), usage.entries as f64)])?;
         let mut bytes = vec![(vec![("tier", "memory".to_owned())], usage.bytes as f64)];
@@ -153,7 +153,7 @@ impl Scrape {
             })
             .collect();
         counter(to, "shadow", "Requests in shadow mode, by what the cache would have done", &shown)?;
-        let fallbacks = self.0.commons.telemetry.snapshot().fallbacks;
+        let fallbacks = self.0.commons().telemetry.snapshot().fallbacks;
         let series =
             fallbacks.into_iter().map(|(cause, count)| (vec![("reason", cause.to_owned())], count)).collect();
         counter(to, "fallback", "Configured payloads served, by cause", &series)
@@ -163,7 +163,7 @@ impl Scrape {
     fn upstreams(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let (mut results, mut took, mut waited) = (Vec::new(), Vec::new(), Vec::new());
         let (mut throttles, mut breakers, mut up) = (Vec::new(), Vec::new(), Vec::new());
-        let now = self.0.commons.clock.now();
+        let now = self.0.commons().clock.now();
         let proxies = self.0.proxies();
         for proxy in &proxies {
             let (name, meter) = (proxy.site.name.to_string(), &proxy.site.meter);
@@ -186,7 +186,7 @@ impl Scrape {
 
     #[allow(clippy::cast_precision_loss)]
     fn redis(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let commons = &self.0.commons;
+        let commons = self.0.commons();
         let Some(fleet) = &commons.fleet else { return Ok(()) };
         let state = fleet.redis.state();
         let up = state.trouble.is_none() && state.connections.values().all(|link| link.connected);

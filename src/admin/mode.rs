@@ -47,7 +47,7 @@ pub(super) async fn mode(State(admin): State<Arc<Admin>>, Told(request): Told<Mo
         return *refused;
     }
     let source = if request.fleet { Source::Fleet } else { Source::Local };
-    let (switch, now) = (&admin.commons.mode, admin.commons.clock.now());
+    let (switch, now) = (&admin.commons().mode, admin.commons().clock.now());
     match set {
         Some((mode, time)) => switch.set(mode, source, now, time),
         None => switch.clear(source),
@@ -59,7 +59,7 @@ pub(super) async fn mode(State(admin): State<Arc<Admin>>, Told(request): Told<Mo
 
 /// Redis keeps it for the fleet.
 async fn tell_fleet(admin: &Admin, set: Option<(Mode, Option<Duration>)>) -> Result<(), Box<Response>> {
-    let Some(fleet) = &admin.commons.fleet else {
+    let Some(fleet) = &admin.commons().fleet else {
         return Err(Box::new(bad("fleet: there is no [redis], and so no fleet")));
     };
     let kept = fleet.redis.keep_mode(set.map(|(mode, time)| (mode.token(), time))).await;

@@ -76,7 +76,7 @@ pub(super) async fn purge(
         Err(message) => return bad(&message),
     };
     let strength = if request.soft { Strength::Soft } else { Strength::Hard };
-    let spread = spread(&admin.commons, selectors, strength, wait).await;
+    let spread = spread(&admin.commons(), selectors, strength, wait).await;
     tracing::info!(purged, id = spread.id, soft = request.soft, "purged");
     let mut answer = json!({"purged": purged, "id": spread.id});
     if let Some(logged) = spread.logged {

@@ -13,7 +13,7 @@ use super::{Admin, problem};
 
 /// Somebody who can read the configuration again.
 pub trait Reload: std::fmt::Debug + Send + Sync {
-    /// Takes it, or says in one line why not, and changes nothing. Returns what of it needs a restart.
+    /// Takes it, or says in one line why not, and changes nothing. Returns what was replaced that people may miss.
     fn reload(&self) -> Result<Vec<String>, String>;
 
     /// How that has gone so far.
@@ -37,7 +37,7 @@ pub struct Reloads {
 pub(super) async fn reload(State(admin): State<Arc<Admin>>) -> Response {
     let reload = admin.reload.clone();
     match tokio::task::spawn_blocking(move || reload.reload()).await {
-        Ok(Ok(restart)) => Json(json!({ "reloaded": true, "needs_restart": restart })).into_response(),
+        Ok(Ok(replaced)) => Json(json!({ "reloaded": true, "replaced": replaced })).into_response(),
         Ok(Err(why)) => problem(StatusCode::UNPROCESSABLE_ENTITY, "bad_configuration", &why),
         Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, "internal", &error.to_string()),
     }

@@ -26,7 +26,7 @@ pub(super) struct Wanted {
 }
 
 pub(super) async fn requests(State(admin): State<Arc<Admin>>, Asked(wanted): Asked<Wanted>) -> Json<Value> {
-    let now = admin.commons.clock.now();
+    let now = admin.commons().clock.now();
     let is = |wanted: &Option<String>, is: &str| wanted.as_ref().is_none_or(|wanted| wanted == is);
     let told = |seen: Seen| {
         let mut told = json!(seen);
@@ -34,7 +34,7 @@ pub(super) async fn requests(State(admin): State<Arc<Admin>>, Asked(wanted): Ask
         told["same"] = format!("{:016x}", seen.same).into();
         told
     };
-    let all = admin.commons.telemetry.recent.read().into_iter();
+    let all = admin.commons().telemetry.recent.read().into_iter();
     let wanted = all
         .filter(|seen| is(&wanted.outcome, seen.outcome) && is(&wanted.rule, &seen.rule))
         .filter(|seen| is(&wanted.upstream, &seen.upstream))

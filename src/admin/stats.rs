@@ -11,7 +11,7 @@ use super::Admin;
 use crate::policy::outcome::Rehearsed;
 
 pub(super) async fn stats(State(admin): State<Arc<Admin>>) -> Json<Value> {
-    let commons = &admin.commons;
+    let commons = admin.commons();
     let redis = commons.fleet.as_ref().map(|fleet| {
         let state = fleet.redis.state();
         json!({

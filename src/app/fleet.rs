@@ -17,7 +17,7 @@ use crate::fleet::{Fleet, SidecarId};
 use crate::policy::key::KeySecret;
 use crate::policy::millis;
 use crate::policy::mode::{Mode, Source};
-use crate::proxy::face::Face;
+use crate::proxy::face::Stage;
 use crate::proxy::{Commons, Proxy};
 use crate::redis::{Message, Redis, Trouble};
 use crate::store::Shared;
@@ -124,7 +124,8 @@ pub(super) fn build(
 
 impl Parts {
     /// Sets everything to work.
-    pub(super) fn start(self, commons: &Arc<Commons>, faces: Vec<Arc<Face>>, tasks: &mut JoinSet<()>) {
+    pub(super) fn start(self, stage: &Arc<Stage>, tasks: &mut JoinSet<()>) {
+        let commons = stage.commons();
         let Parts { fleet, invalidations, seed } = self;
         let log = Log {
             redis: fleet.redis.clone(),
@@ -136,7 +137,7 @@ impl Parts {
             said_present: Arc::default(),
         };
         let (follower, teller, shared) = (log.clone(), log, fleet.shared.clone());
-        let commons = commons.clone();
+        let stage = stage.clone();
         tasks.spawn(async move {
             // Nothing is read or written with a secret that the fleet may not have.
             let mut seed = seed;
@@ -154,7 +155,7 @@ impl Parts {
             work.spawn(async move { walking.clear_purged().await });
             work.spawn(async move { shared.write_behind(seen_at).await });
             work.spawn(follow_mode(fleet.clone(), commons.clone()));
-            work.spawn(labour(fleet.clone(), faces));
+            work.spawn(labour(fleet.clone(), stage));
             match seed {
                 Some(mut seed) => loop {
                     tokio::time::sleep(LOOK_AT_SECRET).await;
@@ -187,17 +188,17 @@ async fn follow_mode(fleet: Arc<Fleet>, commons: Arc<Commons>) {
 }
 
 /// Works for the fleet, for ever: on what is offered, and on what others have left.
-async fn labour(fleet: Arc<Fleet>, faces: Vec<Arc<Face>>) {
+async fn labour(fleet: Arc<Fleet>, stage: Arc<Stage>) {
     loop {
         fleet.redis.worker_connected().await;
-        if let Err(trouble) = labour_for_a_while(&fleet, &faces).await {
+        if let Err(trouble) = labour_for_a_while(&fleet, &stage).await {
             debug!(%trouble, "no work can be had");
             tokio::time::sleep(PAUSE).await;
         }
     }
 }
 
-async fn labour_for_a_while(fleet: &Arc<Fleet>, faces: &[Arc<Face>]) -> Result<(), Trouble> {
+async fn labour_for_a_while(fleet: &Arc<Fleet>, stage: &Stage) -> Result<(), Trouble> {
     let me = fleet.me.to_string();
     fleet.redis.tidy_work().await?;
     let mut under_way = JoinSet::new();
@@ -205,7 +206,7 @@ async fn labour_for_a_while(fleet: &Arc<Fleet>, faces: &[Arc<Face>]) -> Result<(
         let left = fleet.redis.take_over(&me, WORK_AT_ONCE, LEFT_BEHIND).await?;
         let offered = fleet.redis.work(&me, WORK_AT_ONCE, WAIT_FOR_WORK).await?;
         for message in left.into_iter().chain(offered) {
-            under_way.spawn(work_off(fleet.clone(), faces.iter().map(|face| face.proxy()).collect(), message));
+            under_way.spawn(work_off(fleet.clone(), stage.proxies(), message));
         }
         // What takes longer than it may is taken over, by us or others: its lease keeps it from being done twice.
         while under_way.len() >= usize::try_from(WORK_AT_ONCE).unwrap_or(1) {

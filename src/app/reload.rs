@@ -8,14 +8,13 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::interval;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
+use super::real;
+use super::rig::Rig;
 use crate::admin::{Reload, Reloads};
-use crate::config::{self, Config, ListenTls, Secret};
-use crate::proxy::face::Face;
-use crate::proxy::site::Site;
-use crate::proxy::{Commons, Proxy};
-use crate::upstream::http::HttpUpstream;
+use crate::config::{self, Config};
+use crate::proxy::face::Stage;
 
 /// How often the file is looked at. Its contents count: Kubernetes changes a mounted folder by moving a link.
 /// Two looks must agree, so that a file which is being written is left alone.
@@ -32,16 +31,13 @@ pub struct Origin {
     pub file: Option<PathBuf>,
 }
 
-/// Replaces what can be replaced.
+/// Reads the configuration again, and has it replace what runs.
 pub(super) struct Reloader {
     origin: OnceLock<Origin>,
-    commons: Arc<Commons>,
-    /// In the order of the configuration: where each listens, on which port, and what it shows.
-    faces: Vec<(std::net::SocketAddr, u16, Arc<Face>)>,
-    /// What only a restart changes, as it was at start: name and value.
-    fixed: Vec<(&'static str, String)>,
-    /// One reload at a time. Whoever asks how the last one went does not wait for this.
+    /// One reload at a time. Whoever asks how the last one went does not wait for this, nor does the end.
     turn: Mutex<()>,
+    rig: Mutex<Rig>,
+    stage: Arc<Stage>,
     reloads: Mutex<Reloads>,
     /// The configuration in force.
     shown: Mutex<Value>,
@@ -77,38 +73,6 @@ impl std::fmt::Debug for Reloader {
     }
 }
 
-/// What only a restart changes.
-pub(super) fn fixed(config: &Config) -> Vec<(&'static str, String)> {
-    let tls: Vec<_> =
-        config.upstreams.iter().map(|upstream| upstream.listen_tls.as_ref().map(certificates)).collect();
-    // Secrets print as stars: what they are tells whether they changed.
-    let digest = |secret: &Secret| blake3::hash(secret.reveal().as_bytes());
-    let token = config.admin.as_ref().and_then(|admin| admin.token.as_ref()).map(digest);
-    let secrets: Vec<_> = config.secrets.iter().map(digest).collect();
-    vec![
-        ("[redis]", format!("{:?}", config.redis)),
-        ("[admin]", format!("{:?} {token:?}", config.admin)),
-        ("[probes]", format!("{:?}", config.probes)),
-        ("[shutdown]", format!("{:?}", config.grace)),
-        ("[log]", format!("{:?}", config.log)),
-        ("[security]", format!("{secrets:?} {}", config.encrypt)),
-        ("[upstream.listen_tls]", format!("{tls:?}")),
-        ("limits.connections", config.limits.connections.to_string()),
-        ("limits.shared_write_stall", format!("{:?}", config.limits.shared_write_stall)),
-        ("memory.max_entry_bytes, max_inflight_bytes, max_unverified", {
-            let memory = &config.memory;
-            format!("{} {} {:?}", memory.max_entry_bytes, memory.max_inflight_bytes, memory.max_unverified)
-        }),
-    ]
-}
-
-/// Where certificates and keys lie, and a digest of what they are.
-fn certificates(tls: &ListenTls) -> String {
-    let files = [Some(&tls.cert), Some(&tls.key), tls.client_ca.as_ref()];
-    let digest = |file: &PathBuf| std::fs::read(file).ok().map(|text| blake3::hash(&text));
-    files.map(|file| format!("{file:?} {:?}", file.and_then(digest))).join(" ")
-}
-
 /// An error without the lines of the file that it shows: they may hold what only its readers should see.
 fn without_excerpts(error: &str) -> String {
     let shown = |line: &&str| line.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit()).starts_with('|');
@@ -116,22 +80,21 @@ fn without_excerpts(error: &str) -> String {
 }
 
 impl Reloader {
-    pub(super) fn new(
-        commons: Arc<Commons>,
-        faces: Vec<(std::net::SocketAddr, u16, Arc<Face>)>,
-        fixed: Vec<(&'static str, String)>,
-        shown: Value,
-    ) -> Reloader {
+    pub(super) fn new(rig: Rig, shown: Value) -> Reloader {
         Reloader {
             origin: OnceLock::new(),
-            commons,
-            faces,
-            fixed,
+            stage: rig.stage.clone(),
             turn: Mutex::default(),
+            rig: Mutex::new(rig),
             reloads: Mutex::default(),
             shown: Mutex::new(shown),
             watched: Mutex::default(),
         }
+    }
+
+    /// What runs.
+    pub(super) fn rig(&self) -> MutexGuard<'_, Rig> {
+        self.rig.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From now on it can.
@@ -164,46 +127,13 @@ impl Reloader {
         self.reloads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Builds everything first; only then does it show.
     fn replace(&self) -> Result<Vec<String>, String> {
         let Some(origin) = self.origin.get() else { return Err("there is nothing to read again".into()) };
         let config = (origin.load)()?;
-        let listens: Vec<_> = config.upstreams.iter().map(|upstream| upstream.listen).collect();
-        if listens.iter().ne(self.faces.iter().map(|(listen, ..)| listen)) {
-            return Err("the upstreams' listen addresses have changed: that needs a restart".into());
-        }
-        let restart = fixed(&config)
-            .into_iter()
-            .zip(&self.fixed)
-            .filter(|((_, new), (_, old))| new != old)
-            .map(|((name, _), _)| name.to_owned())
-            .collect();
         let shown = config::shown(&config);
-        let (memory, limits, mode) = (config.memory.max_bytes, config.limits, config.mode);
-        let ports = self.faces.iter().map(|(_, port, _)| *port);
-        let sites: Vec<Site> = config
-            .upstreams
-            .into_iter()
-            .zip(ports)
-            .map(|(new, port)| self.site(new, port))
-            .collect::<Result<_, _>>()?;
-        for (mut site, (_, _, face)) in sites.into_iter().zip(&self.faces) {
-            site.inherit(&face.proxy().site);
-            let connections = face.now().limits.connections;
-            let proxy = Proxy { commons: self.commons.clone(), site };
-            face.show(Arc::new(proxy), config::Limits { connections, ..limits });
-        }
-        self.commons.mode.configure(mode.0, mode.1);
-        self.commons.memory.resize(memory);
+        let replaced = self.rig().replace(config, &real)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = shown;
-        Ok(restart)
-    }
-
-    fn site(&self, upstream: config::Upstream, port: u16) -> Result<Site, String> {
-        let name = upstream.name.clone();
-        let http = HttpUpstream::new(&upstream, self.commons.clock.clone());
-        let real = Arc::new(http.map_err(|error| format!("upstream {name}: {error}"))?);
-        Ok(Site::new(upstream, real, port))
+        Ok(replaced)
     }
 }
 
@@ -213,13 +143,11 @@ impl Reload for Reloader {
         let done = self.replace().map_err(|error| without_excerpts(&error));
         let mut reloads = self.lock();
         reloads.count += 1;
-        reloads.at = Some(self.commons.clock.wall());
+        reloads.at = Some(self.stage.commons().clock.wall());
         reloads.error = done.as_ref().err().cloned();
         match &done {
-            Ok(restart) if restart.is_empty() => info!("the configuration was read again"),
-            Ok(restart) => {
-                warn!(restart = restart.join(", "), "the configuration was read again; some of it needs a restart");
-            }
+            Ok(replaced) if replaced.is_empty() => info!("the configuration was read again"),
+            Ok(replaced) => info!(replaced = replaced.join(", "), "the configuration was read again"),
             Err(why) => error!("the configuration was not taken, and nothing has changed: {why}"),
         }
         done

@@ -38,6 +38,11 @@ impl Purse {
         Arc::new(Purse { held: AtomicU64::new(0), max })
     }
 
+    /// Bytes that may be held.
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+
     /// Bytes held now.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)

@@ -15,9 +15,9 @@ use crate::upstream::http::HttpUpstream;
 /// Runs until it is told to stop.
 pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     let config = load(&flags)?;
-    logs::start(&config.log)?;
+    logs::start(&config.log, redis::QUIET)?;
     let stop = stop_signal()?;
-    let app = App::bind(config).await?;
+    let app = App::bind(config)?;
     let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|here| here.exists()));
     app.reload_from(Origin { file, load: Box::new(move || load(&flags)) });
     for line in app.lines() {
@@ -35,7 +35,7 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
 pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
     let flags = Flags { config, ..Flags::default() };
     let config = load(&flags)?;
-    logs::filter(&config.log)?;
+    logs::filter(&config.log, redis::QUIET)?;
     for upstream in &config.upstreams {
         HttpUpstream::new(upstream, Clock::start()).map_err(|e| format!("upstream {}: {e}", upstream.name))?;
         let rules = if upstream.rules == 1 { "1 rule".into() } else { format!("{} rules", upstream.rules) };

@@ -279,7 +279,7 @@ impl Validator<'_> {
                 false
             }
         };
-        Log { filter: given.filter.clone().unwrap_or_else(|| "info,fred=error".into()), json }
+        Log { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
     }
 }
 

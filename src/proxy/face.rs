@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 
-use super::Proxy;
+use super::{Commons, Proxy};
 use crate::config::Limits;
 
 /// Who answers, and what clients may do.
@@ -44,5 +44,44 @@ impl Face {
     /// From the next request on another one answers; those that are under way end with theirs.
     pub fn show(&self, proxy: Arc<Proxy>, limits: Limits) {
         self.0.store(Arc::new(Served { proxy, limits }));
+    }
+}
+
+/// All that is shown, for those who ask about the whole process, or work for it.
+#[derive(Debug)]
+pub struct Stage {
+    commons: ArcSwap<Commons>,
+    faces: ArcSwap<Vec<Arc<Face>>>,
+}
+
+impl Stage {
+    /// Nothing is shown yet.
+    pub fn new(commons: Arc<Commons>) -> Arc<Stage> {
+        Arc::new(Stage { commons: ArcSwap::new(commons), faces: ArcSwap::default() })
+    }
+
+    /// What all upstreams share now.
+    pub fn commons(&self) -> Arc<Commons> {
+        self.commons.load_full()
+    }
+
+    /// Who answers now, in the order of the configuration.
+    pub fn proxies(&self) -> Vec<Arc<Proxy>> {
+        self.faces.load().iter().map(|face| face.proxy()).collect()
+    }
+
+    /// What clients of the first upstream may do.
+    pub fn limits(&self) -> Option<Limits> {
+        self.faces.load().first().map(|face| face.now().limits)
+    }
+
+    /// From now on these are shared.
+    pub fn set_commons(&self, commons: Arc<Commons>) {
+        self.commons.store(commons);
+    }
+
+    /// From now on these are shown.
+    pub fn set_faces(&self, faces: Vec<Arc<Face>>) {
+        self.faces.store(Arc::new(faces));
     }
 }

@@ -89,6 +89,11 @@ impl Crowd {
         Arc::new(Crowd { places: Mutex::new(places), freed: Notify::new() })
     }
 
+    /// From now on for so many; who is here beyond that stays until asked to leave.
+    pub(super) fn resize(&self, most: usize) {
+        self.lock().most = most;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -109,14 +114,13 @@ impl Crowd {
     pub(super) fn take(self: &Arc<Self>) -> Option<Place> {
         let seat = Arc::new(Seat::default());
         let mut places = self.lock();
-        let index = match places.free.pop() {
-            Some(index) => index,
-            None if places.taken.len() < places.most => {
-                places.taken.push(None);
-                places.taken.len() - 1
-            }
-            None => return None,
-        };
+        if places.taken.len() - places.free.len() >= places.most {
+            return None;
+        }
+        let index = places.free.pop().unwrap_or_else(|| {
+            places.taken.push(None);
+            places.taken.len() - 1
+        });
         places.taken[index] = Some((seat.clone(), 0));
         Some(Place { crowd: self.clone(), index, seat })
     }

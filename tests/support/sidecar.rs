@@ -36,36 +36,36 @@ pub(crate) fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
 
 impl Sidecar {
     /// Before an origin, with these lines in its upstream.
-    pub(crate) async fn before(origin: &Origin, upstream: &str) -> Sidecar {
-        Self::from_text(&text(origin.address, upstream, "")).await
+    pub(crate) fn before(origin: &Origin, upstream: &str) -> Sidecar {
+        Self::from_text(&text(origin.address, upstream, ""))
     }
 
     /// The same, with tables after the upstream.
-    pub(crate) async fn with_tables(origin: &Origin, upstream: &str, tables: &str) -> Sidecar {
-        Self::from_text(&text(origin.address, upstream, tables)).await
+    pub(crate) fn with_tables(origin: &Origin, upstream: &str, tables: &str) -> Sidecar {
+        Self::from_text(&text(origin.address, upstream, tables))
     }
 
-    pub(crate) async fn from_text(text: &str) -> Sidecar {
+    pub(crate) fn from_text(text: &str) -> Sidecar {
         Self::start(text, &|upstream, clock| {
             HttpUpstream::new(upstream, clock.clone()).map(|http| Arc::new(http) as Arc<dyn Upstream>)
         })
-        .await
     }
 
     /// With an upstream of the test's own making.
-    pub(crate) async fn over(upstream: Arc<dyn Upstream>, lines: &str) -> Sidecar {
+    pub(crate) fn over(upstream: Arc<impl Upstream>, lines: &str) -> Sidecar {
+        let upstream: Arc<dyn Upstream> = upstream;
         let unused = "127.0.0.1:9".parse().expect("an address");
-        Self::start(&text(unused, lines, ""), &|_, _| Ok(upstream.clone())).await
+        Self::start(&text(unused, lines, ""), &|_, _| Ok(upstream.clone()))
     }
 
-    async fn start(text: &str, make: sidecache::app::MakeUpstream<'_>) -> Sidecar {
+    fn start(text: &str, make: sidecache::app::MakeUpstream<'_>) -> Sidecar {
         super::canary::watch();
         let config = config::from_text("test", text, Path::new("."));
         let config = config.unwrap_or_else(|errors| panic!("{}", errors[0]));
         let clock = Clock::start();
-        let app = App::bind_with(config, clock.clone(), make).await.expect("free ports");
+        let app = App::bind_with(config, clock.clone(), make).expect("free ports");
         let (address, admin) = (app.addresses()[0], app.admin_address().expect("an admin listener"));
-        let commons = app.commons().clone();
+        let commons = app.commons();
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(app.run(stopped));
         Sidecar { address, admin, clock, commons, stop }
