@@ -29,6 +29,10 @@ bench *PARTS:
 bench-parts:
     cargo bench --bench parts
 
+# How soon /health is there: under full load, and while upstream and Redis hang. Needs wrk.
+bench-health:
+    cargo bench --bench health
+
 # The public conformance suite for HTTP caches (npm: http-cache-tests), through the sidecar: fails below the floor in
 # tests/conformance/floor.json. Variants: default everyone redis redis-only. Needs node, npm.
 conformance *VARIANTS:

@@ -132,6 +132,11 @@ impl Program {
         kill(Pid::from_raw(i32::try_from(self.child.id()).expect("a pid")), signal).expect("our own process");
     }
 
+    /// From now on all its threads run on this core alone.
+    pub(crate) fn pin(&self, core: u8) {
+        pin(&self.child.id().to_string(), core);
+    }
+
     /// Resident memory, in bytes.
     pub(crate) fn rss(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
@@ -165,6 +170,12 @@ impl Drop for Program {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Has all threads of a process run on one core.
+pub(crate) fn pin(process: &str, core: u8) {
+    let pinned = Command::new("taskset").args(["-acp", &core.to_string(), process]).stdout(Stdio::null()).status();
+    assert!(pinned.is_ok_and(|status| status.success()), "taskset is installed");
 }
 
 /// Processor time of a process, or of `self`; in steps of 10 ms.

@@ -4,6 +4,7 @@
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, Request, Response};
@@ -13,8 +14,10 @@ use sidecache::config;
 use sidecache::policy::freshness::{Demands, judge};
 use sidecache::policy::invalidation::Standing;
 use sidecache::policy::key::{KeyParts, KeySecret};
+use sidecache::policy::outcome::Outcome;
 use sidecache::proxy::{Handled, Proxy};
 use sidecache::server::framing::Scanner;
+use sidecache::telemetry::Answered;
 use sidecache::upstream::{Sending, Upstream};
 
 const HEAD: &[u8] =
@@ -104,6 +107,27 @@ fn parts(criterion: &mut Criterion) {
     let now = proxy.commons.clock.now();
     criterion.bench_function("verdict", |b| {
         b.iter(|| judge(black_box(&entry), Standing::Valid, &Demands::default(), now));
+    });
+    let outcome = Outcome::Hit { ttl: 60 };
+    let took = Duration::from_micros(12);
+    criterion.bench_function("metrics of a hit: outcome, latency, rule", |b| {
+        b.iter(|| {
+            proxy.site.meter.answered(black_box(&outcome), took);
+            plan.tally.count(black_box(&outcome));
+        });
+    });
+    let answered = Answered {
+        upstream: "api",
+        plan: Some(&plan),
+        asked: (&asked).into(),
+        status: http::StatusCode::OK,
+        now,
+        took,
+        request_id: None,
+        identity: None,
+    };
+    criterion.bench_function("counters of a hit, its log line left out, remembered among the last 1,000", |b| {
+        b.iter(|| proxy.commons.telemetry.record(black_box(&outcome), black_box(&answered)));
     });
     criterion.bench_function("the handler: a hit, with its answer", |b| {
         b.iter_batched(

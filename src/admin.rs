@@ -120,7 +120,7 @@ pub async fn serve_probes(listener: TcpListener, admin: Arc<Admin>, close: watch
 
 fn probes() -> Router<Arc<Admin>> {
     Router::new()
-        .route("/livez", get(|| async { "ok\n" }))
+        .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(metrics::metrics))
 }

@@ -3,6 +3,7 @@
 //! Start: bind all listeners (so that a taken port is an error before anything runs), then serve, then sweep.
 //! Stop: not ready, stop accepting, let requests finish within the grace, cut the rest.
 
+mod apart;
 mod commons;
 mod fleet;
 mod prepare;
@@ -143,7 +144,7 @@ async fn beat(stage: Arc<Stage>) {
         tokio::time::sleep(BEAT_EVERY).await;
         let late = clock.instant().saturating_duration_since(begun).saturating_sub(BEAT_EVERY);
         // The timer's own step is a millisecond.
-        stage.commons().telemetry.pulse.beat(late.saturating_sub(Duration::from_millis(1)), clock.now());
+        stage.commons().telemetry.pulse.beat(late.saturating_sub(Duration::from_millis(1)), clock.uptime());
     }
 }
 

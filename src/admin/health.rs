@@ -17,6 +17,16 @@ use crate::proxy::Commons;
 /// An event loop that was so late, in milliseconds, is worth a word.
 const SLOW: u64 = 1000;
 
+/// 200, or 503 if the event loop of the requests stands still. This listener has another one.
+pub(super) async fn live(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
+    let commons = admin.commons();
+    if commons.telemetry.pulse.is_still(commons.clock.uptime()) {
+        (StatusCode::SERVICE_UNAVAILABLE, "the event loop stands still\n")
+    } else {
+        (StatusCode::OK, "ok\n")
+    }
+}
+
 /// 200, or 503 while draining. Depends on no upstream.
 pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
     if admin.draining.load(Ordering::Relaxed) {

@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::MakeUpstream;
+use super::apart::Apart;
 use super::commons::{adapt, first, foundations, renewed};
 use super::fleet::Parts;
 use super::prepare::{Next, NextAsked};
@@ -46,6 +48,9 @@ pub(super) struct Rig {
 #[derive(Debug)]
 struct Tasks {
     api: Arc<Admin>,
+    /// Where requests are served. A reload is asked for from elsewhere.
+    here: Handle,
+    apart: Apart,
     serving: JoinSet<usize>,
     asked: JoinSet<()>,
     fleet: JoinSet<()>,
@@ -110,6 +115,8 @@ impl Rig {
     /// Puts another configuration in the place of the one before; a bad one changes nothing. Returns what was replaced
     /// that people may miss.
     pub(super) fn replace(&mut self, config: Config, make: MakeUpstream<'_>) -> Result<Vec<String>, String> {
+        let here = self.tasks.as_ref().map(|tasks| tasks.here.clone());
+        let _here = here.as_ref().map(Handle::enter);
         let before = self.stage.commons();
         let foundations = foundations(&config);
         let anew = foundations != self.foundations;
@@ -172,7 +179,8 @@ impl Rig {
     /// Sets everything to work.
     pub(super) fn start(&mut self, api: Arc<Admin>, idle: Idle) {
         let (serving, asked, fleet) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
-        self.tasks = Some(Tasks { api, serving, asked, fleet });
+        let (here, apart) = (Handle::current(), Apart::start());
+        self.tasks = Some(Tasks { api, here, apart, serving, asked, fleet });
         self.work_for_fleet(idle);
         self.serve_new();
     }
@@ -197,11 +205,12 @@ impl Rig {
             }
         }
         if let Some((socket, asked)) = self.admin.as_mut().and_then(|asked| Some((asked.socket.take()?, asked))) {
-            let (api, access) = (tasks.api.clone(), asked.access.clone());
-            tasks.asked.spawn(admin::serve(socket, api, access, asked.stop.subscribe()));
+            let (api, access, stop) = (tasks.api.clone(), asked.access.clone(), asked.stop.subscribe());
+            tasks.apart.serve(&mut tasks.asked, socket, |socket| admin::serve(socket, api, access, stop));
         }
         if let Some((socket, asked)) = self.probes.as_mut().and_then(|asked| Some((asked.socket.take()?, asked))) {
-            tasks.asked.spawn(admin::serve_probes(socket, tasks.api.clone(), asked.stop.subscribe()));
+            let (api, stop) = (tasks.api.clone(), asked.stop.subscribe());
+            tasks.apart.serve(&mut tasks.asked, socket, |socket| admin::serve_probes(socket, api, stop));
         }
     }
 
@@ -230,7 +239,7 @@ pub(super) struct Closing {
 impl Closing {
     /// Waits for the requests that run, at most for the grace. Returns how many connections had to be cut.
     pub(super) async fn finished(self) -> usize {
-        let Some(Tasks { api, serving, asked, mut fleet }) = self.tasks else { return 0 };
+        let Some(Tasks { api, serving, asked, mut fleet, apart: _apart, .. }) = self.tasks else { return 0 };
         api.drain();
         let cut = serving.join_all().await.into_iter().sum();
         fleet.shutdown().await;

@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::policy::{Tick, millis};
+use crate::policy::millis;
 
 /// The worst of at least so many milliseconds is told.
 const WINDOW: u64 = 10_000;
+
+/// Without a beat for so long it stands still.
+const STILL: Duration = Duration::from_secs(5);
 
 /// What one task writes and anybody reads.
 #[derive(Debug, Default)]
@@ -17,6 +20,8 @@ pub struct Pulse {
     worst: AtomicU64,
     worst_before: AtomicU64,
     window: AtomicU64,
+    /// Of the last beat: milliseconds since the start.
+    at: AtomicU64,
 }
 
 /// The event loop's delay, in milliseconds.
@@ -29,14 +34,20 @@ pub struct Delay {
 }
 
 impl Pulse {
-    /// It woke so late.
-    pub fn beat(&self, late: Duration, now: Tick) {
-        let (late, window) = (millis(late), now.0 / WINDOW);
+    /// It woke so late, so long after the start.
+    pub fn beat(&self, late: Duration, uptime: Duration) {
+        self.at.store(millis(uptime), Relaxed);
+        let (late, window) = (millis(late), millis(uptime) / WINDOW);
         if self.window.swap(window, Relaxed) != window {
             self.worst_before.store(self.worst.swap(0, Relaxed), Relaxed);
         }
         self.last.store(late, Relaxed);
         self.worst.fetch_max(late, Relaxed);
+    }
+
+    /// Does it stand still?
+    pub fn is_still(&self, uptime: Duration) -> bool {
+        millis(uptime).saturating_sub(self.at.load(Relaxed)) > millis(STILL)
     }
 
     /// How late it is.
@@ -53,12 +64,14 @@ mod tests {
     #[test]
     fn the_worst_is_forgotten_after_a_while() {
         let pulse = Pulse::default();
-        pulse.beat(Duration::from_millis(40), Tick(1_000));
-        pulse.beat(Duration::from_millis(1), Tick(1_100));
+        let at = Duration::from_millis;
+        pulse.beat(at(40), at(1_000));
+        pulse.beat(at(1), at(1_100));
         assert_eq!(pulse.delay(), Delay { last: 1, worst: 40 });
-        pulse.beat(Duration::from_millis(2), Tick(11_000));
+        pulse.beat(at(2), at(11_000));
         assert_eq!(pulse.delay(), Delay { last: 2, worst: 40 });
-        pulse.beat(Duration::from_millis(3), Tick(21_000));
+        pulse.beat(at(3), at(21_000));
         assert_eq!(pulse.delay(), Delay { last: 3, worst: 3 });
+        assert!(!pulse.is_still(at(26_000)) && pulse.is_still(at(26_001)));
     }
 }
