@@ -9,6 +9,8 @@ mod fleet;
 mod prepare;
 pub mod reload;
 mod rig;
+#[cfg(feature = "otlp")]
+pub mod traces;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ mod meter;
 mod pulse;
 pub mod recent;
 mod signals;
+pub mod spans;
 
 use std::time::Duration;
 

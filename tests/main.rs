@@ -30,4 +30,6 @@ mod staleness;
 mod tenants;
 mod tools;
 mod topologies;
+#[cfg(feature = "otlp")]
+mod traces;
 mod writes;

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use crate::app::App;
 use crate::app::reload::Origin;
+#[cfg(feature = "otlp")]
+use crate::app::traces;
 use crate::clock::Clock;
 use crate::config::{self, Config, ConfigError, Flags};
 use crate::process::{say, stop_signal};
@@ -15,7 +17,11 @@ use crate::upstream::http::HttpUpstream;
 /// Runs until it is told to stop.
 pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     let config = load(&flags)?;
-    logs::start(&config.log, redis::QUIET)?;
+    #[cfg(feature = "otlp")]
+    let (traces, besides) = traces::start()?.unzip();
+    #[cfg(not(feature = "otlp"))]
+    let besides = None;
+    logs::start(&config.log, redis::QUIET, besides)?;
     let stop = stop_signal()?;
     let app = App::bind(config)?;
     let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|here| here.exists()));
@@ -24,6 +30,10 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
         say(line);
     }
     let cut = app.run(stop).await;
+    #[cfg(feature = "otlp")]
+    if let Some(traces) = traces {
+        traces.finish().await;
+    }
     if cut > 0 {
         tracing::warn!(cut, "connections were still open when the grace had passed");
     }

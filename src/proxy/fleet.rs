@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::header::HeaderName;
 use http::{Request, Response};
 use tokio::time::{Instant, timeout, timeout_at};
-use tracing::debug;
+use tracing::{Instrument, debug};
 
 use super::flights::{Landing, Lead};
 use super::job::{Help, Job};
@@ -34,6 +34,7 @@ use crate::policy::tags::{Scope, subjects};
 use crate::policy::variant::Variant;
 use crate::store::shared::{Found, Place};
 use crate::store::wire::{Answer, WireAddress};
+use crate::telemetry::spans;
 
 /// A record from further in the future than this has a wrong date.
 const FUTURE: Duration = Duration::from_secs(5);
@@ -161,7 +162,8 @@ impl Proxy {
         if !fleet.redis.answers() || timeout(fleet.patience, self.commons.invalidations.caught_up()).await.is_err() {
             return Looked::Trouble;
         }
-        let found = match fleet.shared.look(place, job.plan.usual_vary(), &job.asked.headers).await {
+        let looking = fleet.shared.look(place, job.plan.usual_vary(), &job.asked.headers);
+        let found = match looking.instrument(spans::lookup("redis")).await {
             Err(_trouble) => return Looked::Trouble,
             Ok(None) => return Looked::Nothing,
             Ok(Some(Found::Waiting(entry))) => Some(entry),

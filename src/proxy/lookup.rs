@@ -11,6 +11,7 @@ use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::key::KeyBuf;
 use crate::policy::outcome::Forward;
 use crate::policy::variant::Variant;
+use crate::telemetry::spans;
 
 /// The next step.
 #[derive(Debug)]
@@ -59,6 +60,7 @@ pub fn variant_key(key: &[u8], variant: &Variant, request: &HeaderMap) -> KeyBuf
 impl Proxy {
     /// Looks into memory.
     pub(super) fn look_up(&self, key: &[u8], headers: &HeaderMap, demands: &Demands, now: Tick) -> Lookup {
+        let _span = spans::lookup("memory").entered();
         let Some(resource) = self.commons.memory.get(key) else {
             return Lookup::Fetch(Miss { forward: Forward::UriMiss, stale: None, sibling: None });
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::header::{CONNECTION, CONTENT_LOCATION, HeaderMap, HeaderValue, LOCATION, UPGRADE};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Uri};
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, info, warn};
 
 use super::Proxy;
 use super::forward::ask_upgrade;
@@ -142,7 +142,7 @@ impl Proxy {
             at,
             wait: None,
         };
-        tokio::spawn(write).await.unwrap_or_else(panicked)
+        tokio::spawn(write.in_current_span()).await.unwrap_or_else(panicked)
     }
 
     /// Would a GET of the same, answered from then on, not have been purged since?

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use http::header::HeaderMap;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
-use tracing::{info, warn};
+use tracing::{Instrument, info, warn};
 
 use super::Proxy;
 use super::budget::Bucket;
@@ -18,6 +18,7 @@ use crate::policy::mode::Mode;
 use crate::policy::outcome::Failure;
 use crate::policy::quota::retry_after;
 use crate::policy::retry::{Ended, RetryBudget};
+use crate::telemetry::spans;
 use crate::upstream::SendError;
 
 /// What came of sending a request, and when the request went out that it answers.
@@ -131,7 +132,7 @@ impl Proxy {
         self.site.retries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn through_breaker(&self, request: Request<Body>, place: &Place) -> Result<Response<Body>, SendError> {
+    async fn through_breaker(&self, mut request: Request<Body>, place: &Place) -> Result<Response<Body>, SendError> {
         let (upstream, host) = (&*self.site.name, place.connect.as_str());
         let (breakers, tolerance, clock) = (&self.site.breakers, self.site.tolerance, &self.commons.clock);
         // Handing everything through, we refuse nothing; what happens is counted.
@@ -141,7 +142,12 @@ impl Proxy {
             return Err(unsent(Failure::Unavailable, message));
         }
         self.retries().deposit();
-        let answer = self.site.upstream.send(request).await;
+        let span = spans::upstream(&request.method().clone(), host, request.headers_mut());
+        let answer = self.site.upstream.send(request).instrument(span.clone()).await;
+        match &answer {
+            Ok(response) => span.record("http.response.status_code", response.status().as_u16()),
+            Err(error) => span.record("error.type", error.failure.cause()),
+        };
         let now = clock.now();
         match &answer {
             // The client's fault says nothing about the upstream.

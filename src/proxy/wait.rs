@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use http::{Method, Request, Response};
 use tokio::time::{Instant, timeout_at};
+use tracing::Instrument;
 
 use super::fallback::Instead;
 use super::flights::{Arrival, Landing, Lead, Seat, Waited, Waiter};
@@ -19,6 +20,7 @@ use crate::policy::freshness::{Demands, Verdict, judge};
 use crate::policy::key::KeyBuf;
 use crate::policy::outcome::{Failure, Fetched, Forward, Outcome, Skip, StaleReason};
 use crate::policy::plan::Plan;
+use crate::telemetry::spans;
 
 /// A flight can be lost, or be for another variant, so often before we give up.
 const ATTEMPTS: usize = 4;
@@ -74,7 +76,7 @@ impl Proxy {
                     continue;
                 }
             };
-            match timeout_at(deadline, waiter.landing()).await {
+            match timeout_at(deadline, waiter.landing()).instrument(spans::wait()).await {
                 Err(_elapsed) => return self.ladder(&quest, Failure::Timeout, None, collapsed),
                 Ok(Waited::Landed(Landing::Failed(failure), _)) => {
                     return self.ladder(&quest, failure, None, collapsed);
@@ -207,7 +209,7 @@ impl Proxy {
 
     /// A flight is a task: nobody's leaving ends it.
     pub(super) fn spawn(self: &Arc<Self>, lead: Lead, job: Job) {
-        tokio::spawn(self.clone().fly(lead, job));
+        tokio::spawn(self.clone().fly(lead, job).in_current_span());
     }
 
     /// A shared answer.

@@ -10,7 +10,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tracing::debug;
+use tracing::{Instrument, debug};
 
 use super::normalise::normalise;
 use super::wire::{REFUSED, Word};
@@ -19,8 +19,10 @@ use crate::body::Body;
 use crate::body::tunnel::Tunnel;
 use crate::policy::headers::{add_date, nominated, strip_nominated};
 use crate::proxy::Handled;
+use crate::proxy::Proxy;
 use crate::proxy::face::Face;
 use crate::proxy::respond::{Rejection, body_rejection};
+use crate::telemetry::spans;
 use crate::upstream::Ear;
 
 /// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
@@ -34,6 +36,23 @@ pub(super) struct Desk {
     pub(super) meeting: Meeting,
     /// Where interim answers go; none: they can't be passed on.
     pub(super) interims: Option<Arc<dyn Ear>>,
+}
+
+/// Has a request handled, in its span.
+fn traced(proxy: &Arc<Proxy>, request: Request<Body>, ear: Option<&Arc<dyn Ear>>) -> Handled {
+    let span = spans::request(request.method(), request.uri().path(), request.headers());
+    match span.in_scope(|| proxy.handle(request, ear)) {
+        Handled::Now(response) => {
+            spans::answered(&span, &response);
+            Handled::Now(response)
+        }
+        Handled::Later(answer) if span.is_disabled() => Handled::Later(answer),
+        Handled::Later(answer) => Handled::later(async move {
+            let response = answer.instrument(span.clone()).await;
+            spans::answered(&span, &response);
+            response
+        }),
+    }
 }
 
 impl Desk {
@@ -67,7 +86,7 @@ impl Desk {
             return self.with_body(parts, incoming);
         }
         let ear = self.ear(&parts);
-        let handled = proxy.handle(Request::from_parts(parts, Body::Empty), ear);
+        let handled = traced(proxy, Request::from_parts(parts, Body::Empty), ear);
         match upgrade {
             None => handled,
             Some(upgrade) => self.may_upgrade(handled, upgrade),
@@ -86,7 +105,7 @@ impl Desk {
             match intake::body(incoming, &served.limits, &served.proxy.commons.purse).await {
                 Ok(body) => {
                     let ear = desk.ear(&parts);
-                    served.proxy.handle(Request::from_parts(parts, body), ear).response().await
+                    traced(&served.proxy, Request::from_parts(parts, body), ear).response().await
                 }
                 Err(fault) => desk.refuse(&parts, &body_rejection(fault)).response().await,
             }

@@ -9,18 +9,21 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::fmt::format::{Compact, Format, Json, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Layered, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
 use crate::config::Log;
 
-static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+/// Who else hears of what happens: the exporter of traces.
+pub type Besides = Option<Box<dyn Layer<Registry> + Send + Sync>>;
+
+static FILTER: OnceLock<reload::Handle<EnvFilter, Layered<Besides, Registry>>> = OnceLock::new();
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
 /// Starts logging. `RUST_LOG` beats the configuration. `quiet`: what is said of libraries unless one of them names them.
-pub fn start(config: &Log, quiet: &str) -> Result<(), String> {
+pub fn start(config: &Log, quiet: &str, besides: Besides) -> Result<(), String> {
     let (filter, handle) = reload::Layer::new(filter(config, quiet)?);
     AS_JSON.store(config.json, Ordering::Relaxed);
     let lines = tracing_subscriber::fmt::layer()
@@ -28,7 +31,7 @@ pub fn start(config: &Log, quiet: &str) -> Result<(), String> {
         .event_format(Lines { human: Format::default().with_target(false).compact(), json: json() })
         .with_writer(std::io::stderr)
         .with_filter(filter);
-    tracing_subscriber::registry().with(lines).init();
+    tracing_subscriber::registry().with(besides).with(lines).init();
     let _ = FILTER.set(handle);
     Ok(())
 }
