@@ -1,8 +1,6 @@
 """Checks k8s/ as far as that goes without a cluster. Prints what was checked; ends with 1 and what is wrong.
 
-There is no kustomize to be installed from a package index, so what it would make of the components is made here: the one
-patch each of them has is merged into the example's Deployment as a strategic merge does it (maps merge, lists of named
-things merge by name, new ones come first), and the result is validated like everything else.
+What kustomize makes of each folder is made by kustomize; the Helm chart is rendered by chart.py beside this file.
 """
 
 import copy
@@ -14,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 
+import jsonschema
 import kubernetes_validate
 import yaml
+
+from chart import Chart
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
@@ -40,19 +41,14 @@ def validate(doc, where, versions=("1.26", "1.29", "1.31")):
             fault(where, f"Kubernetes {version}: {str(error).splitlines()[0]}")
 
 
-def merge(base, patch):
-    if isinstance(base, dict) and isinstance(patch, dict):
-        merged = dict(base)
-        for key, value in patch.items():
-            merged[key] = merge(base[key], value) if key in base else copy.deepcopy(value)
-        return merged
-    named = lambda things: all(isinstance(thing, dict) and "name" in thing for thing in things)
-    if isinstance(base, list) and isinstance(patch, list) and named(base) and named(patch):
-        known = {thing["name"]: thing for thing in base}
-        new = [copy.deepcopy(thing) for thing in patch if thing["name"] not in known]
-        patches = {thing["name"]: thing for thing in patch}
-        return new + [merge(thing, patches.get(thing["name"], {})) for thing in base]
-    return copy.deepcopy(patch)
+def built(folder):
+    """What kustomize makes of a folder."""
+    command = [os.environ["KUSTOMIZE"], "build", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        fault(folder, done.stderr.strip())
+        return []
+    return [doc for doc in yaml.safe_load_all(done.stdout) if doc]
 
 
 def containers(deployment):
@@ -110,19 +106,23 @@ def probes_meet_the_configuration(deployment, config, where):
                 fault(where, f"{probe} does not ask the probes' port")
 
 
-def configurations_are_good():
-    secrets = tempfile.mkdtemp()
-    for path in sorted(K8S.rglob("config.toml")):
-        text = path.read_text()
+def is_good(text, where):
+    """Would the program take this configuration?"""
+    with tempfile.TemporaryDirectory() as secrets:
         for name in re.findall(r'file = "/run/secrets/sidecache/([^"]+)"', text):
             pathlib.Path(secrets, name).write_text("a secret for the check\n")
         copied = pathlib.Path(secrets, "config.toml")
         copied.write_text(text.replace("/run/secrets/sidecache", secrets))
         done = subprocess.run(
-            [os.environ["SIDECACHE"], "check", "--config", str(copied)], capture_output=True, text=True, timeout=60
+            [os.environ["SIDECACHE"], "check", str(copied)], capture_output=True, text=True, timeout=60
         )
         if done.returncode != 0:
-            fault(path.relative_to(ROOT), done.stderr.strip())
+            fault(where, done.stderr.strip())
+
+
+def configurations_are_good():
+    for path in sorted(K8S.rglob("config.toml")):
+        is_good(path.read_text(), path.relative_to(ROOT))
     for first, second in [("sidecar", "sidecar-before-1.29")]:
         if (K8S / first / "config.toml").read_text() != (K8S / second / "config.toml").read_text():
             fault(f"k8s/{second}/config.toml", f"is not that of k8s/{first}")
@@ -153,32 +153,90 @@ def metrics_exist():
     return used
 
 
+def the_chart_renders():
+    """Its resources with the values it ships, with others, and its sidecar in a Pod."""
+    chart = Chart(K8S / "helm/sidecache")
+    others = {
+        "autoscaling": {"enabled": False},
+        "podMonitor": {"enabled": True},
+        "image": {"tag": "1.2.3"},
+        "env": [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4318"}],
+        "podAnnotations": {"a": "b"},
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "x", "operator": "Exists"}],
+    }
+    checked = 0
+    for values in ({}, others):
+        for name, text in chart.render(values).items():
+            where = f"k8s/helm/sidecache/templates/{name}"
+            if "{{" in text or "None" in text:
+                fault(where, "something was not filled in")
+            if name == "NOTES.txt":
+                continue
+            for doc in filter(None, yaml.safe_load_all(text)):
+                checked += 1
+                if doc["kind"] not in FOREIGN:
+                    validate(doc, where)
+                if doc["kind"] == "Deployment":
+                    hardened(doc, where)
+                if doc["kind"] == "ConfigMap":
+                    is_good(doc["data"]["config.toml"], where)
+    for wrong in ({"replicas": 0}, {"resources": {"limits": {"cpu": "1"}}}, {"config": "x"}, {"nothing": 1}):
+        try:
+            chart.render(wrong)
+            fault("k8s/helm/sidecache/values.schema.json", f"takes {wrong}")
+        except jsonschema.ValidationError:
+            pass
+    deployment = documents(K8S / "example/deployment.yaml")[0]
+    pod = deployment["spec"]["template"]["spec"]
+    told = {"image": "sidecache:0.1.0", "configMap": "sidecache"}
+    pod["initContainers"] = yaml.safe_load(chart.include("sidecache.sidecar", told))
+    pod["volumes"] = yaml.safe_load(chart.include("sidecache.volume", told))
+    validate(deployment, "the chart's sidecar in the example", VERSIONS["sidecar"])
+    hardened(deployment, "the chart's sidecar in the example")
+    by_kustomize = next(doc for doc in built(K8S / "example") if doc["kind"] == "Deployment")
+    ours, theirs = containers(deployment)[0], containers(by_kustomize)[0]
+    if {**ours, "image": ""} != {**theirs, "image": ""}:
+        fault("k8s/helm/sidecache/templates/_sidecar.tpl", "is not the sidecar of k8s/sidecar")
+    return checked + 1
+
+
 def main():
     checked = 0
-    for path in sorted(K8S.rglob("*.yaml")):
-        for doc in documents(path):
-            if doc["kind"] in FOREIGN or path.name == "patch.yaml":
-                continue
-            validate(doc, path.relative_to(ROOT))
+    for folder in ("example", "shared", "redis", "grafana"):
+        for doc in built(K8S / folder):
+            where = f"k8s/{folder}: {doc['kind']} {doc['metadata']['name']}"
+            if doc["kind"] not in FOREIGN:
+                validate(doc, where, VERSIONS["sidecar"] if folder == "example" else ("1.26", "1.29", "1.31"))
             if doc["kind"] == "Deployment":
-                hardened(doc, path.relative_to(ROOT))
+                hardened(doc, where)
             checked += 1
-    app = documents(K8S / "example/deployment.yaml")[0]
-    for component, versions in VERSIONS.items():
-        where = f"k8s/{component} in the example"
-        patched = merge(app, documents(K8S / component / "patch.yaml")[0])
-        patched["metadata"]["name"] = app["metadata"]["name"]
-        validate(patched, where, versions)
-        hardened(patched, where)
-        probes_meet_the_configuration(patched, K8S / component / "config.toml", where)
-        names = [container["name"] for container in containers(patched)]
-        if names[0] != "sidecache" or "app" not in names:
-            fault(where, f"the containers are {names}: the sidecar comes first, and the application stays")
-        checked += 1
+    with tempfile.TemporaryDirectory(dir=ROOT / "target") as scratch:
+        for component, versions in VERSIONS.items():
+            where = f"k8s/{component} in the example"
+            overlay = {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "resources": [os.path.relpath(K8S / "example/deployment.yaml", scratch)],
+                "components": [os.path.relpath(K8S / component, scratch)],
+            }
+            pathlib.Path(scratch, "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+            patched = [doc for doc in built(scratch) if doc["kind"] == "Deployment"]
+            for deployment in patched:
+                validate(deployment, where, versions)
+                hardened(deployment, where)
+                probes_meet_the_configuration(deployment, K8S / component / "config.toml", where)
+                names = [container["name"] for container in containers(deployment)]
+                if names[0] != "sidecache" or "app" not in names:
+                    fault(where, f"the containers are {names}: the sidecar comes first, and the application stays")
+            checked += len(patched)
+            if len(patched) != 1:
+                fault(where, f"{len(patched)} Deployments")
     shared = documents(K8S / "shared/deployment.yaml")[0]
     probes_meet_the_configuration(shared, K8S / "shared/config.toml", "k8s/shared")
     listed_files_exist()
     configurations_are_good()
+    checked += the_chart_renders()
     used = metrics_exist()
     if faults:
         print("\n".join(faults), file=sys.stderr)
