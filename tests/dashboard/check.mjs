@@ -75,6 +75,12 @@ const saved = await page.locator('dt', { hasText: 'upstream calls saved' }).loca
 assert.ok(Number(saved.replaceAll(',', '')) > 10, `${saved} calls saved`)
 await page.screenshot({ path: join(pictures, 'light.png'), fullPage: true })
 
+// Which rules, which requests, and why.
+await page.locator('#rules').getByText('shop/admin/api/*/products/{id}.json').waitFor()
+await page.getByLabel('Only').selectOption('hit')
+await page.locator('#recent tr', { hasText: 'hit' }).nth(2).waitFor()
+await page.getByLabel('Only').selectOption('')
+
 // Purge.
 await page.getByLabel('Value').fill(`product:${ids[0]}`)
 await page.getByRole('button', { name: 'Purge' }).click()
@@ -89,6 +95,14 @@ await page.getByRole('button', { name: 'Hand everything through' }).click()
 await page.getByText('mode bypass, set by hand for another 30 min').waitFor()
 await page.getByRole('button', { name: 'Back to normal' }).click()
 await page.getByText('mode normal, set by hand').waitFor()
+
+// A rehearsal.
+page.once('dialog', dialog => dialog.accept())
+await page.getByRole('button', { name: 'Rehearse' }).click()
+await page.getByText('mode shadow, set by hand for another 30 min').waitFor()
+await page.locator('#shadow td').nth(3).waitFor()
+await page.screenshot({ path: join(pictures, 'shadow.png'), fullPage: true })
+await page.getByRole('button', { name: 'Back to normal' }).click()
 
 // On a phone, in the dark: nothing sticks out.
 const [phone, wrongThere] = await open({ viewport: { width: 390, height: 1400 }, colorScheme: 'dark' })
