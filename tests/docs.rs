@@ -149,7 +149,7 @@ fn reference(example: &str) -> String {
     let mut row: Option<(String, String, String)> = None;
     let cell = |text: &str| text.replace('|', "\\|").replace('*', "\\*");
     let code = |text: &str| if text.is_empty() { String::new() } else { format!("`{}`", text.replace('|', "\\|")) };
-    let mut flush = |page: &mut String, row: &mut Option<(String, String, String)>| {
+    let flush = |page: &mut String, row: &mut Option<(String, String, String)>| {
         if let Some((key, value, why)) = row.take() {
             writeln!(page, "| {} | {} | {} |", code(&key), code(&value), cell(why.trim())).expect("a string");
         }
@@ -169,7 +169,7 @@ fn reference(example: &str) -> String {
             // A list that goes on, or a remark that does.
             if let Some((_, value, told)) = &mut row {
                 if open || !said.trim().is_empty() {
-                    *value = format!("{value} {}", said.trim()).trim().to_owned();
+                    *value = [value.as_str(), said.trim()].join(" ").trim_start().into();
                 }
                 *told = format!("{told} {why}");
                 open = open && !said.starts_with(']');
