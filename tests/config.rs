@@ -178,7 +178,7 @@ async fn what_can_go_wrong_at_start_is_one_clear_line_each() {
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = taken.local_addr().expect("an address").to_string();
     let table: &[(&[&str], i32, &str)] = &[
-        (&["--upstream", "http://127.0.0.1:9", "--listen", &address], 1, "is taken by another process"),
+        (&["--upstream", "http://127.0.0.1:9", "--listen", &address], 1, "is taken: stop who listens there"),
         (&["--config", "/nowhere/sidecache.toml"], 1, "/nowhere/sidecache.toml: can't read the configuration"),
         (&["--upstream", "http://x", "--redis", "memcached://x"], 1, "write one of redis://"),
         (&["--upstream", "http://x", "--profile", "magento"], 1, "write one of"),

@@ -111,3 +111,20 @@ async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_wor
     assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (503, Some("fleet_not_told")));
     assert_eq!(mode_of(&other), ("normal", "default"), "nothing has changed");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shadow_stores_nothing_that_a_fetch_would_not() {
+    let origin = Origin::start(|ask| match ask.target.as_str() {
+        "/list" => Reply::new(200, "{\"products\":[]}"),
+        _ => Reply::new(503, "x").header("Cache-Control", "no-store"),
+    })
+    .await;
+    let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1m\"\nreject_empty = \"/products\"\n";
+    let sidecar = Sidecar::before(&origin, rules);
+    mode(&sidecar, &json!({"mode": "shadow"})).await;
+    for target in ["/list", "/list", "/bad"] {
+        sidecar.get(target).await;
+    }
+    assert_eq!(sidecar.stats().await["memory"]["entries"], 0);
+    assert_eq!(rehearsed(&sidecar).await, [0, 0, 0, 3]);
+}

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::support::process::command;
 use crate::support::redis::{folder, free_port};
 use crate::support::sidecar::text;
-use crate::support::{Client, Origin, Redis, Reply, get, send, soon, until};
+use crate::support::{Client, Gate, Origin, Redis, Reply, get, send, soon, until};
 
 /// A sidecar that reads its configuration from a file.
 struct FromFile {
@@ -315,4 +315,80 @@ async fn a_hundred_reloads_under_load_fail_nobody_and_close_no_connection() {
         client.expect("no request failed");
     }
     assert!(so_far > 100, "{so_far} requests while it was reloading");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_other_tags_or_another_key_have_stored_is_not_served() {
+    let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
+    let rule = |lines: &str| format!("[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \"1h\"\n{lines}\n");
+    let sidecar = FromFile::start(&origin, &rule(""));
+    get(sidecar.address, "/x", &[]).await;
+    sidecar.write(&text(origin.address, &rule("tags = [\"products\"]"), ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "a purge of the new tag could not name it");
+    sidecar.write(&text(origin.address, &rule("key = { query = [\"*\", \"!page\"] }"), ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    get(sidecar.address, "/x?page=2", &[]).await;
+    assert!(get(sidecar.address, "/x", &[]).await.is_hit());
+    sidecar.write(&text(origin.address, &rule("key = { query = [\"*\", \"!other\"] }"), ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "page 2 is not the whole");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_under_way_counts_under_the_configuration_that_comes_meanwhile() {
+    let (gate, version) = (Gate::new(), Arc::new(AtomicUsize::new(1)));
+    let (opened, current) = (gate.clone(), version.clone());
+    let origin = Origin::start(move |ask| match ask.method.as_str() {
+        "PUT" => Reply::new(200, "done").after(&opened),
+        _ => Reply::new(200, current.load(Ordering::SeqCst).to_string()),
+    })
+    .await;
+    let sidecar = FromFile::start(&origin, STORES);
+    let address = sidecar.address;
+    let write = tokio::spawn(async move { send(address, "PUT", "/x", &[], b"x").await });
+    until("the write is there", || (origin.count() == 1).then_some(())).await;
+    sidecar.write(&text(origin.address, STORES, "[security]\nsecret = { env = \"PATH\" }\n"));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert_eq!(get(address, "/x", &[]).await.text(), "1");
+    assert!(get(address, "/x", &[]).await.is_hit());
+    version.store(2, Ordering::SeqCst);
+    gate.open();
+    assert_eq!(soon("the write ends", write).await.expect("it ran").status, 200);
+    assert_eq!(get(address, "/x", &[]).await.text(), "2", "its purge counts now");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_reload_counts_nothing_and_a_mode_of_a_fleet_ends_with_it() {
+    let redis = Redis::start();
+    let origin = Origin::start(|_| Reply::new(200, "x")).await;
+    let sidecar = FromFile::start(&origin, STORES);
+    for _ in 0..3 {
+        get(sidecar.address, "/x", &[]).await;
+    }
+    let counted = async || {
+        let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
+        let hits = "sidecache_requests_total{upstream=\"api\",rule=\"all\",outcome=\"hit\"} ";
+        metrics.lines().find_map(|line| line.strip_prefix(hits)?.parse::<u64>().ok())
+    };
+    assert_eq!(counted().await, Some(2));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let probes = format!("[probes]\nlisten = \"{}\"\n", taken.local_addr().expect("bound"));
+    sidecar.write(&text(origin.address, STORES, &probes));
+    for _ in 0..3 {
+        assert_eq!(sidecar.reload().await.status, 422);
+    }
+    assert_eq!(counted().await, Some(2));
+    sidecar.write(&text(origin.address, STORES, &redis.patient_table()));
+    assert_eq!(sidecar.reload().await.status, 200);
+    assert_eq!(counted().await, Some(2));
+    assert_eq!(get(sidecar.admin, "/stats", &[]).await.json()["rules"][0]["requests"], 3);
+    let json = [("Content-Type", "application/json")];
+    let bypass =
+        async || send(sidecar.admin, "POST", "/mode", &json, br#"{"mode":"bypass","fleet":true}"#).await.status;
+    soon("the fleet's mode is set", async { while bypass().await != 200 {} }).await;
+    sidecar.write(&text(origin.address, STORES, ""));
+    assert_eq!(sidecar.reload().await.status, 200);
+    let health = get(sidecar.admin, "/health", &[]).await.json();
+    assert_eq!(health["mode"]["mode"], "normal", "{}", health["mode"]);
 }

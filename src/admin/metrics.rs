@@ -114,14 +114,8 @@ impl Scrape {
         let mut took = Vec::new();
         for proxy in &proxies {
             let site = &proxy.site;
-            let tallies = site.router.plans().iter().map(|plan| (&*plan.name, &plan.tally));
-            for (rule, tally) in tallies.chain([("", &site.meter.no_rule)]) {
-                for (outcome, count) in tally.read() {
-                    *counts.entry((&site.name, rule.to_owned(), outcome)).or_default() += count;
-                }
-            }
-            for (rule, outcome, count) in site.meter.retired() {
-                *counts.entry((&site.name, rule, outcome)).or_default() += count;
+            for (rule, outcome, count) in site.meter.tallies() {
+                *counts.entry((&site.name, rule.into(), outcome)).or_default() += count;
             }
             let of = |outcome: &str| vec![("upstream", site.name.to_string()), ("outcome", outcome.to_owned())];
             took.extend(site.meter.took().map(|(outcome, latencies)| (of(outcome), latencies)));

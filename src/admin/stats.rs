@@ -63,10 +63,9 @@ fn rules(admin: &Admin) -> Vec<Value> {
             let of_rule = counts.entry((proxy.site.name.to_string(), rule.to_owned())).or_default();
             *of_rule.entry(outcome).or_default() += count;
         };
-        for plan in proxy.site.router.plans() {
-            plan.tally.read().for_each(|(outcome, count)| add(&plan.name, outcome, count));
+        for (rule, outcome, count) in proxy.site.meter.tallies() {
+            add(&rule, outcome, count);
         }
-        proxy.site.meter.no_rule.read().for_each(|(outcome, count)| add("", outcome, count));
     }
     let told = counts.into_iter().map(|((upstream, rule), outcomes)| {
         let outcomes: BTreeMap<&str, u64> = outcomes.into_iter().filter(|(_, count)| *count > 0).collect();

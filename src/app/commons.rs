@@ -37,7 +37,7 @@ pub(super) fn renewed(
     let same_purse = before.purse.max() == memory.max_inflight_bytes;
     let commons = Commons {
         clock: before.clock.clone(),
-        memory: before.memory.clone(),
+        memory: before.memory.rebuilt(&memory).map_or_else(|| before.memory.clone(), Arc::new),
         partials: before.partials.clone(),
         invalidations: before.invalidations.clone(),
         flights: before.flights.clone(),

@@ -179,7 +179,13 @@ async fn follow_mode(fleet: Arc<Fleet>, commons: Arc<Commons>) {
             }
             let mode = set.map(|(mode, _)| mode);
             if mode != before {
-                warn!(mode = mode.map_or("none", Mode::token), "the fleet's mode");
+                let state = commons.mode.state(commons.clock.now());
+                let hidden = state.source == Source::Local;
+                warn!(
+                    mode = mode.map_or("none", Mode::token),
+                    hidden_by_the_one_set_here = hidden,
+                    "the fleet's mode"
+                );
                 before = mode;
             }
         }

@@ -20,6 +20,8 @@ use crate::admin::{self, Access, Admin};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::policy::millis;
+use crate::policy::mode::Source;
+use crate::proxy::Commons;
 use crate::proxy::face::{Face, Stage};
 use crate::redis;
 use crate::server::{self, SharedTls};
@@ -115,8 +117,8 @@ impl Rig {
     /// Puts another configuration in the place of the one before; a bad one changes nothing. Returns what was replaced
     /// that people may miss.
     pub(super) fn replace(&mut self, config: Config, make: MakeUpstream<'_>) -> Result<Vec<String>, String> {
-        let here = self.tasks.as_ref().map(|tasks| tasks.here.clone());
-        let _here = here.as_ref().map(Handle::enter);
+        let here = self.tasks.as_ref().map(|tasks| tasks.here.clone()).ok_or("it is shutting down")?;
+        let _here = here.enter();
         let before = self.stage.commons();
         let foundations = foundations(&config);
         let anew = foundations != self.foundations;
@@ -126,15 +128,25 @@ impl Rig {
         let next = self.prepare(config, &commons, make)?;
         // From here on nothing fails.
         let mut replaced = Vec::new();
+        if anew {
+            before.invalidations.succeeded_by(&commons.invalidations);
+        }
         self.stage.set_commons(commons.clone());
         if anew {
             self.foundations = foundations;
             self.work_for_fleet(parts);
             replaced.push("redis, secrets or memory.max_unverified: the cache begins empty".to_owned());
+            if place(&before) != place(&commons) {
+                commons.mode.clear(Source::Fleet);
+            }
         } else {
             adapt(&commons, memory);
         }
         replaced.extend(self.show(next));
+        if anew {
+            // Requests under way may hold the old one for long: not its memory.
+            before.memory.empty();
+        }
         commons.mode.configure(mode.0, mode.1);
         log.take_effect();
         self.serve_new();
@@ -249,6 +261,11 @@ impl Closing {
         let _ = tokio::time::timeout(ADMIN_GRACE, asked.join_all()).await;
         cut
     }
+}
+
+/// Which Redis a fleet has, if it is one.
+fn place(commons: &Commons) -> Option<String> {
+    commons.fleet.as_ref().map(|fleet| fleet.redis.state().place)
 }
 
 /// Takes the next one for the one that runs, which ends if it listens elsewhere. Returns what came and went.

@@ -44,8 +44,9 @@ pub(super) async fn warm(args: WarmArgs) -> Result<ExitCode, String> {
         Some(to) => to,
         None => {
             let config = fetched(&client(&remote)?, "/config").await?;
-            let listen = config["upstreams"][0]["listen"].as_str().unwrap_or_default().to_owned();
-            format!("http://{listen}")
+            let first = &config["upstreams"][0];
+            let scheme = if first["listen_tls"] == true { "https" } else { "http" };
+            format!("{scheme}://{}", first["listen"].as_str().unwrap_or_default())
         }
     };
     let to: Uri = to.parse().map_err(|e| format!("--to {to:?}: {e}"))?;
@@ -129,7 +130,8 @@ impl Sidecar {
     async fn send(&self, url: &Uri) -> Result<Response<()>, String> {
         let target = url.path_and_query().map_or("/", |target| target.as_str());
         let to = self.to.authority().map_or("", |to| to.as_str());
-        let mut request = Request::builder().uri(format!("http://{to}{target}")).body(Body::Empty);
+        let scheme = self.to.scheme_str().unwrap_or("http");
+        let mut request = Request::builder().uri(format!("{scheme}://{to}{target}")).body(Body::Empty);
         if let Ok(request) = &mut request {
             request.headers_mut().extend(self.headers.clone());
             // On an upstream with several hosts the Host says which.

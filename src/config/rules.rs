@@ -18,7 +18,6 @@ use crate::policy::key::{KeyPlan, Partition, QueryFilter};
 use crate::policy::outcome::Failure;
 use crate::policy::plan::{CacheMode, Methods, Payload, Plan, When};
 use crate::policy::tags::TagTemplate;
-use crate::policy::tally::Tally;
 
 /// Longest fallback payload that is read.
 const MAX_PAYLOAD: u64 = 8 << 20;
@@ -127,7 +126,8 @@ impl Surroundings<'_> {
             stale_if_error: window(rule.stale_if_error),
             last_known_good: window(rule.last_known_good),
             refresh_ahead: window(rule.refresh_ahead),
-            key: KeyPlan { rule: salt(&name(&path)), ..key.clone() },
+            // What another configuration has stored under other tags or by another key is not found.
+            key: KeyPlan { rule: salt(&format!("{} {tags:?} {key:?}", name(&path))), ..key.clone() },
             tags,
             reject_empty: reject_empty.clone(),
             volatile: volatile.clone(),
@@ -135,7 +135,7 @@ impl Surroundings<'_> {
             fallback: fallback.clone(),
             upgrade: upgrade.clone(),
             keeps_cookies,
-            tally: Tally::default(),
+            tally: Arc::default(),
             path,
         };
         paths.into_iter().zip(tags).map(plan).collect()

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -44,6 +44,8 @@ pub struct Invalidations {
     trusted_until: AtomicU64,
     book: RwLock<Book>,
     fleet: Option<Fleet>,
+    /// Whose word counts since a reload.
+    successor: OnceLock<Arc<Invalidations>>,
 }
 
 /// What there is only if purges are shared.
@@ -107,7 +109,8 @@ impl Default for Invalidations {
             outbox,
             made: 0,
         });
-        Invalidations { epoch, trusted_until: AtomicU64::new(u64::MAX), book, fleet: None }
+        let (trusted_until, successor) = (AtomicU64::new(u64::MAX), OnceLock::new());
+        Invalidations { epoch, trusted_until, book, fleet: None, successor }
     }
 }
 
@@ -139,6 +142,9 @@ impl Invalidations {
 
     /// Purges. It holds here from the moment this returns; `answer`: who has applied it should say so, under this name.
     pub fn record(&self, selectors: Vec<Selector>, strength: Strength, answer: Option<u64>) -> Recorded {
+        if let Some(successor) = self.successor.get() {
+            successor.record(selectors.clone(), strength, None);
+        }
         let mut book = self.write();
         let position = book.ledger.record(selectors.iter().cloned(), strength);
         if let Some(fleet) = &self.fleet {
@@ -158,6 +164,17 @@ impl Invalidations {
         }
         self.epoch.store(position.0, Ordering::Release);
         Recorded { position, number: book.made }
+    }
+
+    /// Another ledger takes its place, before another Redis perhaps. What requests under way purge counts there too, and
+    /// what waits for the log is told to the new one.
+    pub fn succeeded_by(&self, next: &Arc<Invalidations>) {
+        if self.successor.set(next.clone()).is_ok() {
+            let waiting: Vec<Purge> = self.write().outbox.drain(..).collect();
+            for purge in waiting {
+                next.record(purge.selectors, purge.strength, None);
+            }
+        }
     }
 
     /// Where an entry stands. Compares two numbers, unless something was purged since it was last asked, or the log

@@ -52,7 +52,7 @@ pub struct Plan {
     /// `Set-Cookie` is stored with an answer, and sent with every hit.
     pub keeps_cookies: bool,
     /// What became of the requests it matched.
-    pub tally: Tally,
+    pub tally: Arc<Tally>,
 }
 
 /// Who decides whether an answer is stored and for how long.

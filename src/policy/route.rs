@@ -9,6 +9,7 @@ use http::{HeaderMap, Method};
 use super::glob::{Captures, PathPattern, Segment, match_pieces};
 use super::outcome::Bypass;
 use super::plan::{CacheMode, Plan};
+use super::tally::Tally;
 use super::target::is_ambiguous;
 
 /// What to do with a request, before any look-up.
@@ -52,6 +53,13 @@ impl Router {
     /// The rules, in the order they are tried.
     pub fn plans(&self) -> &[Arc<Plan>] {
         &self.plans
+    }
+
+    /// Has the rules count where `tally` says, by their names.
+    pub fn count_in(&mut self, tally: impl Fn(&str) -> Arc<Tally>) {
+        for plan in self.plans.iter_mut().filter_map(Arc::get_mut) {
+            plan.tally = tally(&plan.name);
+        }
     }
 
     /// The way of a request.
@@ -198,7 +206,6 @@ mod tests {
 pub(crate) mod testing {
     //! A rule of no particular content.
 
-    use crate::policy::tally::Tally;
     use std::time::Duration;
 
     use super::{CacheMode, PathPattern, Plan};
@@ -224,7 +231,7 @@ pub(crate) mod testing {
             fallback: None,
             upgrade: Vec::new(),
             keeps_cookies: false,
-            tally: Tally::default(),
+            tally: std::sync::Arc::default(),
         }
     }
 }

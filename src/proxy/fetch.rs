@@ -123,7 +123,7 @@ impl Proxy {
     }
 
     /// Does the upstream itself say for how long its failure is good (RFC 9111 §3), and is there nothing better?
-    fn may_store_failure(&self, job: &Job, came: &Came, failure: Failure) -> bool {
+    pub(super) fn may_store_failure(&self, job: &Job, came: &Came, failure: Failure) -> bool {
         let now = self.commons.clock.now();
         let better = |stored: &Arc<Entry>| {
             let standing = self.commons.invalidations.standing(stored, now);

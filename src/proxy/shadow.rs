@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use http::header::ETAG;
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tracing::warn;
 
 use super::Proxy;
-use super::fetch::head;
+use super::fetch::{declared_length, head};
+use super::job::Job;
 use super::lookup::Lookup;
 use super::site::Place;
 use super::visit::Visit;
@@ -18,11 +19,14 @@ use crate::body::overheard::overheard;
 use crate::policy::asked::Asked;
 use crate::policy::entry::Entry;
 use crate::policy::head::Casing;
-use crate::policy::inspect::{Answer, Comparison, compare};
+use crate::policy::inspect::{Answer, Comparison, compare, is_empty_at};
 use crate::policy::invalidation::Position;
 use crate::policy::outcome::{Failure, Rehearsed};
-use crate::policy::plan::{CacheMode, Plan};
+use crate::policy::plan::Plan;
 use crate::policy::storage::decide;
+
+/// Larger answers are not compared, plain or unfolded, in bytes.
+const MAX_COMPARED: usize = 1 << 20;
 
 /// What would have become of a request.
 pub(super) struct Rehearsal {
@@ -65,6 +69,7 @@ impl Proxy {
             Some(served) if asked.method != Method::GET || response.status() != StatusCode::OK => {
                 Some(by_head(served, &response))
             }
+            Some(served) if served.body.len().max(declared(&response)) > MAX_COMPARED => Some(Rehearsed::NotCompared),
             Some(_) => None,
         };
         if let Some(judged) = judged {
@@ -79,25 +84,33 @@ impl Proxy {
         let came = Response::from_parts(parts.clone(), Body::Empty);
         let most = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
         let heard = move |whole: bytes::Bytes| {
-            if let (Some(served), None) = (&rehearsal.served, judged) {
-                let (stored, fresh) = (served.head.headers(), came.headers());
-                let (stored, fresh) =
-                    (Answer { headers: &stored, body: &served.body }, Answer { headers: fresh, body: &whole });
-                let judged = match compare(stored, fresh, &rehearsal.plan.volatile, most) {
-                    Comparison::Same => Rehearsed::Hit,
-                    Comparison::Unreadable => Rehearsed::NotCompared,
-                    Comparison::Differ(at) => {
-                        proxy.tell_of_wrong_hit(&rehearsal.plan, asked.uri.path(), served, &at, &visit);
-                        Rehearsed::WrongHit
-                    }
-                };
-                proxy.site.meter.rehearsed(&rehearsal.plan.name, judged);
+            if let (Some(served), None) = (rehearsal.served.clone(), judged) {
+                let (proxy, plan, visit) = (proxy.clone(), rehearsal.plan.clone(), visit.clone());
+                let (path, fresh, whole) = (asked.uri.path().to_owned(), came.headers().clone(), whole.clone());
+                // It may take milliseconds, which nobody's requests should wait for.
+                tokio::task::spawn_blocking(move || proxy.judge(&plan, &path, &served, (&fresh, &whole), &visit));
             }
             if storing {
                 proxy.store_rehearsed(rehearsal, &asked, &place, &visit, came, whole);
             }
         };
         Response::from_parts(parts, overheard(body, most, &self.commons.purse, heard))
+    }
+
+    /// Compares a whole answer with what would have been served, and counts.
+    fn judge(&self, plan: &Plan, path: &str, served: &Entry, fresh: (&HeaderMap, &[u8]), visit: &Visit) {
+        let stored = served.head.headers();
+        let (stored, fresh) =
+            (Answer { headers: &stored, body: &served.body }, Answer { headers: fresh.0, body: fresh.1 });
+        let judged = match compare(stored, fresh, &plan.volatile, MAX_COMPARED) {
+            Comparison::Same => Rehearsed::Hit,
+            Comparison::Unreadable => Rehearsed::NotCompared,
+            Comparison::Differ(at) => {
+                self.tell_of_wrong_hit(plan, path, served, &at, visit);
+                Rehearsed::WrongHit
+            }
+        };
+        self.site.meter.rehearsed(&plan.name, judged);
     }
 
     fn tell_of_wrong_hit(&self, plan: &Plan, path: &str, served: &Entry, at: &str, visit: &Visit) {
@@ -116,10 +129,17 @@ impl Proxy {
         came: Response<Body>,
         body: bytes::Bytes,
     ) {
-        let Rehearsal { plan, key, position, .. } = rehearsal;
-        let job = self.job_beside(asked, place, plan, key, position);
+        let Rehearsal { plan, key, position, served, .. } = rehearsal;
+        let job = Job { stale: served, ..self.job_beside(asked, place, plan, key, position) };
         let came = self.came_beside(came, visit);
-        if Failure::from_status(came.response.status()).is_some() && job.plan.mode != CacheMode::Http {
+        let (status, headers) = (came.response.status(), came.response.headers());
+        // As a fetch does it: a failure only if it says for how long and nothing is better, an empty list never.
+        let failure = Failure::from_status(status);
+        let max = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
+        let empty = |pointer: &str| status.is_success() && is_empty_at(pointer, headers, &body, max);
+        if failure.is_some_and(|failure| !self.may_store_failure(&job, &came, failure))
+            || job.plan.reject_empty.as_deref().is_some_and(empty)
+        {
             return;
         }
         if let Ok(store) = decide(&Asked::from(&*job.asked), &came.answered(), &job.plan) {
@@ -128,6 +148,11 @@ impl Proxy {
             self.keep(&job, &self.entry(&job, head, body, &store, came.born));
         }
     }
+}
+
+/// Bytes that an answer says it has.
+fn declared(response: &Response<Body>) -> usize {
+    declared_length(response).map_or(0, |length| usize::try_from(length).unwrap_or(usize::MAX))
 }
 
 /// No body to compare: the validators tell, or nobody does.

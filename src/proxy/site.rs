@@ -86,7 +86,8 @@ pub struct Misdirected;
 impl Site {
     /// The site of a configured upstream.
     pub fn new(config: config::Upstream, upstream: Arc<dyn Upstream>, port: u16) -> Site {
-        let config::Upstream { name, target, router, timeouts, budget, tolerance, retry, listen_tls, .. } = config;
+        let config::Upstream { name, target, mut router, timeouts, budget, tolerance, retry, listen_tls, .. } =
+            config;
         let listens = if listen_tls.is_some() { Scheme::HTTPS } else { Scheme::HTTP };
         let id = UpstreamId::of(&name, &target.origin());
         let fixed = match &target {
@@ -100,6 +101,8 @@ impl Site {
         };
         let keyed = router.plans().iter().flat_map(|p| p.key.headers.iter().chain(p.key.credentials.iter()));
         let keyed = keyed.cloned().collect();
+        let meter = Arc::new(Meter::default());
+        router.count_in(|rule| meter.tally(rule));
         let (budgets, breakers) = (Arc::new(Budgets::new(budget)), Arc::new(Breakers::default()));
         Site {
             id,
@@ -111,7 +114,7 @@ impl Site {
             port,
             listens,
             signals: Arc::default(),
-            meter: Arc::default(),
+            meter,
             retry,
             retries: Mutex::default(),
             budgets,
@@ -182,9 +185,7 @@ impl Site {
         }
         self.signals = before.signals.clone();
         self.meter = before.meter.clone();
-        for plan in before.router.plans() {
-            self.meter.retire(&plan.name, &plan.tally);
-        }
+        self.router.count_in(|rule| before.meter.tally(rule));
         self.breakers = before.breakers.clone();
         self.digests = before.digests.clone();
         if self.budgets.budget() == before.budgets.budget() {

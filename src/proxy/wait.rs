@@ -136,7 +136,8 @@ impl Proxy {
         let boarded = flights.board(&flight_key, &entry.address, position, invalidations, refreshed);
         if let Ok(Seat::Lead(lead, _nobody_waits)) = boarded {
             let (help, ahead) = if ahead { (Help::Claim, Some(entry.born)) } else { (Help::All, None) };
-            let (address, stale) = (entry.address.clone(), Some(entry.clone()));
+            // By the rules of now: they may have other tags than those it was stored under.
+            let (address, stale) = (self.site.address(place, request.uri(), plan), Some(entry.clone()));
             let (asked, place, plan) = (Arc::new(copy_of(request).into_parts().0), place.clone(), plan.clone());
             let (key, lease) = (key.into(), Mutex::default());
             self.spawn(lead, Job { asked, place, plan, key, address, position, stale, help, ahead, lease });
@@ -209,7 +210,7 @@ impl Proxy {
 
     /// A flight is a task: nobody's leaving ends it.
     pub(super) fn spawn(self: &Arc<Self>, lead: Lead, job: Job) {
-        tokio::spawn(self.clone().fly(lead, job).in_current_span());
+        tokio::spawn(self.clone().fly(lead, job).instrument(spans::flight()));
     }
 
     /// A shared answer.

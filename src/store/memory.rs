@@ -27,7 +27,9 @@ pub struct Memory {
     alike: Alike,
     /// Writers change a resource by replacing it, one at a time.
     writing: Mutex<()>,
-    max_resource: u64,
+    /// What all variants of a key may take together.
+    max_resource: AtomicU64,
+    shards: usize,
     stored: AtomicU64,
     swept: AtomicU64,
 }
@@ -74,8 +76,7 @@ impl Memory {
     /// An empty tier.
     pub fn new(config: &config::Memory) -> Memory {
         let shards = shards(config);
-        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let max_resource = (config.max_bytes as f64 * LARGEST_PART) as u64 / shards as u64;
+        let max_resource = AtomicU64::new(max_resource(config.max_bytes, shards));
         let estimated = usize::try_from(config.max_bytes / 4096).unwrap_or(usize::MAX).max(64);
         let options = OptionsBuilder::new()
             .shards(shards)
@@ -87,7 +88,8 @@ impl Memory {
         let lifecycle = Evictions(evicted.clone());
         let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), lifecycle);
         let (stored, swept) = (AtomicU64::new(0), AtomicU64::new(0));
-        Memory { cache, evicted, alike: Alike::default(), writing: Mutex::new(()), max_resource, stored, swept }
+        let (alike, writing) = (Alike::default(), Mutex::new(()));
+        Memory { cache, evicted, alike, writing, max_resource, shards, stored, swept }
     }
 
     /// What is stored under a key. One hash, one shard lock for reading, no allocation.
@@ -108,7 +110,7 @@ impl Memory {
         }
         let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let resource = match self.cache.peek(key) {
-            Some(others) => others.with(entry, self.max_resource),
+            Some(others) => others.with(entry, self.max_resource.load(Ordering::Relaxed)),
             None => Resource::One(entry),
         };
         self.cache.insert(key.into(), resource);
@@ -156,7 +158,31 @@ impl Memory {
     pub fn resize(&self, max_bytes: u64) {
         if max_bytes != self.cache.capacity() {
             self.cache.set_capacity(max_bytes);
+            self.max_resource.store(max_resource(max_bytes, self.shards), Ordering::Relaxed);
         }
+    }
+
+    /// The same entries in a tier of other sizes, if these need another number of parts: else the largest answers that
+    /// are allowed would find no room.
+    pub fn rebuilt(&self, config: &config::Memory) -> Option<Memory> {
+        if shards(config) == self.shards {
+            return None;
+        }
+        let next = Memory::new(config);
+        for (key, resource) in self.cache.iter() {
+            next.cache.insert(key, resource);
+        }
+        for (new, old) in [(&next.stored, &self.stored), (&next.swept, &self.swept), (&*next.evicted, &*self.evicted)]
+        {
+            new.store(old.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        Some(next)
+    }
+
+    /// Nothing is kept any more, nor will be.
+    pub fn empty(&self) {
+        self.cache.set_capacity(0);
+        self.cache.clear();
     }
 
     /// How full it is.
@@ -180,6 +206,12 @@ fn shards(config: &config::Memory) -> usize {
     let room = (config.max_bytes as f64 * LARGEST_PART) as u64 / (config.max_entry_bytes + OVERHEAD).max(1);
     let most = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, (cores * 4).next_power_of_two());
     if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
+}
+
+/// What all variants of a key may take together, in bytes.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn max_resource(max_bytes: u64, shards: usize) -> u64 {
+    (max_bytes as f64 * LARGEST_PART) as u64 / shards as u64
 }
 
 #[cfg(test)]
@@ -213,6 +245,24 @@ mod tests {
         let terms = Terms { fresh_for: 1000, ..Terms::default() };
         let body = bytes::Bytes::from(vec![0; size]);
         Arc::new(Entry::new(head, body, Variant::default(), Tick(0), terms, address, Position(0), about))
+    }
+
+    #[test]
+    fn other_sizes_keep_what_is_stored() {
+        let sizes = |max_bytes, max_entry_bytes| config::Memory {
+            max_bytes,
+            max_entry_bytes,
+            max_inflight_bytes: 1 << 20,
+            max_unverified: std::time::Duration::from_secs(30),
+        };
+        let memory = Memory::new(&sizes(64 << 20, 1 << 10));
+        memory.put(b"a", entry(10));
+        assert!(memory.rebuilt(&sizes(32 << 20, 1 << 10)).is_none(), "as many parts");
+        let larger = memory.rebuilt(&sizes(64 << 20, 32 << 20)).expect("fewer parts, with room for the largest");
+        assert!(larger.get(b"a").is_some() && larger.usage().stored == 1);
+        larger.empty();
+        larger.put(b"b", entry(10));
+        assert!(larger.get(b"a").is_none() && larger.get(b"b").is_none());
     }
 
     #[test]

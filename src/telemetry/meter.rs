@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::latencies::Latencies;
@@ -30,8 +30,8 @@ pub struct Meter {
     /// What rehearsals have shown, by rule.
     rehearsed: Mutex<BTreeMap<(Box<str>, Rehearsed), u64>>,
     told_of_wrong_hit: AtomicU64,
-    /// What rules had counted that are no more: of a configuration before.
-    retired: Mutex<BTreeMap<(String, &'static str), u64>>,
+    /// Answers by rule, those of configurations before too.
+    by_rule: Mutex<BTreeMap<Box<str>, Arc<Tally>>>,
 }
 
 impl Meter {
@@ -75,18 +75,19 @@ impl Meter {
         before != now.0 / 1000
     }
 
-    /// A rule is no more; what it has counted stays.
-    pub fn retire(&self, rule: &str, tally: &Tally) {
-        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        for (outcome, count) in tally.read().filter(|(_, count)| *count > 0) {
-            *retired.entry((rule.to_owned(), outcome)).or_default() += count;
-        }
+    /// Where a rule counts: all of its paths, in this configuration and the next.
+    pub fn tally(&self, rule: &str) -> Arc<Tally> {
+        let mut by_rule = self.by_rule.lock().unwrap_or_else(PoisonError::into_inner);
+        by_rule.entry(rule.into()).or_default().clone()
     }
 
-    /// What rules of configurations before had counted: rule, outcome, count.
-    pub fn retired(&self) -> Vec<(String, &'static str, u64)> {
-        let retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        retired.iter().map(|((rule, outcome), count)| (rule.clone(), *outcome, *count)).collect()
+    /// What rules have counted, by their names; the one without a name: under no rule.
+    pub fn tallies(&self) -> Vec<(Box<str>, &'static str, u64)> {
+        let by_rule = self.by_rule.lock().unwrap_or_else(PoisonError::into_inner);
+        let named =
+            by_rule.iter().flat_map(|(rule, tally)| tally.read().map(|(of, count)| (rule.clone(), of, count)));
+        let unnamed = self.no_rule.read().map(|(of, count)| ("".into(), of, count));
+        named.chain(unnamed).filter(|(.., count)| *count > 0).collect()
     }
 
     /// Time to the response head, by outcome.

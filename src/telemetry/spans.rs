@@ -45,6 +45,11 @@ pub fn wait() -> Span {
     trace_span!(target: TARGET, "wait")
 }
 
+/// A fetch: it may outlast the request it began with.
+pub fn flight() -> Span {
+    trace_span!(target: TARGET, "flight")
+}
+
 /// A request to the upstream, which is told that it is part of this span.
 pub fn upstream(method: &Method, host: &str, headers: &mut HeaderMap) -> Span {
     let span = trace_span!(

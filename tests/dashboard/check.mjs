@@ -93,8 +93,8 @@ assert.match(await page.locator('#mode').textContent(), /normal/)
 page.once('dialog', dialog => dialog.accept())
 await page.getByRole('button', { name: 'Hand everything through' }).click()
 await page.getByText('mode bypass, set by hand for another 30 min').waitFor()
-await page.getByRole('button', { name: 'Back to normal' }).click()
-await page.getByText('mode normal, set by hand').waitFor()
+await page.getByRole('button', { name: 'Back to what is configured' }).click()
+await page.locator('#mode', { hasText: /^mode normal$/ }).waitFor()
 
 // A rehearsal.
 page.once('dialog', dialog => dialog.accept())
@@ -102,7 +102,7 @@ await page.getByRole('button', { name: 'Rehearse' }).click()
 await page.getByText('mode shadow, set by hand for another 30 min').waitFor()
 await page.locator('#shadow td').nth(3).waitFor()
 await page.screenshot({ path: join(pictures, 'shadow.png'), fullPage: true })
-await page.getByRole('button', { name: 'Back to normal' }).click()
+await page.getByRole('button', { name: 'Back to what is configured' }).click()
 
 // On a phone, in the dark: nothing sticks out.
 const [phone, wrongThere] = await open({ viewport: { width: 390, height: 1400 }, colorScheme: 'dark' })
