@@ -289,6 +289,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
         Some(Command::Purge(args)) => remote::purge(args).await,
         Some(Command::Stats(args)) => remote::stats(&args).await,
         Some(Command::Health(args)) => remote::health(&args).await,
+        Some(Command::Mode(args)) if args.dry_run => dry_run::dry_run(args).await,
         Some(Command::Mode(args)) => remote::mode(args).await,
         Some(Command::Suggest(args)) => suggest::suggest(args).await,
         Some(Command::Warm(args)) => warm::warm(args).await,

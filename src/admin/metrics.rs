@@ -165,7 +165,10 @@ impl Scrape {
             results.extend(meter.results().into_iter().map(|(result, count)| (of("result", result), count)));
             throttles.extend(meter.throttles().map(|(result, count)| (of("result", result), count)));
             took.push((vec![("upstream", name.clone())], &meter.upstream_took));
-            waited.push((vec![("upstream", name.clone())], &meter.waited));
+            waited.extend(
+                [("read", &meter.reads_waited), ("write", &meter.writes_waited)]
+                    .map(|(who, waited)| (vec![("upstream", name.clone()), ("priority", who.to_owned())], waited)),
+            );
             breakers.push((vec![("target", name.clone())], proxy.site.breakers.open().len() as f64));
             let down = proxy.site.signals.state(now).status == "down";
             up.push((vec![("upstream", name)], if down { 0.0 } else { 1.0 }));

@@ -8,9 +8,9 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use super::MakeUpstream;
-use super::rig::{Asked, Rig, Running};
 use crate::config::{self, Config, Limits, Secret};
 use crate::process;
+use crate::proxy::face::Stage;
 use crate::proxy::site::Site;
 use crate::proxy::{Commons, Proxy};
 use crate::server;
@@ -46,7 +46,22 @@ pub(super) struct NextAsked {
     pub(super) token: Option<Secret>,
 }
 
-impl Rig {
+/// A listener that runs: as configured, and where it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    pub(super) listen: SocketAddr,
+    pub(super) address: SocketAddr,
+}
+
+/// What runs now.
+pub(super) struct Now<'s> {
+    pub(super) stage: &'s Stage,
+    pub(super) upstreams: Vec<Held>,
+    pub(super) admin: Option<Held>,
+    pub(super) probes: Option<Held>,
+}
+
+impl Now<'_> {
     /// Binds what is not bound yet, and builds every proxy. The error is one clear line.
     pub(super) fn prepare(
         &self,
@@ -61,16 +76,16 @@ impl Rig {
         for upstream in config.upstreams {
             let kept = free.iter().position(|at| self.upstreams[*at].listen == upstream.listen);
             let kept = kept.map(|at| free.remove(at));
-            let running = kept.and_then(|at| self.upstreams.get(at)).map(Running::address);
+            let running = kept.and_then(|at| self.upstreams.get(at)).map(|held| held.address);
             upstreams.push(self.upstream(upstream, kept, running, commons, make, &mut lines)?);
         }
         let admin = config.admin.map(|admin| (admin.listen, admin.token));
-        let admin = admin.map(|(listen, token)| asked(self.admin.as_ref(), listen, token, "admin")).transpose()?;
+        let admin = admin.map(|(listen, token)| asked(self.admin, listen, token, "admin")).transpose()?;
         if let Some(NextAsked { address, token, .. }) = &admin {
             let token = if token.is_some() { "set" } else { "none" };
             lines.push(format!("listening admin addr={address} token={token}"));
         }
-        let probes = config.probes.map(|listen| asked(self.probes.as_ref(), listen, None, "probes")).transpose()?;
+        let probes = config.probes.map(|listen| asked(self.probes, listen, None, "probes")).transpose()?;
         lines.extend(probes.iter().map(|probes| format!("listening probes addr={}", probes.address)));
         lines.extend(config.notes);
         Ok(Next { upstreams, admin, probes, limits, grace: config.grace, lines })
@@ -101,13 +116,8 @@ impl Rig {
     }
 }
 
-fn asked(
-    running: Option<&Asked>,
-    listen: SocketAddr,
-    token: Option<Secret>,
-    what: &str,
-) -> Result<NextAsked, String> {
-    let running = running.filter(|running| running.listen == listen).map(|running| running.access.address);
+fn asked(running: Option<Held>, listen: SocketAddr, token: Option<Secret>, what: &str) -> Result<NextAsked, String> {
+    let running = running.filter(|running| running.listen == listen).map(|running| running.address);
     let (opened, address) = opened(running, listen, what)?;
     Ok(NextAsked { listen, opened, address, token })
 }

@@ -15,7 +15,7 @@ use super::MakeUpstream;
 use super::apart::Apart;
 use super::commons::{adapt, first, foundations, renewed};
 use super::fleet::Parts;
-use super::prepare::{Next, NextAsked};
+use super::prepare::{Held, Next, NextAsked, Now};
 use crate::admin::{self, Access, Admin};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -35,7 +35,7 @@ pub(super) struct Rig {
     /// What is shown to those who ask about the whole process.
     pub(super) stage: Arc<Stage>,
     /// In the order of the configuration.
-    pub(super) upstreams: Vec<Running>,
+    upstreams: Vec<Running>,
     pub(super) admin: Option<Asked>,
     pub(super) probes: Option<Asked>,
     /// What the entries depend on.
@@ -59,9 +59,9 @@ struct Tasks {
 }
 
 /// An upstream's listener.
-pub(super) struct Running {
+struct Running {
     /// As configured.
-    pub(super) listen: SocketAddr,
+    listen: SocketAddr,
     address: SocketAddr,
     face: Arc<Face>,
     tls: SharedTls,
@@ -73,18 +73,11 @@ pub(super) struct Running {
 /// The admin or the probes' listener.
 #[derive(Debug)]
 pub(super) struct Asked {
-    pub(super) listen: SocketAddr,
+    listen: SocketAddr,
     pub(super) access: Arc<Access>,
     stop: watch::Sender<bool>,
     /// Not yet served.
     socket: Option<TcpListener>,
-}
-
-impl Running {
-    /// Where it is.
-    pub(super) fn address(&self) -> SocketAddr {
-        self.address
-    }
 }
 
 /// What works for the fleet, not yet at work.
@@ -108,7 +101,7 @@ impl Rig {
             grace: Arc::default(),
             tasks: None,
         };
-        let mut next = rig.prepare(config, &commons, make)?;
+        let mut next = rig.now().prepare(config, &commons, make)?;
         let lines = std::mem::take(&mut next.lines);
         rig.show(next);
         Ok((rig, parts, lines))
@@ -125,7 +118,7 @@ impl Rig {
         let (log, mode, memory) = (logs::prepared(&config.log, redis::QUIET)?, config.mode, config.memory);
         let (commons, parts) = renewed(&before, &config, anew)?;
         let commons = Arc::new(commons);
-        let next = self.prepare(config, &commons, make)?;
+        let next = self.now().prepare(config, &commons, make)?;
         // From here on nothing fails.
         let mut replaced = Vec::new();
         if anew {
@@ -151,6 +144,17 @@ impl Rig {
         log.take_effect();
         self.serve_new();
         Ok(replaced)
+    }
+
+    /// What runs.
+    fn now(&self) -> Now<'_> {
+        let held = |asked: &Asked| Held { listen: asked.listen, address: asked.access.address };
+        Now {
+            stage: &self.stage,
+            upstreams: self.upstreams.iter().map(|of| Held { listen: of.listen, address: of.address }).collect(),
+            admin: self.admin.as_ref().map(held),
+            probes: self.probes.as_ref().map(held),
+        }
     }
 
     /// From the next request on this is what answers. Returns which listeners came and went.
@@ -228,7 +232,7 @@ impl Rig {
 
     /// Where the upstreams' listeners are, in the order of the configuration.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
-        self.upstreams.iter().map(Running::address).collect()
+        self.upstreams.iter().map(|running| running.address).collect()
     }
 
     /// Lets all requests finish, then everything else. What it returns has the number of connections that had to be cut.

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use super::remote::fetched;
-use crate::admin::AdminClient;
+use super::ModeArgs;
+use super::remote::{client, fetched};
 use crate::process::say;
 
 /// Requests that are older than this tell nothing of now, in milliseconds; unless there are no others.
@@ -21,12 +21,14 @@ struct Load {
     since: u64,
 }
 
-pub(super) async fn dry_run(client: &AdminClient, mode: &str) -> Result<ExitCode, String> {
+pub(super) async fn dry_run(args: ModeArgs) -> Result<ExitCode, String> {
+    let ModeArgs { remote, mode, .. } = args;
     if mode != "bypass" && mode != "shadow" {
         return Err("--dry-run tells of bypass and shadow: what would reach the upstream then".into());
     }
-    let requests = fetched(client, "/requests").await?;
-    let budgets = fetched(client, "/budgets").await?;
+    let client = client(&remote)?;
+    let requests = fetched(&client, "/requests").await?;
+    let budgets = fetched(&client, "/budgets").await?;
     let loads = loads(requests["requests"].as_array().map_or(&[], Vec::as_slice));
     if loads.is_empty() {
         say("nothing was asked yet: there is nothing to tell from");
@@ -35,7 +37,7 @@ pub(super) async fn dry_run(client: &AdminClient, mode: &str) -> Result<ExitCode
     for (upstream, load) in &loads {
         let budget = budgets["budgets"].as_array().into_iter().flatten().find(|b| b["upstream"] == **upstream);
         let pace = budget.and_then(|budget| budget["pace_per_second"].as_f64());
-        let (lines, well) = told(upstream, load, mode, pace);
+        let (lines, well) = told(upstream, load, &mode, pace);
         lines.into_iter().for_each(say);
         fits &= well;
     }

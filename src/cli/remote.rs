@@ -6,7 +6,6 @@ use std::time::Duration;
 use http::StatusCode;
 use serde_json::Value;
 
-use super::dry_run;
 use super::{HealthArgs, ModeArgs, PurgeArgs, RemoteArgs, StatsArgs};
 use crate::admin::{AdminClient, ModeRequest, PurgeRequest};
 use crate::config::Secret;
@@ -86,12 +85,8 @@ fn line(before: &Value, now: &Value) -> String {
 
 /// `sidecache mode …`.
 pub(super) async fn mode(args: ModeArgs) -> Result<ExitCode, String> {
-    let ModeArgs { remote, mode, time, fleet, dry_run } = args;
-    let client = client(&remote)?;
-    if dry_run {
-        return dry_run::dry_run(&client, &mode).await;
-    }
-    let state = client.post("/mode", &ModeRequest { mode, time, fleet }).await?;
+    let ModeArgs { remote, mode, time, fleet, dry_run: _ } = args;
+    let state = client(&remote)?.post("/mode", &ModeRequest { mode, time, fleet }).await?;
     let left = state["for_ms"].as_u64().map(|ms| format!(" for another {} s", ms.div_ceil(1000)));
     let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
     say(format!("mode {} (set by: {}){}", word("mode"), word("source"), left.unwrap_or_default()));

@@ -97,7 +97,9 @@ impl Proxy {
         let Some(bucket) = budgets.in_the_way(|| self.bucket(place, &asked.headers)) else { return Ok(()) };
         let came = self.commons.clock.instant();
         let admitted = bucket.admit(self.patience(begun)).await;
-        self.site.meter.waited.add(self.commons.clock.instant().saturating_duration_since(came));
+        let meter = &self.site.meter;
+        let waited = if asked.method.is_safe() { &meter.reads_waited } else { &meter.writes_waited };
+        waited.add(self.commons.clock.instant().saturating_duration_since(came));
         admitted.map_err(|late| {
             self.commons.telemetry.refused_by_budget();
             unsent(Failure::Throttled, format!("no turn within max_wait: the next is in {:?}", late.0))

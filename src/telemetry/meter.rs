@@ -21,8 +21,10 @@ pub struct Meter {
     pub upstream_took: Latencies,
     upstream_ok: AtomicU64,
     upstream_failed: [AtomicU64; Failure::CAUSES.len()],
-    /// Time that requests waited for their turn.
-    pub waited: Latencies,
+    /// Time that reads waited for their turn …
+    pub reads_waited: Latencies,
+    /// … and writes.
+    pub writes_waited: Latencies,
     /// 429s that clients saw.
     passed_on: AtomicU64,
     /// 429s that nobody saw.

@@ -46,12 +46,12 @@ let over = false
 const traffic = (async () => { for (let n = 0; !over; n++) await ask(`products/${ids[n % ids.length]}.json`) })()
 
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox'] })
-const open = async options => {
+const open = async (options, at = admin) => {
   const page = await browser.newPage(options)
   const wrong = []
   page.on('pageerror', error => wrong.push(error.message))
-  page.on('request', request => { if (!request.url().startsWith(`http://127.0.0.1:${admin}/`)) wrong.push(`it asked ${request.url()}`) })
-  await page.goto(`http://127.0.0.1:${admin}/`)
+  page.on('request', request => { if (!request.url().startsWith(`http://127.0.0.1:${at}/`)) wrong.push(`it asked ${request.url()}`) })
+  await page.goto(`http://127.0.0.1:${at}/`)
   return [page, wrong]
 }
 const enter = async page => {
@@ -60,6 +60,14 @@ const enter = async page => {
   await page.getByRole('button', { name: 'Open' }).click()
 }
 
+// Before there is any data: nothing was asked, no Redis, no token.
+const [emptyPort, emptyAdmin] = [await freePort(), await freePort()]
+writeFileSync(join(folder, 'empty.toml'), `[[upstream]]\nurl = "http://127.0.0.1:${shop}"\nlisten = "127.0.0.1:${emptyPort}"\n[admin]\nlisten = "127.0.0.1:${emptyAdmin}"\n`)
+await start(['--config', join(folder, 'empty.toml')], 'listening admin')
+const [empty, wrongWhenEmpty] = await open({ viewport: { width: 1200, height: 1150 } }, emptyAdmin)
+await empty.getByText('well', { exact: true }).waitFor()
+for (const table of ['rules', 'recent', 'failures']) await empty.locator(`#${table}`).getByText('nothing yet').waitFor()
+await empty.screenshot({ path: join(pictures, 'empty.png'), fullPage: true })
 // With a token, by keyboard: it is asked once, and kept in the page.
 const [page, wrong] = await open({ viewport: { width: 1200, height: 1150 } })
 await page.getByLabel('Token').waitFor()
@@ -114,7 +122,7 @@ await phone.screenshot({ path: join(pictures, 'phone.png'), fullPage: true })
 // Everything that can be used has a name for those who don't see it.
 const unnamed = await page.evaluate(() => [...document.querySelectorAll('input, select, button')].filter(one => !(one.labels?.length || one.textContent.trim())).map(one => one.id))
 assert.deepEqual(unnamed, [])
-assert.deepEqual([...wrong, ...wrongThere], [])
+assert.deepEqual([...wrong, ...wrongThere, ...wrongWhenEmpty], [])
 
 over = true
 await traffic
