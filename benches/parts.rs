@@ -117,7 +117,7 @@ fn parts(criterion: &mut Criterion) {
         });
     });
     let answered = Answered {
-        upstream: "api",
+        upstream: &proxy.site.name,
         plan: Some(&plan),
         asked: (&asked).into(),
         status: http::StatusCode::OK,

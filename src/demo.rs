@@ -131,6 +131,7 @@ fn invite(sidecar: SocketAddr, admin: SocketAddr) {
     say(format!(
         "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=3'"
     ));
+    say(format!("  http://{admin}/ in a browser: what it does, as pictures"));
     say(format!("  curl -s http://{admin}/health"));
     say(format!("  curl -s http://{admin}/stats"));
     say(format!(

@@ -9,6 +9,7 @@ pub mod recent;
 mod signals;
 pub mod spans;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
@@ -33,7 +34,7 @@ const HINT_AFTER: u64 = 20;
 #[derive(Debug, Clone, Copy)]
 pub struct Answered<'a> {
     /// The upstream's name.
-    pub upstream: &'a str,
+    pub upstream: &'a Arc<str>,
     /// The rule it came under.
     pub plan: Option<&'a Plan>,
     /// What was asked.
@@ -65,7 +66,7 @@ impl Telemetry {
     /// A request was answered. At most one log line; none for a hit unless asked for.
     pub fn record(&self, outcome: &Outcome, answered: &Answered<'_>) {
         self.counters.answered(outcome, answered.took);
-        self.recent.add(outcome, answered, answered.took);
+        self.recent.add(outcome, answered);
         let level = level(outcome);
         if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
             log(level, outcome, answered);
@@ -144,6 +145,7 @@ impl Telemetry {
 
 fn log(level: Level, outcome: &Outcome, answered: &Answered<'_>) {
     let Answered { upstream, plan, asked, status, took, request_id, .. } = *answered;
+    let upstream: &str = upstream;
     let (method, path) = (asked.method.as_str(), asked.uri.path());
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
     let cause = outcome.failure().map_or("", Failure::cause);

@@ -1,10 +1,11 @@
 //! The last requests, each with its reason. A ring of slots that are written over: after the first lap nothing is
 //! allocated, and nobody waits (a slot that is being read is left out).
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use http::{Method, StatusCode};
 use serde::Serialize;
 
 use super::Answered;
@@ -20,14 +21,32 @@ const LONGEST_PATH: usize = 200;
 /// The last [`KEPT`] requests.
 #[derive(Debug)]
 pub struct Recent {
-    slots: Vec<Mutex<Seen>>,
+    slots: Vec<Mutex<Slot>>,
     next: AtomicU64,
 }
 
+/// What is noted of a request: as little as can be, because hits are noted too.
+#[derive(Debug, Clone, Default)]
+struct Slot {
+    /// From 1; 0: none yet.
+    number: u64,
+    at: Tick,
+    took: Duration,
+    same: u64,
+    upstream: Option<Arc<str>>,
+    rule: Option<Arc<str>>,
+    method: Method,
+    path: String,
+    status: StatusCode,
+    outcome: &'static str,
+    detail: Option<&'static str>,
+    cause: Option<&'static str>,
+}
+
 /// One request, for people: no query string, no header.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Seen {
-    /// Its number since the start, from 1; 0: none yet.
+    /// Its number since the start, from 1.
     pub number: u64,
     /// When it came.
     #[serde(skip)]
@@ -63,30 +82,51 @@ impl Default for Recent {
 }
 
 impl Recent {
-    pub(super) fn add(&self, outcome: &Outcome, answered: &Answered<'_>, took: Duration) {
+    pub(super) fn add(&self, outcome: &Outcome, answered: &Answered<'_>) {
         let number = self.next.fetch_add(1, Relaxed);
         let at = usize::try_from(number).unwrap_or(0) % KEPT;
-        let Some(Ok(mut seen)) = self.slots.get(at).map(Mutex::try_lock) else { return };
-        seen.number = number + 1;
-        seen.at = answered.now;
-        write_over(&mut seen.upstream, answered.upstream);
-        write_over(&mut seen.rule, answered.plan.map_or("", |plan| &plan.name));
-        write_over(&mut seen.method, answered.asked.method.as_str());
-        write_over(&mut seen.path, answered.asked.uri.path());
-        seen.status = answered.status.as_u16();
-        seen.outcome = outcome.label();
-        seen.detail = outcome.detail();
-        seen.cause = outcome.failure().map(Failure::cause);
-        seen.ms = (took.as_secs_f64() * 100_000.0).round() / 100.0;
-        seen.same = answered.identity.unwrap_or(0);
+        let Some(Ok(mut slot)) = self.slots.get(at).map(Mutex::try_lock) else { return };
+        let mut path = std::mem::take(&mut slot.path);
+        write_over(&mut path, answered.asked.uri.path());
+        *slot = Slot {
+            number: number + 1,
+            at: answered.now,
+            took: answered.took,
+            same: answered.identity.unwrap_or(0),
+            upstream: Some(answered.upstream.clone()),
+            rule: answered.plan.map(|plan| plan.name.clone()),
+            method: answered.asked.method.clone(),
+            path,
+            status: answered.status,
+            outcome: outcome.label(),
+            detail: outcome.detail(),
+            cause: outcome.failure().map(Failure::cause),
+        };
     }
 
     /// The newest first.
     pub fn read(&self) -> Vec<Seen> {
-        let of = |slot: &Mutex<Seen>| slot.lock().ok().filter(|seen| seen.number > 0).map(|seen| seen.clone());
-        let mut all: Vec<Seen> = self.slots.iter().filter_map(of).collect();
-        all.sort_unstable_by_key(|seen| std::cmp::Reverse(seen.number));
-        all
+        let of = |slot: &Mutex<Slot>| slot.lock().ok().filter(|slot| slot.number > 0).map(|slot| slot.clone());
+        let mut all: Vec<Slot> = self.slots.iter().filter_map(of).collect();
+        all.sort_unstable_by_key(|slot| std::cmp::Reverse(slot.number));
+        all.into_iter().map(seen).collect()
+    }
+}
+
+fn seen(slot: Slot) -> Seen {
+    Seen {
+        number: slot.number,
+        at: slot.at,
+        upstream: slot.upstream.as_deref().unwrap_or_default().to_owned(),
+        rule: slot.rule.as_deref().unwrap_or_default().to_owned(),
+        method: slot.method.to_string(),
+        path: slot.path,
+        status: slot.status.as_u16(),
+        outcome: slot.outcome,
+        detail: slot.detail,
+        cause: slot.cause,
+        ms: (slot.took.as_secs_f64() * 100_000.0).round() / 100.0,
+        same: slot.same,
     }
 }
 
@@ -100,17 +140,17 @@ fn write_over(text: &mut String, with: &str) {
 mod tests {
     use super::*;
     use crate::policy::asked::Asked;
-    use http::{HeaderMap, Method, StatusCode, Uri};
+    use http::{HeaderMap, Uri};
 
     #[test]
     fn the_last_ones_are_kept_the_newest_first() {
         let recent = Recent::default();
-        let headers = HeaderMap::new();
+        let (headers, upstream) = (HeaderMap::new(), Arc::from("shop"));
         for n in 0..KEPT + 5 {
             let uri: Uri = format!("/{n}?secret=1").parse().expect("a URI");
             let asked = Asked { method: &Method::GET, uri: &uri, headers: &headers };
             let answered = Answered {
-                upstream: "shop",
+                upstream: &upstream,
                 plan: None,
                 asked,
                 status: StatusCode::OK,
@@ -119,7 +159,7 @@ mod tests {
                 request_id: None,
                 identity: None,
             };
-            recent.add(&Outcome::Hit { ttl: 1 }, &answered, answered.took);
+            recent.add(&Outcome::Hit { ttl: 1 }, &answered);
         }
         let all = recent.read();
         assert_eq!(all.len(), KEPT);
