@@ -238,6 +238,9 @@ impl Rig {
     /// Lets all requests finish, then everything else. What it returns has the number of connections that had to be cut.
     pub(super) fn close(&mut self) -> Closing {
         let tasks = self.tasks.take();
+        if let Some(tasks) = &tasks {
+            tasks.api.drain();
+        }
         for running in &self.upstreams {
             running.stop.send_replace(true);
         }
@@ -255,8 +258,7 @@ pub(super) struct Closing {
 impl Closing {
     /// Waits for the requests that run, at most for the grace. Returns how many connections had to be cut.
     pub(super) async fn finished(self) -> usize {
-        let Some(Tasks { api, serving, asked, mut fleet, apart: _apart, .. }) = self.tasks else { return 0 };
-        api.drain();
+        let Some(Tasks { serving, asked, mut fleet, apart: _apart, .. }) = self.tasks else { return 0 };
         let cut = serving.join_all().await.into_iter().sum();
         fleet.shutdown().await;
         for stop in self.stops {
