@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::support::process::command;
 use crate::support::redis::{folder, free_port};
 use crate::support::sidecar::text;
-use crate::support::{Client, Gate, Origin, Redis, Reply, get, send, soon, until};
+use crate::support::{Answer, Client, Gate, Origin, Redis, Reply, get, send, soon, until};
 
 /// A sidecar that reads its configuration from a file.
 struct FromFile {
@@ -44,9 +44,15 @@ impl FromFile {
         std::fs::write(&self.file, text).expect("writable");
     }
 
-    async fn reload(&self) -> crate::support::Answer {
+    async fn reload(&self) -> Answer {
         send(self.admin, "POST", "/reload", &[], b"").await
     }
+}
+
+/// Asks for /x on a connection that has to stay.
+async fn on(client: &mut Client) -> Answer {
+    client.ask("GET", "/x", &[], b"").await;
+    client.answer_to("GET").await.expect("the connection stays")
 }
 
 const STORES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \"1h\"\n";
@@ -57,10 +63,7 @@ async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing(
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
-    let mut ask = async || {
-        client.ask("GET", "/x", &[], b"").await;
-        client.answer_to("GET").await.expect("the connection stays")
-    };
+    let mut ask = async || on(&mut client).await;
     ask().await;
     assert!(ask().await.is_hit());
     sidecar.write(&text(origin.address, PASSES, ""));
@@ -134,8 +137,7 @@ async fn listeners_come_and_go_and_those_that_stay_keep_their_connections() {
     assert!(sidecar.reload().await.text().contains(&format!("no longer listening on 127.0.0.1:{port}")));
     let closed = async { while tokio::net::TcpStream::connect(new).await.is_ok() {} };
     soon("the port is free", closed).await;
-    kept.ask("GET", "/x", &[], b"").await;
-    assert_eq!(kept.answer_to("GET").await.expect("the connection stays").status, 200);
+    assert_eq!(on(&mut kept).await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -175,10 +177,7 @@ async fn a_redis_and_secrets_are_replaced_and_the_cache_begins_empty() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
-    let mut ask = async || {
-        client.ask("GET", "/x", &[], b"").await;
-        client.answer_to("GET").await.expect("the connection stays")
-    };
+    let mut ask = async || on(&mut client).await;
     let secret = "[security]\nsecret = { env = \"PATH\" }\n";
     for (number, table) in [one.table(), other.table(), other.table() + secret].iter().enumerate() {
         ask().await;

@@ -103,16 +103,8 @@ fn rule(plan: &Plan) -> Value {
         told["ttl"] = duration(ttl).into();
         told["negative_ttl"] = negative_ttl.map_or(Value::Null, |ttl| duration(ttl).into());
     }
-    let windows = [
-        ("stale_while_revalidate", plan.stale_while_revalidate),
-        ("stale_if_error", plan.stale_if_error),
-        ("last_known_good", plan.last_known_good),
-        ("refresh_ahead", plan.refresh_ahead),
-    ];
-    for (name, window) in windows {
-        if let Some(window) = window {
-            told[name] = duration(window).into();
-        }
+    for (name, window) in plan.windows() {
+        told[name] = duration(window).into();
     }
     told["deadline"] = duration(plan.deadline).into();
     told["partition"] = match plan.key.partition {

@@ -148,6 +148,17 @@ impl Plan {
         }
     }
 
+    /// Its windows beyond freshness, by the names of their settings: those that are open.
+    pub fn windows(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        let windows = [
+            ("stale_while_revalidate", self.stale_while_revalidate),
+            ("stale_if_error", self.stale_if_error),
+            ("last_known_good", self.last_known_good),
+            ("refresh_ahead", self.refresh_ahead),
+        ];
+        windows.into_iter().filter_map(|(name, window)| Some((name, window?)))
+    }
+
     /// Do method, query and headers fit? (The path is the router's business.)
     pub fn accepts(&self, method: &Method, query: Option<&str>, headers: &HeaderMap) -> bool {
         self.methods.contains(method) && self.when.holds(query, headers)

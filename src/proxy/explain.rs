@@ -161,16 +161,8 @@ fn cache(plan: &Plan) -> String {
             format!("override: 200, 203, 204, 301 and 308 for {ttl}; 404 and 410 {negative}; nothing else")
         }
     };
-    let windows = [
-        ("stale_while_revalidate", plan.stale_while_revalidate),
-        ("stale_if_error", plan.stale_if_error),
-        ("last_known_good", plan.last_known_good),
-        ("refresh_ahead", plan.refresh_ahead),
-    ];
-    for (name, window) in windows {
-        if let Some(window) = window {
-            text += &format!("; {name} {}", format_duration(window));
-        }
+    for (name, window) in plan.windows() {
+        text += &format!("; {name} {}", format_duration(window));
     }
     text
 }
