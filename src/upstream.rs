@@ -2,6 +2,7 @@
 
 mod casing;
 mod connect;
+mod flaws;
 pub mod http;
 mod resolve;
 mod tap;

@@ -1,6 +1,8 @@
 //! Malformed answers: an abort or a 502, never stored, the connection not used again.
 
-use crate::support::{Client, Origin, Reply, Sidecar};
+use tokio::task::JoinSet;
+
+use crate::support::{Client, Origin, Reply, Sidecar, get};
 
 const OK: &str = "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n";
 
@@ -82,6 +84,25 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
     assert_eq!(sidecar.get("/clean").await.text(), "clean");
     assert_eq!(origin.connections(), connections + 2, "each on a connection of its own");
     assert_eq!(sidecar.commons.memory.usage().entries, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_goes_out_on_a_connection_that_has_bytes_after_the_body() {
+    const CLIENTS: usize = 32;
+    const EACH: usize = 40;
+    let origin = Origin::start(|_| Reply::new(200, "body and more").header("Content-Length", "4")).await;
+    let sidecar = Sidecar::before(&origin, "[upstream.pool]\nconnections = 4\n");
+    let mut clients = JoinSet::new();
+    for id in 0..CLIENTS {
+        let address = sidecar.address;
+        clients.spawn(async move {
+            for n in 0..EACH {
+                assert_eq!(get(address, &format!("/{id}/{n}"), &[]).await.text(), "body");
+            }
+        });
+    }
+    clients.join_all().await;
+    assert_eq!(origin.count(), CLIENTS * EACH, "each was asked for once: none had to be sent again");
 }
 
 #[tokio::test(flavor = "multi_thread")]

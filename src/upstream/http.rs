@@ -1,19 +1,20 @@
 //! The real upstream: a pooled HTTP client with time limits, and suspicion.
 
 use std::future::Future;
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING, UPGRADE};
+use http::header::UPGRADE;
 use http::uri::Scheme;
-use http::{Request, Response, StatusCode, Version};
+use http::{Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::ext::on_informational;
-use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
+use hyper_util::client::legacy::connect::{HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
@@ -21,6 +22,7 @@ use tokio::time::{Sleep, timeout};
 
 use super::casing::Casings;
 use super::connect::{CONNECT_TIMED_OUT, Connector, NoPlace, Terms};
+use super::flaws::flaw;
 use super::tap::{Overrun, Tap};
 use super::{Heard, MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
@@ -129,13 +131,13 @@ impl HttpUpstream {
             response.extensions_mut().insert(tunnel);
             return Ok(response);
         }
-        if let Some(why) = malformed(response.version(), response.status(), response.headers()) {
-            poison(&connection);
+        if let Some(why) = malformed(&response) {
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
-            if self.clock.now() > tap.opened.plus(self.max_age) {
-                poison(&connection);
+            let old = self.clock.now() > tap.opened.plus(self.max_age);
+            if let Some(connected) = connection.connection_metadata().as_ref().filter(|_| old) {
+                connected.poison();
             }
             if may_be_stored && let Some(casing) = self.casings.of(&tap.head()).await {
                 response.extensions_mut().insert(casing);
@@ -146,7 +148,7 @@ impl HttpUpstream {
             tap.finished();
         }
         Ok(response.map(|body| {
-            let guarded = Guarded { body, idle, pause: None, tap, connection };
+            let guarded = Guarded { body, idle, pause: None, tap };
             if head_only { Body::Empty } else { Body::stream(guarded) }
         }))
     }
@@ -162,13 +164,6 @@ impl Upstream for HttpUpstream {
     }
 }
 
-/// Its connection is not to be used again.
-fn poison(connection: &CaptureConnection) {
-    if let Some(connected) = connection.connection_metadata().as_ref() {
-        connected.poison();
-    }
-}
-
 fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
     Tunnel::new(async move {
         let upgraded = upgrade.await.map_err(std::io::Error::other)?;
@@ -176,36 +171,14 @@ fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
     })
 }
 
-/// What the HTTP library lets pass and we don't: RFC 9112 §6.1, §6.3; an upgrade that nobody asked for.
-fn malformed(version: Version, status: StatusCode, headers: &HeaderMap) -> Option<&'static str> {
-    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
-    let (first, more) = (lengths.next(), lengths.next().is_some());
-    let encodings = headers.get_all(TRANSFER_ENCODING).iter().count();
-    if more || first.is_some_and(|value| !value.as_bytes().iter().all(u8::is_ascii_digit)) {
-        Some("the answer has more than one Content-Length, or one that is no number")
-    } else if first.is_some() && encodings > 0 {
-        Some("the answer has both Content-Length and Transfer-Encoding")
-    } else if encodings > 1 || headers.get(TRANSFER_ENCODING).is_some_and(is_coded) {
-        Some("the answer has a Transfer-Encoding other than chunked")
-    } else if version == Version::HTTP_10 && encodings > 0 {
-        Some("an HTTP/1.0 answer has a Transfer-Encoding")
-    } else if status == StatusCode::SWITCHING_PROTOCOLS {
-        Some("101 Switching Protocols, which nobody asked for")
-    } else {
-        None
+/// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap has looked for flaws already, and
+/// ended the connection.
+fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
+    let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    match response.status() {
+        StatusCode::SWITCHING_PROTOCOLS => Some("101 Switching Protocols, which nobody asked for"),
+        _ => flaw(false, fields),
     }
-}
-
-/// Has a body a coding that we would have to take off? One that is no registered coding (RFC 9112 §7) says nothing:
-/// such a body ends with its connection, and stays as it is.
-fn is_coded(encoding: &HeaderValue) -> bool {
-    let value = encoding.as_bytes();
-    let known = ["chunked", "gzip", "x-gzip", "deflate", "compress", "x-compress", "identity"];
-    let names_known = || {
-        let words = value.split(|b| !b.is_ascii_alphanumeric() && *b != b'-');
-        words.into_iter().any(|word| known.iter().any(|coding| word.eq_ignore_ascii_case(coding.as_bytes())))
-    };
-    !value.eq_ignore_ascii_case(b"chunked") && (names_known() || HeaderName::from_bytes(value).is_err())
 }
 
 fn send_error(error: &ClientError) -> SendError {
@@ -217,7 +190,9 @@ fn send_error(error: &ClientError) -> SendError {
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
         }
-        timed_out |= cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut);
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        malformed |= kind == Some(ErrorKind::InvalidData);
+        timed_out |= kind == Some(ErrorKind::TimedOut);
         crowded |= cause.is::<NoPlace>();
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
@@ -249,7 +224,6 @@ struct Guarded {
     idle: Duration,
     pause: Option<Pin<Box<Sleep>>>,
     tap: Option<Arc<Tap>>,
-    connection: CaptureConnection,
 }
 
 impl Guarded {
@@ -266,9 +240,6 @@ impl HttpBody for Guarded {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(next) => {
                 self.pause = None;
-                if self.overrun().is_some() {
-                    poison(&self.connection);
-                }
                 if let Some(tap) = self.tap.as_ref().filter(|_| next.is_none() || self.body.is_end_stream()) {
                     tap.finished();
                 }

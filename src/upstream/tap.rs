@@ -2,6 +2,7 @@
 //! whether more bytes came than the answer announced. The HTTP library tells neither.
 
 use std::future::Future;
+use std::io::{Error, ErrorKind};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -11,6 +12,7 @@ use memchr::{memchr, memmem};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
+use super::flaws::flaw;
 use crate::policy::Tick;
 
 /// A head longer than this is not looked at; the client refuses it anyway.
@@ -117,20 +119,20 @@ impl Tap {
         }
     }
 
-    /// Hears bytes; returns how many of them belong to the answer.
-    fn read(&self, mut bytes: &[u8]) -> usize {
+    /// Hears bytes; returns how many of them belong to the answer, or what is wrong with its framing.
+    fn read(&self, mut bytes: &[u8]) -> Result<usize, &'static str> {
         let all = bytes.len();
         if !self.listens {
-            return all;
+            return Ok(all);
         }
         let mut heard = self.lock();
         if heard.overrun.is_some() {
-            return 0;
+            return Ok(0);
         }
         heard.answering |= !bytes.is_empty();
         while !bytes.is_empty() {
             match heard.phase {
-                Phase::Body(None) => return all,
+                Phase::Body(None) => return Ok(all),
                 Phase::Body(Some(left)) => {
                     let taken = left.min(bytes.len() as u64);
                     heard.phase = Phase::Body(Some(left - taken));
@@ -139,25 +141,25 @@ impl Tap {
                         let answer = rest.starts_with(b"HTTP/") || b"HTTP/".starts_with(rest);
                         heard.overrun = Some(if answer { Overrun::Answer } else { Overrun::Junk });
                     }
-                    return all - rest.len();
+                    return Ok(all - rest.len());
                 }
-                Phase::Head => bytes = heard.head_bytes(bytes),
+                Phase::Head => bytes = heard.head_bytes(bytes)?,
             }
         }
-        all
+        Ok(all)
     }
 }
 
 impl Heard {
     /// Takes bytes of a head; returns what follows it.
-    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], &'static str> {
         if self.head.len() > MAX_HEAD {
-            return &[];
+            return Ok(&[]);
         }
         let before = self.head.len();
         self.head.extend_from_slice(bytes);
         let from = before.saturating_sub(3);
-        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return &[] };
+        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return Ok(&[]) };
         self.head.truncate(end);
         let rest = &bytes[end - before..];
         if self.head.get(9) == Some(&b'1') {
@@ -167,8 +169,11 @@ impl Heard {
             self.answers += 1;
             self.phase = Phase::Body(content_length(&self.head));
             self.keep_alive = keep_alive(&self.head);
+            if let Some(flaw) = flaw(self.head.starts_with(b"HTTP/1.0"), lines(&self.head)) {
+                return Err(flaw);
+            }
         }
-        rest
+        Ok(rest)
     }
 }
 
@@ -233,6 +238,10 @@ impl<T> Tapped<T> {
 
 impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        // Seen as closed before it counts as idle: nobody's next request goes out on it.
+        if self.tap.overrun().is_some() {
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_pending() {
@@ -242,8 +251,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
         self.due = None;
         if polled.is_ready() {
             // What is no part of an answer is not passed on: to the client it looks as if the connection had ended.
-            let heard = self.tap.read(&buf.filled()[before..]);
-            buf.set_filled(before + heard);
+            match self.tap.read(&buf.filled()[before..]) {
+                Ok(heard) => buf.set_filled(before + heard),
+                Err(flaw) => return Poll::Ready(Err(Error::new(ErrorKind::InvalidData, flaw))),
+            }
         }
         polled
     }
@@ -292,8 +303,8 @@ mod tests {
         for cut in 0..wire.len() {
             let tap = tap();
             tap.written();
-            tap.read(&wire[..cut]);
-            tap.read(&wire[cut..]);
+            tap.read(&wire[..cut]).expect("sound");
+            tap.read(&wire[cut..]).expect("sound");
             assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
             assert_eq!(tap.overrun(), None);
         }
@@ -303,15 +314,28 @@ mod tests {
     fn it_hears_bytes_after_the_body() {
         let tap = tap();
         let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
-        assert_eq!(tap.read(&[&head[..], b"abcd"].concat()), head.len() + 3);
+        assert_eq!(tap.read(&[&head[..], b"abcd"].concat()), Ok(head.len() + 3));
         assert_eq!(tap.overrun(), Some(Overrun::Junk));
-        assert_eq!(tap.read(b"more"), 0);
+        assert_eq!(tap.read(b"more"), Ok(0));
         for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
             let tap = Tap::new(Tick(0), true);
-            assert_eq!(tap.read(&[&head[..], b"abc"].concat()), head.len() + 3);
-            assert_eq!(tap.read(smuggled), 0);
+            assert_eq!(tap.read(&[&head[..], b"abc"].concat()), Ok(head.len() + 3));
+            assert_eq!(tap.read(smuggled), Ok(0));
             assert_eq!(tap.overrun(), Some(Overrun::Answer));
         }
+    }
+
+    #[tokio::test]
+    async fn what_came_after_the_body_ends_the_connection_at_once() {
+        let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef";
+        let (mut upstream, ours) = tokio::io::duplex(1000);
+        let mut tapped = Tapped::new(ours, tap());
+        tapped.write_all(b"GET").await.expect("written");
+        upstream.write_all(wire).await.expect("written");
+        let mut came = vec![0; wire.len() - 3];
+        tapped.read_exact(&mut came).await.expect("read");
+        // The upstream is still there, and silent.
+        assert_eq!(tapped.read(&mut came).await.expect("the end"), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -338,10 +362,10 @@ mod tests {
         let tap = tap();
         tap.written();
         assert!(!tap.died_idle(), "never served");
-        tap.read(b"HTTP/1.1 204 No Content\r\n\r\n");
+        tap.read(b"HTTP/1.1 204 No Content\r\n\r\n").expect("sound");
         tap.written();
         assert!(tap.died_idle());
-        tap.read(b"HTTP/1.1 2");
+        tap.read(b"HTTP/1.1 2").expect("sound");
         assert!(!tap.died_idle(), "the answer had begun");
     }
 }
