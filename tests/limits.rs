@@ -1,6 +1,11 @@
 //! What clients may do, on the wire.
 
-use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::redis::free_port;
+use crate::support::sidecar::text;
+use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send, soon};
 
 async fn plain() -> Origin {
     Origin::start(|ask| Reply::new(200, ask.body.clone())).await
@@ -119,6 +124,22 @@ async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_str
     assert!(status.is_none_or(|s| s == 413), "{status:?}");
     let unfinished = origin.count();
     assert!(unfinished <= 1, "the upstream never saw that request end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_comes_before_its_upload_has_ended_reaches_a_client_that_reads_only_then() {
+    let sidecar = Sidecar::from_text(&text(([127, 0, 0, 1], free_port()).into(), "", ""));
+    let (length, body) = (20 << 20, vec![b'x'; 20 << 20]);
+    let by_length = (format!("Content-Length: {length}\r\n\r\n"), "");
+    let in_chunks = (format!("Transfer-Encoding: chunked\r\n\r\n{length:x}\r\n"), "\r\n0\r\n\r\n");
+    for (head, tail) in [by_length, in_chunks] {
+        let request = [b"POST / HTTP/1.1\r\nHost: a\r\n", head.as_bytes(), &body, tail.as_bytes()].concat();
+        let mut client = TcpStream::connect(sidecar.address).await.expect("it listens");
+        soon("all of it is taken", client.write_all(&request)).await.expect("no reset");
+        let mut answer = String::new();
+        soon("the end", client.read_to_string(&mut answer)).await.expect("no reset");
+        assert!(answer.starts_with("HTTP/1.1 502 ") && answer.ends_with('}'), "{answer}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use std::time::Duration;
 use atomic_waker::AtomicWaker;
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::frames::Meter;
 use super::framing::{Scanned, Scanner};
@@ -26,10 +26,13 @@ use crate::proxy::respond::Rejection;
 pub(super) const REFUSED: &str = "~refused~";
 const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
 
-/// After a refusal so much, and for so long, is read and thrown away: closing a connection with unread bytes
-/// resets it, and takes our answer from the client.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 1 << 20;
+/// What a client sends that is sent away, or was answered before its request's body had ended, is read and thrown away
+/// for a while: closing a connection with unread bytes resets it, and takes our answer from the client (RFC 9112 §9.6).
+/// So much of it, with no longer pause, and for no longer in all: the one that was refused, and the other.
+const LINGER_BYTES: usize = 64 << 20;
+const LINGER_PAUSE: Duration = Duration::from_secs(1);
+const LINGER_REFUSED: Duration = Duration::from_secs(1);
+const LINGER_ANSWERED: Duration = Duration::from_secs(30);
 
 /// What the one who serves a connection and its wire tell each other.
 #[derive(Debug, Default)]
@@ -93,7 +96,27 @@ pub(super) struct Wire<S> {
     write_stall: Duration,
     head_due: Option<Pin<Box<Sleep>>>,
     write_due: Option<Pin<Box<Sleep>>>,
-    lingering: Option<(Pin<Box<Sleep>>, usize)>,
+    lingering: Option<Lingering>,
+}
+
+/// The last of a connection: until then, at most, and so many bytes.
+#[derive(Debug)]
+struct Lingering {
+    pause: Pin<Box<Sleep>>,
+    until: Instant,
+    left: usize,
+}
+
+impl Lingering {
+    fn for_at_most(limit: Duration) -> Lingering {
+        let pause = Box::pin(sleep(LINGER_PAUSE));
+        Lingering { pause, until: Instant::now() + limit, left: LINGER_BYTES }
+    }
+
+    fn came(&mut self, bytes: usize) {
+        self.left = self.left.saturating_sub(bytes);
+        self.pause.as_mut().reset(self.until.min(Instant::now() + LINGER_PAUSE));
+    }
 }
 
 impl<S> Wire<S> {
@@ -138,7 +161,7 @@ impl<S> Wire<S> {
     /// Instead of a head, its refusal is read. A body just ends: its request is being answered already.
     fn refuse(&mut self, rejection: Rejection) -> io::Result<()> {
         self.word.linger();
-        let in_body = matches!(&self.speech, Speech::Http1(scanner) if scanner.in_body());
+        let in_body = self.in_body();
         self.held.clear();
         let code = rejection.code;
         let first = self.word.refused.set(rejection).is_ok();
@@ -160,6 +183,10 @@ impl<S> Wire<S> {
         self.passed = passed;
         self.refusal = refused;
         Ok(())
+    }
+
+    fn in_body(&self) -> bool {
+        matches!(&self.speech, Speech::Http1(scanner) if scanner.in_body())
     }
 
     fn head_is_partial(&self) -> bool {
@@ -309,20 +336,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
         let this = &mut *self;
         if this.lingering.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
-            if !this.word.lingers.load(Ordering::Relaxed) {
-                return Poll::Ready(Ok(()));
-            }
+            let limit = match this.word.lingers.load(Ordering::Relaxed) {
+                true => LINGER_REFUSED,
+                false if this.in_body() => LINGER_ANSWERED,
+                false => return Poll::Ready(Ok(())),
+            };
+            this.lingering = Some(Lingering::for_at_most(limit));
         }
-        let (due, left) = this.lingering.get_or_insert_with(|| (Box::pin(sleep(LINGER)), LINGER_BYTES));
-        let mut space = [0; 4096];
+        let Some(lingering) = &mut this.lingering else { return Poll::Ready(Ok(())) };
+        let mut space = [0; 16 << 10];
         loop {
             let mut came = ReadBuf::new(&mut space);
             match Pin::new(&mut this.stream).poll_read(cx, &mut came) {
-                Poll::Ready(Ok(())) if !came.filled().is_empty() && *left > 0 => {
-                    *left = left.saturating_sub(came.filled().len());
+                Poll::Ready(Ok(())) if !came.filled().is_empty() && lingering.left > 0 => {
+                    lingering.came(came.filled().len());
                 }
                 Poll::Ready(_) => return Poll::Ready(Ok(())),
-                Poll::Pending => return due.as_mut().poll(cx).map(Ok),
+                Poll::Pending => return lingering.pause.as_mut().poll(cx).map(Ok),
             }
         }
     }
