@@ -141,7 +141,7 @@ impl Redis {
         let mut link = |name, database, waits| {
             let link = Link::new(name, slot, waits, clock.clone(), herald.clone());
             let time = time.clone();
-            let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |now| time.set(now));
+            let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |told| time.hear(told));
             supervisors.spawn(supervise);
             link
         };

@@ -22,7 +22,8 @@ async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
         one.get(&target).await;
         one.written().await;
         let before = origin.count();
-        assert!(other.get(&target).await.is_hit(), "{target}");
+        let answer = other.get(&target).await;
+        assert!(answer.is_hit(), "{target}: {}", answer.cache_status());
         assert_eq!(origin.count(), before);
     }
     let purge = format!("{{\"prefixes\":[\"/{name}/1\"]}}");

@@ -21,7 +21,7 @@ use super::connect::{Connection, connect};
 use super::errors::{first_line, is_lost, must_reconnect};
 use super::herald::Herald;
 use super::{Trouble, Why};
-use crate::clock::Clock;
+use crate::clock::{Clock, Told};
 use crate::config;
 use crate::policy::breaker::{Breaker, Fault};
 use crate::telemetry::Latencies;
@@ -231,8 +231,8 @@ impl Link {
         }
     }
 
-    /// Supervises for ever. `on_time` hears the server's time: milliseconds since the epoch.
-    pub(super) async fn supervise(self: Arc<Self>, config: Arc<config::Redis>, database: u8, on_time: impl Fn(u64)) {
+    /// Supervises for ever. `on_time` hears the server's time.
+    pub(super) async fn supervise(self: Arc<Self>, config: Arc<config::Redis>, database: u8, on_time: impl Fn(Told)) {
         let mut pause = BACKOFF.0;
         loop {
             let lost = match self.attempt(&config, database, &on_time).await {
@@ -257,15 +257,15 @@ impl Link {
         &self,
         config: &config::Redis,
         database: u8,
-        on_time: &impl Fn(u64),
+        on_time: &impl Fn(Told),
     ) -> Result<(Connection, Instant), String> {
         let connection = connect(config, database).await?;
-        let now = match timeout(REPLACE, server_time(&connection.client, self.slot)).await {
-            Ok(Ok(now)) => now,
+        let told = match timeout(REPLACE, server_time(&connection.client, self.slot)).await {
+            Ok(Ok(told)) => told,
             Ok(Err(error)) => return Err(first_line(error.details())),
             Err(_elapsed) => return Err("connected, but no answer".into()),
         };
-        on_time(now);
+        on_time(told);
         // What was said of the last one does not concern this one.
         for told in [&self.replace, &self.missed] {
             let _ = timeout(Duration::ZERO, told.notified()).await;
@@ -279,7 +279,7 @@ impl Link {
     }
 
     /// Watches until the connection is lost or given up: why.
-    async fn watch(&self, connection: Connection, on_time: &impl Fn(u64)) -> String {
+    async fn watch(&self, connection: Connection, on_time: &impl Fn(Told)) -> String {
         let Connection { client, mut driver } = connection;
         let lost = loop {
             let suspicious = tokio::select! {
@@ -303,7 +303,7 @@ impl Link {
     }
 
     /// Asks for the time once, and waits for the answer until the client has to be replaced.
-    async fn listen(&self, client: &Client, suspicious: bool, on_time: &impl Fn(u64)) -> Result<(), String> {
+    async fn listen(&self, client: &Client, suspicious: bool, on_time: &impl Fn(Told)) -> Result<(), String> {
         let asked = server_time(client, self.slot);
         tokio::pin!(asked);
         let patience = if suspicious { SUSPICION } else { HEARTBEAT };
@@ -320,7 +320,7 @@ impl Link {
             }
         };
         match answer {
-            Ok(now) => on_time(now),
+            Ok(told) => on_time(told),
             Err(error) if is_lost(&error) => return Err(first_line(error.details())),
             // An error is an answer.
             Err(error) => self.herald.say(self.name, &first_line(error.details())),
@@ -358,11 +358,12 @@ async fn pause(time: Option<Duration>) {
     }
 }
 
-/// TIME: milliseconds since the epoch.
-async fn server_time(client: &Client, slot: u16) -> FredResult<u64> {
+/// TIME: seconds since the epoch, and microseconds.
+async fn server_time(client: &Client, slot: u16) -> FredResult<Told> {
+    let asked = Instant::now().into_std();
     let command = CustomCommand::new_static("TIME", ClusterHash::Custom(slot), false);
     let (seconds, micros): (u64, u64) = client.custom(command, Vec::<String>::new()).await?;
-    Ok(seconds * 1000 + micros / 1000)
+    Ok(Told { server: seconds * 1000 + micros / 1000, asked })
 }
 
 /// Reads and writes once: the server's version.
