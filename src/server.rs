@@ -7,6 +7,7 @@ pub mod framing;
 pub mod guard;
 mod intake;
 mod interim;
+mod linger;
 mod normalise;
 mod receive;
 mod stalls;

@@ -87,6 +87,21 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_brought_a_flawed_head_is_not_used_again() {
+    let origin = Origin::start(|ask| {
+        let reply = Reply::new(200, "4\r\nbody\r\n0\r\n\r\n").header("Content-Length", "14");
+        if ask.target == "/flawed" { reply.header("Transfer-Encoding", "chunked") } else { reply }
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "");
+    for asked in 1..10 {
+        let flawed = sidecar.get("/flawed").await;
+        assert_eq!((flawed.status, &flawed.json()["error"]["code"]), (502, &"upstream_malformed".into()));
+        assert_eq!((origin.count(), origin.connections()), (asked, asked), "asked once, on a connection of its own");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_request_goes_out_on_a_connection_that_has_bytes_after_the_body() {
     const CLIENTS: usize = 32;
     const EACH: usize = 40;

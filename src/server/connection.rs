@@ -93,7 +93,7 @@ impl Door {
         let meeting = Meeting::default();
         let interims = word.interims.clone();
         let ear: Option<Arc<dyn Ear>> = Some(interims.clone());
-        let desk = Desk { face: self.face.clone(), word, meeting: meeting.clone(), interims: ear };
+        let desk = Desk { face: self.face.clone(), word: word.clone(), meeting: meeting.clone(), interims: ear };
         let at = seat.clone();
         let service = service_fn(move |request: Request<Incoming>| {
             at.serves();
@@ -124,6 +124,7 @@ impl Door {
                 return polled;
             }
             asked = true;
+            word.leaves();
             connection.as_mut().graceful_shutdown();
             connection.as_mut().poll(cx)
         });

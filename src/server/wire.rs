@@ -13,11 +13,12 @@ use std::time::Duration;
 use atomic_waker::AtomicWaker;
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 use super::frames::Meter;
 use super::framing::{Scanned, Scanner};
 use super::interim::Interims;
+use super::linger::Lingering;
 use crate::config::Limits;
 use crate::proxy::respond::Rejection;
 
@@ -26,19 +27,12 @@ use crate::proxy::respond::Rejection;
 pub(super) const REFUSED: &str = "~refused~";
 const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
 
-/// What a client sends that is sent away, or was answered before its request's body had ended, is read and thrown away
-/// for a while: closing a connection with unread bytes resets it, and takes our answer from the client (RFC 9112 §9.6).
-/// So much of it, with no longer pause, and for no longer in all: the one that was refused, and the other.
-const LINGER_BYTES: usize = 64 << 20;
-const LINGER_PAUSE: Duration = Duration::from_secs(1);
-const LINGER_REFUSED: Duration = Duration::from_secs(1);
-const LINGER_ANSWERED: Duration = Duration::from_secs(30);
-
 /// What the one who serves a connection and its wire tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Word {
     refused: OnceLock<Rejection>,
     lingers: AtomicBool,
+    leaves: AtomicBool,
     tunnel: AtomicBool,
     answered: AtomicBool,
     /// What goes ahead of answers.
@@ -56,6 +50,11 @@ impl Word {
     /// The client is sent away while it may still be sending.
     pub(super) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
+    }
+
+    /// The connection is asked to make room.
+    pub(super) fn leaves(&self) {
+        self.leaves.store(true, Ordering::Relaxed);
     }
 
     /// What comes from now on is another protocol.
@@ -97,26 +96,6 @@ pub(super) struct Wire<S> {
     head_due: Option<Pin<Box<Sleep>>>,
     write_due: Option<Pin<Box<Sleep>>>,
     lingering: Option<Lingering>,
-}
-
-/// The last of a connection: until then, at most, and so many bytes.
-#[derive(Debug)]
-struct Lingering {
-    pause: Pin<Box<Sleep>>,
-    until: Instant,
-    left: usize,
-}
-
-impl Lingering {
-    fn for_at_most(limit: Duration) -> Lingering {
-        let pause = Box::pin(sleep(LINGER_PAUSE));
-        Lingering { pause, until: Instant::now() + limit, left: LINGER_BYTES }
-    }
-
-    fn came(&mut self, bytes: usize) {
-        self.left = self.left.saturating_sub(bytes);
-        self.pause.as_mut().reset(self.until.min(Instant::now() + LINGER_PAUSE));
-    }
 }
 
 impl<S> Wire<S> {
@@ -334,27 +313,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.lingering.is_none() {
-            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
-            let limit = match this.word.lingers.load(Ordering::Relaxed) {
-                true => LINGER_REFUSED,
-                false if this.in_body() => LINGER_ANSWERED,
-                false => return Poll::Ready(Ok(())),
-            };
-            this.lingering = Some(Lingering::for_at_most(limit));
+        let leaves = this.word.leaves.load(Ordering::Relaxed);
+        if let Some(lingering) = &mut this.lingering {
+            return lingering.poll(&mut this.stream, leaves, cx).map(Ok);
         }
-        let Some(lingering) = &mut this.lingering else { return Poll::Ready(Ok(())) };
-        let mut space = [0; 16 << 10];
-        loop {
-            let mut came = ReadBuf::new(&mut space);
-            match Pin::new(&mut this.stream).poll_read(cx, &mut came) {
-                Poll::Ready(Ok(())) if !came.filled().is_empty() && lingering.left > 0 => {
-                    lingering.came(came.filled().len());
-                }
-                Poll::Ready(_) => return Poll::Ready(Ok(())),
-                Poll::Pending => return lingering.pause.as_mut().poll(cx).map(Ok),
-            }
-        }
+        let polled = Pin::new(&mut this.stream).poll_shutdown(cx);
+        ready!(this.wrote(polled, cx))?;
+        let lingering = match (this.word.lingers.load(Ordering::Relaxed), this.in_body()) {
+            (false, false) => return Poll::Ready(Ok(())),
+            (false, true) if !leaves => Lingering::answered(),
+            (true, _) | (false, true) => Lingering::refused(),
+        };
+        this.lingering.insert(lingering).poll(&mut this.stream, leaves, cx).map(Ok)
     }
 
     fn poll_write_vectored(

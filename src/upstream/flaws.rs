@@ -8,7 +8,7 @@ pub(super) fn flaw<'f>(http_10: bool, fields: impl Iterator<Item = (&'f [u8], &'
     for (name, value) in fields {
         let value = value.trim_ascii();
         if name.eq_ignore_ascii_case(b"content-length") {
-            if length.replace(value).is_some() || value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
+            if length.replace(value).is_some() || !value.iter().all(u8::is_ascii_digit) {
                 return Some("the answer has more than one Content-Length, or one that is no number");
             }
         } else if name.eq_ignore_ascii_case(b"transfer-encoding")
@@ -51,7 +51,6 @@ mod tests {
             &[("Content-Length", "4"), ("content-length", "4")],
             &[("Content-Length", "4, 4")],
             &[("Content-Length", "-4")],
-            &[("Content-Length", "")],
             &[("Content-Length", "4"), ("Transfer-Encoding", "chunked")],
             &[("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")],
             &[("Transfer-Encoding", "gzip, chunked")],

@@ -14,7 +14,7 @@ use http::{Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::ext::on_informational;
-use hyper_util::client::legacy::connect::{HttpInfo, capture_connection};
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
@@ -23,7 +23,7 @@ use tokio::time::{Sleep, timeout};
 use super::casing::Casings;
 use super::connect::{CONNECT_TIMED_OUT, Connector, NoPlace, Terms};
 use super::flaws::flaw;
-use super::tap::{Overrun, Tap};
+use super::tap::{Flawed, MAX_HEAD, Overrun, Tap};
 use super::{Heard, MayBeStored, SendError, Sending, Upstream};
 use crate::body::tunnel::{Duplex, Tunnel};
 use crate::body::{Body, BodyError};
@@ -43,9 +43,6 @@ const IDLE: Duration = Duration::from_secs(60);
 /// An HTTP/2 connection that carries streams is asked so often whether it lives, and must answer in time.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_ANSWER: Duration = Duration::from_secs(10);
-
-/// A larger response head is malformed.
-const MAX_HEAD: usize = 128 << 10;
 
 /// The upstream behind one listener.
 pub struct HttpUpstream {
@@ -132,12 +129,12 @@ impl HttpUpstream {
             return Ok(response);
         }
         if let Some(why) = malformed(&response) {
+            poison(&connection);
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
         if let Some(tap) = &tap {
-            let old = self.clock.now() > tap.opened.plus(self.max_age);
-            if let Some(connected) = connection.connection_metadata().as_ref().filter(|_| old) {
-                connected.poison();
+            if self.clock.now() > tap.opened.plus(self.max_age) {
+                poison(&connection);
             }
             if may_be_stored && let Some(casing) = self.casings.of(&tap.head()).await {
                 response.extensions_mut().insert(casing);
@@ -171,8 +168,15 @@ fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
     })
 }
 
-/// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap has looked for flaws already, and
-/// ended the connection.
+/// Its connection is not to be used again.
+fn poison(connection: &CaptureConnection) {
+    if let Some(connected) = connection.connection_metadata().as_ref() {
+        connected.poison();
+    }
+}
+
+/// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap looks for flaws before it, and ends the
+/// connection.
 fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
     let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     match response.status() {
@@ -190,9 +194,9 @@ fn send_error(error: &ClientError) -> SendError {
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
         }
-        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-        malformed |= kind == Some(ErrorKind::InvalidData);
-        timed_out |= kind == Some(ErrorKind::TimedOut);
+        let io = cause.downcast_ref::<std::io::Error>();
+        malformed |= io.and_then(std::io::Error::get_ref).and_then(|why| why.downcast_ref::<Flawed>()).is_some();
+        timed_out |= io.is_some_and(|io| io.kind() == ErrorKind::TimedOut);
         crowded |= cause.is::<NoPlace>();
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();

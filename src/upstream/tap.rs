@@ -15,8 +15,8 @@ use tokio::time::{Sleep, sleep};
 use super::flaws::flaw;
 use crate::policy::Tick;
 
-/// A head longer than this is not looked at; the client refuses it anyway.
-const MAX_HEAD: usize = 64 << 10;
+/// A longer head is malformed: the client refuses it too.
+pub(super) const MAX_HEAD: usize = 128 << 10;
 
 /// A connection is given up so long before the upstream does.
 const MARGIN: Duration = Duration::from_secs(1);
@@ -61,7 +61,21 @@ enum Phase {
     Head,
     /// After the head; so many bytes of body are left, if it said how many.
     Body(Option<u64>),
+    /// After a 101: the bytes are another protocol's.
+    Tunnel,
 }
+
+/// What is wrong with an answer's framing, on its way through the HTTP library.
+#[derive(Debug)]
+pub(super) struct Flawed(&'static str);
+
+impl std::fmt::Display for Flawed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Flawed {}
 
 impl Tap {
     pub(super) fn new(opened: Tick, listens: bool) -> Arc<Tap> {
@@ -106,12 +120,13 @@ impl Tap {
         heard.answers > 0 && !heard.answering
     }
 
-    fn written(&self) {
+    /// Hears what is written: a request, or the rest of one that is being answered already.
+    fn written(&self, bytes: &[u8]) {
         if !self.listens {
             return;
         }
         let mut heard = self.lock();
-        if heard.phase != Phase::Head {
+        if matches!(heard.phase, Phase::Body(_)) && begins_request(bytes) {
             heard.phase = Phase::Head;
             heard.head.clear();
             heard.answering = false;
@@ -120,7 +135,7 @@ impl Tap {
     }
 
     /// Hears bytes; returns how many of them belong to the answer, or what is wrong with its framing.
-    fn read(&self, mut bytes: &[u8]) -> Result<usize, &'static str> {
+    fn read(&self, mut bytes: &[u8]) -> Result<usize, Flawed> {
         let all = bytes.len();
         if !self.listens {
             return Ok(all);
@@ -132,7 +147,7 @@ impl Tap {
         heard.answering |= !bytes.is_empty();
         while !bytes.is_empty() {
             match heard.phase {
-                Phase::Body(None) => return Ok(all),
+                Phase::Body(None) | Phase::Tunnel => return Ok(all),
                 Phase::Body(Some(left)) => {
                     let taken = left.min(bytes.len() as u64);
                     heard.phase = Phase::Body(Some(left - taken));
@@ -152,29 +167,41 @@ impl Tap {
 
 impl Heard {
     /// Takes bytes of a head; returns what follows it.
-    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], &'static str> {
-        if self.head.len() > MAX_HEAD {
-            return Ok(&[]);
-        }
+    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], Flawed> {
+        // Empty lines before it don't count (RFC 9112 §2.2).
+        let skipped = bytes.iter().take_while(|byte| self.head.is_empty() && b"\r\n".contains(byte)).count();
+        let bytes = &bytes[skipped..];
         let before = self.head.len();
         self.head.extend_from_slice(bytes);
         let from = before.saturating_sub(3);
-        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else { return Ok(&[]) };
+        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else {
+            let long = self.head.len() > MAX_HEAD;
+            return if long { Err(Flawed("the answer's head is too large")) } else { Ok(&[]) };
+        };
         self.head.truncate(end);
         let rest = &bytes[end - before..];
-        if self.head.get(9) == Some(&b'1') {
+        match self.head.get(9..12) {
+            Some(b"101") => self.phase = Phase::Tunnel,
             // Interim: the final head follows (RFC 9110 §15.2).
-            self.head.clear();
-        } else {
-            self.answers += 1;
-            self.phase = Phase::Body(content_length(&self.head));
-            self.keep_alive = keep_alive(&self.head);
-            if let Some(flaw) = flaw(self.head.starts_with(b"HTTP/1.0"), lines(&self.head)) {
-                return Err(flaw);
+            Some([b'1', ..]) => self.head.clear(),
+            _ => {
+                self.answers += 1;
+                self.phase = Phase::Body(content_length(&self.head));
+                self.keep_alive = keep_alive(&self.head);
+                if let Some(flaw) = flaw(self.head.starts_with(b"HTTP/1.0"), lines(&self.head)) {
+                    return Err(Flawed(flaw));
+                }
             }
         }
         Ok(rest)
     }
+}
+
+/// Is it a request's first line that begins these bytes? A part of an upload could look like one, which would only be
+/// heard as one.
+fn begins_request(bytes: &[u8]) -> bool {
+    let line = memchr(b'\n', bytes).map_or(bytes, |end| &bytes[..end]);
+    line.ends_with(b" HTTP/1.1\r") || line.ends_with(b" HTTP/1.0\r")
 }
 
 /// The `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it.
@@ -262,7 +289,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Tapped<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Tapped<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        self.tap.written();
+        self.tap.written(buf);
         Pin::new(&mut self.inner).poll_write(cx, buf)
     }
 
@@ -279,7 +306,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Tapped<T> {
         cx: &mut Context<'_>,
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
-        self.tap.written();
+        self.tap.written(bufs.first().map_or(&[], |first| first));
         Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
     }
 
@@ -293,6 +320,8 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+    const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
     fn tap() -> Arc<Tap> {
         Tap::new(Tick(0), true)
     }
@@ -302,7 +331,7 @@ mod tests {
         let wire = b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\nabc";
         for cut in 0..wire.len() {
             let tap = tap();
-            tap.written();
+            tap.written(GET);
             tap.read(&wire[..cut]).expect("sound");
             tap.read(&wire[cut..]).expect("sound");
             assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
@@ -314,28 +343,71 @@ mod tests {
     fn it_hears_bytes_after_the_body() {
         let tap = tap();
         let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
-        assert_eq!(tap.read(&[&head[..], b"abcd"].concat()), Ok(head.len() + 3));
+        assert_eq!(tap.read(&[&head[..], b"abcd"].concat()).ok(), Some(head.len() + 3));
         assert_eq!(tap.overrun(), Some(Overrun::Junk));
-        assert_eq!(tap.read(b"more"), Ok(0));
+        assert_eq!(tap.read(b"more").ok(), Some(0));
         for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
             let tap = Tap::new(Tick(0), true);
-            assert_eq!(tap.read(&[&head[..], b"abc"].concat()), Ok(head.len() + 3));
-            assert_eq!(tap.read(smuggled), Ok(0));
+            assert_eq!(tap.read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
+            assert_eq!(tap.read(smuggled).ok(), Some(0));
             assert_eq!(tap.overrun(), Some(Overrun::Answer));
         }
     }
 
-    #[tokio::test]
+    #[test]
+    fn a_flawed_head_is_an_error_and_interim_heads_and_empty_lines_are_not() {
+        for head in ["Content-Length: 3\r\nContent-Length: 3", "Content-Length: 3\r\nTransfer-Encoding: chunked"] {
+            let wire = format!("\r\nHTTP/1.1 103 Early\r\n{head}\r\n\r\nHTTP/1.1 200 OK\r\n{head}\r\n\r\nabc");
+            let tap = tap();
+            tap.written(GET);
+            assert!(tap.read(wire.as_bytes()).is_err(), "{head}");
+        }
+        let tap = tap();
+        tap.written(GET);
+        assert!(tap.read(b"HTTP/1.1 200 OK\r\n").is_ok());
+        assert!(tap.read(&vec![b'a'; MAX_HEAD]).is_err(), "too large");
+    }
+
+    #[test]
+    fn what_goes_through_a_tunnel_is_no_answer() {
+        let tap = tap();
+        tap.written(GET);
+        let frame = b"SIP/2.0 180 Ringing\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\nand more";
+        assert_eq!(tap.read(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").ok(), Some(36));
+        for _ in 0..2 {
+            assert_eq!(tap.read(frame).ok(), Some(frame.len()));
+            tap.written(GET);
+        }
+        assert_eq!(tap.overrun(), None);
+    }
+
+    #[test]
+    fn an_upload_that_goes_on_beside_its_answer_is_no_new_request() {
+        let tap = tap();
+        tap.written(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+        let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        assert_eq!(tap.read(head).ok(), Some(head.len()));
+        tap.written(b"5\r\nhello\r\n");
+        let echo = b"2f\r\nContent-Length: 1\r\n\r\nand much that is longer than that";
+        assert_eq!(tap.read(echo).ok(), Some(echo.len()));
+        assert_eq!(tap.overrun(), None);
+        tap.written(GET);
+        assert_eq!(tap.read(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxx").ok(), Some(39));
+        assert_eq!(tap.overrun(), Some(Overrun::Junk));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_came_after_the_body_ends_the_connection_at_once() {
         let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef";
         let (mut upstream, ours) = tokio::io::duplex(1000);
         let mut tapped = Tapped::new(ours, tap());
-        tapped.write_all(b"GET").await.expect("written");
+        tapped.write_all(GET).await.expect("written");
         upstream.write_all(wire).await.expect("written");
         let mut came = vec![0; wire.len() - 3];
         tapped.read_exact(&mut came).await.expect("read");
         // The upstream is still there, and silent.
-        assert_eq!(tapped.read(&mut came).await.expect("the end"), 0);
+        let end = tokio::time::timeout(Duration::from_secs(9), tapped.read(&mut came)).await;
+        assert_eq!(end.expect("at once").expect("the end"), 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -344,7 +416,7 @@ mod tests {
         let (mut upstream, ours) = tokio::io::duplex(1000);
         let tap = tap();
         let mut tapped = Tapped::new(ours, tap.clone());
-        tapped.write_all(b"GET").await.expect("written");
+        tapped.write_all(GET).await.expect("written");
         upstream.write_all(head).await.expect("written");
         let mut came = vec![0; head.len()];
         tapped.read_exact(&mut came).await.expect("read");
@@ -360,10 +432,10 @@ mod tests {
     #[test]
     fn it_tells_a_connection_that_died_idle() {
         let tap = tap();
-        tap.written();
+        tap.written(GET);
         assert!(!tap.died_idle(), "never served");
         tap.read(b"HTTP/1.1 204 No Content\r\n\r\n").expect("sound");
-        tap.written();
+        tap.written(GET);
         assert!(tap.died_idle());
         tap.read(b"HTTP/1.1 2").expect("sound");
         assert!(!tap.died_idle(), "the answer had begun");

@@ -1,0 +1,123 @@
+//! The last of a connection: what a client sends that is sent away, or was answered before its request's body had
+//! ended, is read and thrown away for a while. Closing a connection with unread bytes resets it, and takes our answer
+//! from the client (RFC 9112 §9.6).
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
+
+/// So much is taken, with no longer pause.
+const BYTES: usize = 64 << 20;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// For no longer in all: one that was answered, and one that was refused.
+const ANSWERED: Duration = Duration::from_secs(5);
+const REFUSED: Duration = Duration::from_secs(1);
+
+/// One that stays for a while after it has said goodbye.
+#[derive(Debug)]
+pub(super) struct Lingering {
+    pause: Pin<Box<Sleep>>,
+    until: Instant,
+    left: usize,
+    /// It goes at once if somebody wants its place.
+    yields: bool,
+}
+
+impl Lingering {
+    /// After an answer.
+    pub(super) fn answered() -> Lingering {
+        Lingering { yields: true, ..Self::for_at_most(ANSWERED) }
+    }
+
+    /// After a refusal.
+    pub(super) fn refused() -> Lingering {
+        Self::for_at_most(REFUSED)
+    }
+
+    fn for_at_most(limit: Duration) -> Lingering {
+        Lingering { pause: Box::pin(sleep(PAUSE)), until: Instant::now() + limit, left: BYTES, yields: false }
+    }
+
+    /// Until the client has gone too, or has had its time. `wanted`: its place is.
+    pub(super) fn poll<S>(&mut self, stream: &mut S, wanted: bool, cx: &mut Context<'_>) -> Poll<()>
+    where
+        S: AsyncRead + Unpin,
+    {
+        let mut space = [0; 16 << 10];
+        while self.left > 0 && !(wanted && self.yields) {
+            let mut came = ReadBuf::new(&mut space);
+            match Pin::new(&mut *stream).poll_read(cx, &mut came) {
+                Poll::Ready(Ok(())) if !came.filled().is_empty() => {
+                    self.left = self.left.saturating_sub(came.filled().len());
+                    self.pause.as_mut().reset(self.until.min(Instant::now() + PAUSE));
+                }
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => return self.pause.as_mut().poll(cx),
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+    use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+
+    /// For how long, in milliseconds, it stays with a client that writes so many bytes every 900 ms, so many times.
+    async fn stays(goodbye: fn() -> Lingering, size: usize, times: usize) -> u128 {
+        let (mut client, mut ours) = duplex(1 << 20);
+        let mut lingering = goodbye();
+        let writes = async {
+            for _ in 0..times {
+                let _ = client.write_all(&vec![b'x'; size]).await;
+                sleep(Duration::from_millis(900)).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let begun = Instant::now();
+        tokio::select! {
+            () = writes => {}
+            () = poll_fn(|cx| lingering.poll::<DuplexStream>(&mut ours, false, cx)) => {}
+        }
+        begun.elapsed().as_millis()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_stays_for_a_pause_and_for_its_limit_in_all() {
+        let table: [(fn() -> Lingering, usize, u128); 5] = [
+            (Lingering::answered, 0, 1000),
+            (Lingering::answered, 3, 2 * 900 + 1000),
+            (Lingering::answered, 100, 5000),
+            (Lingering::refused, 0, 1000),
+            (Lingering::refused, 100, 1000),
+        ];
+        for (goodbye, times, expected) in table {
+            let stayed = stays(goodbye, 1, times).await;
+            assert!((expected..expected + 5).contains(&stayed), "{times}: {stayed}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_goes_when_the_client_goes_has_sent_too_much_or_its_place_is_wanted() {
+        assert_eq!(stays(Lingering::answered, BYTES, 1).await, 0);
+        let (client, mut ours) = duplex(10);
+        let mut lingering = Lingering::answered();
+        let wanted = poll_fn(|cx| lingering.poll(&mut ours, true, cx));
+        assert!(at_once(wanted).await);
+        let mut lingering = Lingering::refused();
+        assert!(!at_once(poll_fn(|cx| lingering.poll(&mut ours, true, cx))).await, "its second is short enough");
+        drop(client);
+        assert!(at_once(poll_fn(|cx| lingering.poll(&mut ours, false, cx))).await);
+    }
+
+    async fn at_once(future: impl Future<Output = ()>) -> bool {
+        tokio::time::timeout(Duration::ZERO, future).await.is_ok()
+    }
+}
