@@ -188,10 +188,9 @@ async fn a_purge_made_while_redis_is_away_holds_here_at_once_and_there_later() {
     assert_eq!(answer["logged"], false, "{answer}");
     assert!(!one.get("/products/1").await.is_hit());
     assert!(other.get("/products/1").await.is_hit(), "nobody told it");
-    let at = other.commons.invalidations.log_position();
     chaos.set(Mood::Fine);
-    until("the other is told", || (other.commons.invalidations.log_position() > at).then_some(())).await;
-    assert!(!other.get("/products/1").await.is_hit());
+    // The log gets other entries too: that one is back.
+    soon("the other is told", async { while other.get("/products/1").await.is_hit() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -250,7 +249,7 @@ async fn another_log_in_its_place_makes_everything_stale_but_not_gone() {
 async fn purging_by_pattern_gives_redis_its_memory_back() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
-    let sidecar = member(&origin, &redis.table()).await;
+    let sidecar = member(&origin, &redis.patient_table()).await;
     for id in 0..20 {
         sidecar.get(&format!("/products/{id}")).await;
         sidecar.get(&format!("/other/{id}*?")).await;
@@ -373,7 +372,7 @@ async fn what_a_worker_that_died_has_left_is_taken_over() {
     .await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nrefresh_ahead = \"10s\"\n";
     let file = crate::support::redis::folder("worker").join("sidecache.toml");
-    std::fs::write(&file, text(origin.address, rules, &redis.table())).expect("writable");
+    std::fs::write(&file, text(origin.address, rules, &redis.patient_table())).expect("writable");
     let worker = Process::start(&["--config", &file.display().to_string()], 3).await;
     let address = worker.address("upstream=api");
     // It offers the work, takes it, and is killed over it.
@@ -385,7 +384,7 @@ async fn what_a_worker_that_died_has_left_is_taken_over() {
     soon("the work is taken", hot).await;
     worker.signal(Signal::SIGKILL);
     assert_eq!(worker.ended().await, None);
-    let other = Sidecar::with_tables(&origin, rules, &redis.table());
+    let other = Sidecar::with_tables(&origin, rules, &redis.patient_table());
     origin.asked(3).await;
     until("the work is done", || {
         let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(1);

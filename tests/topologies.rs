@@ -15,22 +15,39 @@ async fn member(origin: &Origin, table: &str) -> Sidecar {
     sidecar
 }
 
-/// What one has stored the other has, and what one purges the other does not serve.
+/// Commands that were not answered, or not in time.
+fn missed(sidecar: &Sidecar) -> u64 {
+    let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
+    state.connections.values().map(|link| link.refused + link.missed + link.lost + link.unasked).sum()
+}
+
+/// What one has stored the other has, unless Redis was too slow for either; and what one purges the other does not
+/// serve.
 async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
-    for number in 0..20 {
+    let mut shared = Vec::new();
+    for number in 0..200 {
         let target = format!("/{name}/{number}");
+        let missed_before = missed(one) + missed(other);
         one.get(&target).await;
         one.written().await;
         let before = origin.count();
         let answer = other.get(&target).await;
-        assert!(answer.is_hit(), "{target}: {}", answer.cache_status());
-        assert_eq!(origin.count(), before);
+        if answer.is_hit() {
+            assert_eq!(origin.count(), before);
+            shared.push(number);
+        } else {
+            let missed = missed(one) + missed(other) - missed_before;
+            assert!(missed > 0, "{target}: {}", answer.cache_status());
+        }
+        if shared.len() == 20 {
+            break;
+        }
     }
-    let purge = format!("{{\"prefixes\":[\"/{name}/1\"]}}");
-    one.purge(&purge).await;
-    let target = format!("/{name}/1");
+    let [first, second, ..] = shared[..] else { panic!("{name}: Redis was too slow nearly always") };
+    let target = format!("/{name}/{second}");
+    one.purge(&format!("{{\"prefixes\":[\"{target}\"]}}")).await;
     soon("the other hears of it", async { while other.get(&target).await.is_hit() {} }).await;
-    assert!(other.get(&format!("/{name}/2")).await.is_hit());
+    assert!(other.get(&format!("/{name}/{first}")).await.is_hit());
 }
 
 /// Waits until what one stores the other finds.

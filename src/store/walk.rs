@@ -24,9 +24,10 @@ const AT_ONCE: usize = 8;
 /// So much of a record is read to see its URL: with most, that is enough.
 const FIRST: usize = 2 << 10;
 
-/// After a step that failed; a walk that fails so often in a row ends.
+/// After a step that failed; a walk that fails so often in a row ends, and so does what is done to one record.
 const PAUSE: Duration = Duration::from_millis(100);
 const PATIENCE: u32 = 100;
+const PATIENCE_WITH_ONE: u32 = 5;
 
 /// Walks to be made.
 #[derive(Debug)]
@@ -111,7 +112,17 @@ impl Walks {
                     self.note(looking.join_next().await.as_ref());
                 }
                 let (records, selectors) = (records.clone(), selectors.clone());
-                looking.spawn(async move { remove_if_named(&records, class, &key, &selectors).await });
+                looking.spawn(async move {
+                    let mut looked = remove_if_named(&records, class, &key, &selectors).await;
+                    for _ in 0..PATIENCE_WITH_ONE {
+                        if looked.is_ok() {
+                            break;
+                        }
+                        tokio::time::sleep(PAUSE).await;
+                        looked = remove_if_named(&records, class, &key, &selectors).await;
+                    }
+                    looked
+                });
             }
             while let Some(looked) = looking.join_next().await {
                 self.note(Some(&looked));
