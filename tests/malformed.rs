@@ -21,6 +21,8 @@ async fn what_is_no_http_is_a_502_and_never_stored() {
         format!("{OK}X Y: z\r\n\r\nbody"),
         format!("{OK}X: a\0b\r\n\r\nbody"),
         format!("{OK}X: {}\r\n\r\nbody", "a".repeat(200_000)),
+        "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n".to_owned(),
+        "HTTP/1.0 200 OK\nTransfer-Encoding: chunked\n\n4\r\nbody\r\n0\r\n\r\n".to_owned(),
         "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n".to_owned(),
     ];
     let count = heads.len();

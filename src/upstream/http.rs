@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::UPGRADE;
 use http::uri::Scheme;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::ext::on_informational;
@@ -176,12 +176,12 @@ fn poison(connection: &CaptureConnection) {
 }
 
 /// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap looks for flaws before it, and ends the
-/// connection.
+/// connection; this is for HTTP/2, and for heads with bare line feeds, which the tap does not read.
 fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
     let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     match response.status() {
         StatusCode::SWITCHING_PROTOCOLS => Some("101 Switching Protocols, which nobody asked for"),
-        _ => flaw(false, fields),
+        _ => flaw(response.version() == Version::HTTP_10, fields),
     }
 }
 
