@@ -50,7 +50,7 @@ pub(super) async fn entries(State(admin): State<Arc<Admin>>, Asked(wanted): Aske
         let at = found.partition_point(|(other, _)| *other < name);
         if at <= limit {
             let standing = commons.invalidations.standing(entry, now);
-            found.insert(at, (name, told(entry, is_private(key), &format!("{standing:?}"), now)));
+            found.insert(at, (name, told(entry, is_private(key), standing.token(), now)));
             found.truncate(limit + 1);
         }
     });
@@ -80,7 +80,7 @@ fn told(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value {
         "ttl_seconds": entry.ttl(now),
         "bytes": entry.weight(),
         "vary": vary,
-        "standing": standing.to_lowercase(),
+        "standing": standing,
     })
 }
 

@@ -113,9 +113,11 @@ impl Surroundings<'_> {
             return Vec::new();
         }
         let window = |w: Option<Window>| w.and_then(|w| w.0);
-        let name = |path: &PathPattern| match &rule.name {
-            Some(name) => name.get_ref().as_str().into(),
-            None => format!("{}{path}", self.upstream).into(),
+        let name = |path: &PathPattern| -> Arc<str> {
+            match &rule.name {
+                Some(name) => name.get_ref().as_str().into(),
+                None => format!("{}{path}", self.upstream).into(),
+            }
         };
         let plan = |(path, tags): (PathPattern, Vec<TagTemplate>)| Plan {
             name: name(&path),
@@ -127,7 +129,7 @@ impl Surroundings<'_> {
             last_known_good: window(rule.last_known_good),
             refresh_ahead: window(rule.refresh_ahead),
             // What another configuration has stored under other tags or by another key is not found.
-            key: KeyPlan { rule: salt(&format!("{} {tags:?} {key:?}", name(&path))), ..key.clone() },
+            key: KeyPlan { rule: key.rule_digest(&name(&path), &tags), ..key.clone() },
             tags,
             reject_empty: reject_empty.clone(),
             volatile: volatile.clone(),
@@ -338,11 +340,6 @@ fn json_pointer(setting: &str, pointer: &str, span: &Range<usize>) -> Result<Box
 fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, Fault> {
     let known = Failure::CAUSES.into_iter().find(|cause| *cause == name);
     known.ok_or_else(|| (list.span(), format!("on = {name:?}: write some of {:?}", Failure::CAUSES)))
-}
-
-fn salt(rule: &str) -> [u8; 4] {
-    let digest = blake3::hash(rule.as_bytes());
-    std::array::from_fn(|i| digest.as_bytes()[i])
 }
 
 pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, Fault> {

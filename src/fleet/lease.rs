@@ -13,6 +13,7 @@ use tracing::debug;
 
 use super::SidecarId;
 use crate::policy::chain::LogId;
+use crate::policy::variant::Variant;
 use crate::redis::{Claim, Redis, Trouble};
 
 /// How long a lease lives unless renewed: how long a fleet waits for a sidecar that was killed.
@@ -152,7 +153,29 @@ async fn hold(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot
     }
 }
 
+/// Returns the name of the lease for fetching one variant of a record: 128 bits of a BLAKE3 digest, in hex.
+///
+/// `record`: the digest of the record's key, in hex.
+pub fn name(record: &str, variant: &Variant) -> String {
+    blake3::hash(format!("{record} {}", variant.digest().to_hex()).as_bytes()).to_hex()[..32].to_owned()
+}
+
 /// The subject of messages about a lease.
 pub fn subject(name: &str) -> String {
     format!("lease:{name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
+
+    // All sidecars of a fleet must ask for the same lease, whatever version they run.
+    #[test]
+    fn encoding_of_lease_names_is_golden() {
+        let request = HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))]);
+        let variant = Variant::of(vec![ACCEPT_ENCODING], &request);
+        assert_eq!(name("00ff", &variant), "ee2831793c54f53f6ac9b528572a99c6");
+        assert_eq!(name("00ff", &Variant::default()), "6fdaaca213a52fabec4f5766da5122c1");
+    }
 }

@@ -158,6 +158,12 @@ mod tests {
         let sealed = purge.seal(&ring, [1; SALT]);
         let opened = Purge::open(&sealed, &ring).expect("ours");
         assert_eq!(format!("{opened:?}"), format!("{purge:?}"));
+        // Other versions of the program read this: a new layout is a new VERSION.
+        let hex: String = sealed.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            hex,
+            "01347d1312010101010101010101010101010101010309000105040021474a48eaa0072cdee2caacd7832c040101070109612e6578616d706c65022f610201070109612e6578616d706c65032a622a036c759205b12b7315dd07645cfe1cd57c"
+        );
         assert!(Purge::open(&sealed, &Ring::new([&b"other"[..]])).is_none());
         for at in 0..sealed.len() {
             let mut broken = sealed.clone();

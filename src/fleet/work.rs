@@ -81,6 +81,12 @@ mod tests {
         let refresh = Refresh { upstream: 7, host: "a.example".into(), target: "/x?y".into(), headers, born: 9 };
         let sealed = refresh.seal(&ring, [3; SALT]).expect("sealed");
         assert!(!sealed.windows(4).any(|w| w == b"/x?y"));
+        // Other versions of the program read this: a new layout is a new VERSION.
+        let hex: String = sealed.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            hex,
+            "01347d131203030303030303030303030303030303e3e585562a97d7903dd618e5b15021f28b51ea857815f815f76aea063c7543c233f3868d4638a39f1d33dd49e2"
+        );
         assert_eq!(Refresh::open(&sealed, &ring).as_ref(), Some(&refresh));
         for at in 0..sealed.len() {
             let mut broken = sealed.clone();

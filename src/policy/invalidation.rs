@@ -42,6 +42,18 @@ pub enum Standing {
     Gone,
 }
 
+impl Standing {
+    /// The word for it in the admin API.
+    pub fn token(self) -> &'static str {
+        match self {
+            Standing::Valid => "valid",
+            Standing::Stale => "stale",
+            Standing::Unverified => "unverified",
+            Standing::Gone => "gone",
+        }
+    }
+}
+
 /// What a purge names.
 #[derive(Debug, Clone)]
 pub enum Selector {

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::glob::Glob;
 use super::outcome::Bypass;
-use super::tags::UpstreamId;
+use super::tags::{TagTemplate, UpstreamId};
 use super::target::parameters;
 
 /// The bytes of a key. Compared in full in memory; digested for Redis.
@@ -86,7 +86,47 @@ pub struct KeyParts<'a> {
     pub headers: &'a HeaderMap,
 }
 
+/// Version of the encoding that [`KeyPlan::rule_digest`] digests.
+const RULE_VERSION: u8 = 1;
+
 impl KeyPlan {
+    /// Returns the digest that tells rules apart in keys: of the rule's name, its tags, and what its keys consist of.
+    ///
+    /// The first four bytes of the BLAKE3 digest of an explicit encoding: a version byte, then length-prefixed fields.
+    /// It does not depend on names in the code, so that keys in Redis survive a refactoring.
+    pub fn rule_digest(&self, name: &str, tags: &[TagTemplate]) -> [u8; 4] {
+        let mut encoded = KeyBuf::new();
+        encoded.push(RULE_VERSION);
+        field(&mut encoded, name.as_bytes());
+        for tag in tags {
+            field(&mut encoded, tag.to_string().as_bytes());
+        }
+        encoded.push(0xff);
+        match &self.query {
+            QueryFilter::Whole => encoded.push(b'w'),
+            QueryFilter::Filtered(patterns) => {
+                encoded.push(b'f');
+                for (keep, glob) in patterns {
+                    field(&mut encoded, format!("{}{glob}", if *keep { '+' } else { '-' }).as_bytes());
+                }
+                encoded.push(0xff);
+            }
+        }
+        for names in [&self.headers[..], &self.credentials[..]] {
+            for name in names {
+                field(&mut encoded, name.as_str().as_bytes());
+            }
+            encoded.push(0xff);
+        }
+        encoded.push(match self.partition {
+            Partition::Credential => b'c',
+            Partition::Everyone => b'e',
+        });
+        let mut digest = [0; 4];
+        digest.copy_from_slice(&blake3::hash(&encoded).as_bytes()[..4]);
+        digest
+    }
+
     /// Writes the key of a request, or says why it must not have one.
     pub fn key(&self, secret: &KeySecret, parts: &KeyParts<'_>) -> Result<KeyBuf, Bypass> {
         let mut key = KeyBuf::new();
@@ -276,6 +316,61 @@ mod tests {
         let everyone = KeyPlan { partition: Partition::Everyone, ..plan() };
         let shared = |headers: &HeaderMap| everyone.key(&SECRET, &parts("/", None, headers));
         assert_eq!(shared(&with("authorization", "a")), shared(&with("x-foo-token", "b")));
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    // Keys lie in the Redis of running fleets. A difference here makes every one of them start with a cold cache:
+    // change the version byte, and say so in the changelog.
+    #[test]
+    fn encoding_of_keys_is_golden() {
+        let headers = HeaderMap::from_iter([
+            (AUTHORIZATION, HeaderValue::from_static("Bearer a")),
+            (ACCEPT, HeaderValue::from_static("text/html")),
+        ]);
+        let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
+        let plan = KeyPlan { rule: [1, 2, 3, 4], query: filter, headers: vec![ACCEPT], ..plan() };
+        let parts = KeyParts { authority: Some("a.example"), ..parts("/p", Some("a=1&utm_source=x&b"), &headers) };
+        let key = plan.key(&SECRET, &parts).expect("a key");
+        assert_eq!(
+            hex(&key),
+            "0163b1ec7c7d3d898b048eb7c73accb854c72b2155343766f4dcd8bec136720f951601020304000000000000000000000009612e6578616d706c65000000022f70000000016101000000013100000001620000000000ff0100000009746578742f68746d6cff"
+        );
+        assert_eq!(short_name(&key).as_str(), "a90f94fd70ea7de3");
+    }
+
+    #[test]
+    fn encoding_of_rules_is_golden() {
+        let path = super::super::glob::PathPattern::parse("/p/{id}.json").expect("a pattern");
+        let tags = ["products", "product:{id}"].map(|tag| TagTemplate::parse(tag, &path).expect("a tag"));
+        let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
+        let filtered = KeyPlan { query: filter, headers: vec![ACCEPT], ..plan() };
+        assert_eq!(hex(&plan().rule_digest("product", &tags)), "57897653");
+        assert_eq!(hex(&filtered.rule_digest("product", &tags)), "0e947f22");
+        let everyone = KeyPlan { partition: Partition::Everyone, ..plan() };
+        assert_eq!(hex(&everyone.rule_digest("product", &[])), "908ede99");
+    }
+
+    #[test]
+    fn digests_of_rules_differ_in_each_part() {
+        let path = super::super::glob::PathPattern::parse("/p/{a}/{b}").expect("a pattern");
+        let tag = |text: &str| TagTemplate::parse(text, &path).expect("a tag");
+        let digests = [
+            plan().rule_digest("p", &[]),
+            plan().rule_digest("q", &[]),
+            plan().rule_digest("p", &[tag("x{a}")]),
+            plan().rule_digest("p", &[tag("x{b}")]),
+            plan().rule_digest("p", &[tag("x"), tag("y")]),
+            KeyPlan { headers: vec![ACCEPT], ..plan() }.rule_digest("p", &[]),
+            KeyPlan { credentials: [ACCEPT].into(), ..plan() }.rule_digest("p", &[]),
+            KeyPlan { partition: Partition::Everyone, ..plan() }.rule_digest("p", &[]),
+            KeyPlan { query: QueryFilter::Filtered(vec![(true, Glob::new("a"))]), ..plan() }.rule_digest("p", &[]),
+            KeyPlan { query: QueryFilter::Filtered(vec![(false, Glob::new("a"))]), ..plan() }.rule_digest("p", &[]),
+        ];
+        let distinct: std::collections::HashSet<_> = digests.iter().collect();
+        assert_eq!(distinct.len(), digests.len());
     }
 
     #[test]

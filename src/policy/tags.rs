@@ -1,6 +1,8 @@
 //! What a stored answer is about: tags from a rule's templates, and digests ([`Subject`]) of everything a
 //! purge can name, scoped to upstream and authority.
 
+use std::fmt;
+
 use super::glob::PathPattern;
 
 /// A rule's tag: `product:{id}`.
@@ -40,6 +42,16 @@ impl TagTemplate {
         self.0.iter().fold(String::new(), |tag, part| match part {
             Part::Text(text) => tag + text,
             Part::Capture(index) => tag + captures.get(*index).copied().unwrap_or_default(),
+        })
+    }
+}
+
+/// The template as it was written, with the position of a capture for its name: `product:{0}`.
+impl fmt::Display for TagTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|part| match part {
+            Part::Text(text) => f.write_str(text),
+            Part::Capture(index) => write!(f, "{{{index}}}"),
         })
     }
 }
@@ -140,6 +152,20 @@ mod tests {
         assert_eq!(fill("{shop}/{id}!").as_deref(), Ok("acme/7!"));
         assert!(fill("product:{nope}").is_err());
         assert!(fill("").is_err());
+    }
+
+    // Subjects and upstream ids lie in the invalidation log and in records of running fleets.
+    #[test]
+    fn encoding_of_subjects_is_golden() {
+        let upstream = UpstreamId::of("shop", "https://shop.example");
+        assert_eq!(format!("{:016x}", upstream.0), "14e8276d8656b4da");
+        let hex = |subject: Subject| subject.to_bytes().iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let scope = Scope { upstream, authority: Some("a.example") };
+        let any = Scope { upstream, authority: None };
+        assert_eq!(hex(Subject::tag(scope, "products")), "dd523895ad88aec56faddeb2886d8bab");
+        assert_eq!(hex(Subject::target(any, "/p?q")), "b3316ba7ac874cc69edc1c46cd4c66ff");
+        assert_eq!(hex(Subject::path(scope, "/p")), "31a976077c6debf6f8a3295547b47809");
+        assert_eq!(hex(Subject::everything(any)), "d1f5ab4ab34d16f09212848170e0e1fd");
     }
 
     #[test]

@@ -29,6 +29,15 @@ const MAX_PREFERENCES: usize = 32;
 const MAX_PREFERENCE_BYTES: usize = 512;
 
 impl Reading {
+    /// Its number in digests.
+    fn number(self) -> u8 {
+        match self {
+            Reading::Exact => 0,
+            Reading::List => 1,
+            Reading::Preferences => 2,
+        }
+    }
+
     fn of<'v, L: Iterator<Item = &'v HeaderValue>>(name: &HeaderName, lines: impl Fn() -> L) -> Reading {
         const PREFERENCES: [HeaderName; 3] = [ACCEPT_CHARSET, ACCEPT_ENCODING, ACCEPT_LANGUAGE];
         const EXACT: [HeaderName; 6] = [AUTHORIZATION, COOKIE, HOST, ORIGIN, REFERER, USER_AGENT];
@@ -65,7 +74,7 @@ impl Variant {
                 said.sort_unstable();
                 said.dedup();
             }
-            let there = [reading as u8, u8::from(!values.is_empty())];
+            let there = [reading.number(), u8::from(!values.is_empty())];
             hasher.update(name.as_str().as_bytes()).update(&[0xff]).update(&there);
             hasher.update(&(said.len() as u64).to_be_bytes());
             for part in said {
@@ -170,6 +179,18 @@ mod tests {
             assert_eq!(variant(one).selected_by(&request(name, other)), *expected, "{name}: {one:?} {other:?}");
             assert_eq!(variant(one) == variant(other), *expected, "{name}: {one:?} {other:?}");
         }
+    }
+
+    // Digests of variants are part of keys in Redis, and of the names of leases.
+    #[test]
+    fn encoding_of_variants_is_golden() {
+        let digest = |name: &'static str, lines: &[&str]| {
+            Variant::of(vec![HeaderName::from_static(name)], &request(name, lines)).digest().to_hex()[..32].to_owned()
+        };
+        assert_eq!(digest("accept-encoding", &["gzip, BR"]), "fb0e924ee74bbceb1ad97957b5f17251");
+        assert_eq!(digest("foo", &["a, b", "c"]), "477a14378781ff4d711e1216de6fe739");
+        assert_eq!(digest("user-agent", &["A (x, y)"]), "347c434f5a33105ed145cc9d16a8896e");
+        assert_eq!(digest("foo", &[]), "ea700f16247b7dc2ffe3c3fc5e4bb55b");
     }
 
     #[test]

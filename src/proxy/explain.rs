@@ -127,7 +127,7 @@ impl Proxy {
             "age_seconds": entry.age(now),
             "body_bytes": entry.body.len(),
             "vary": vary,
-            "standing": format!("{:?}", self.commons.invalidations.standing(entry, now)).to_lowercase(),
+            "standing": self.commons.invalidations.standing(entry, now).token(),
             "rule": &*entry.rule,
             "always_validate": entry.terms.always_validate,
         })

@@ -19,7 +19,7 @@ use super::{Handled, Proxy, site};
 use crate::body::Body;
 use crate::fleet::Fleet;
 use crate::fleet::invalidations::Recorded;
-use crate::fleet::lease::{Claimed, Lease, Word, claim, subject};
+use crate::fleet::lease::{self, Claimed, Lease, Word, claim, subject};
 use crate::policy::Tick;
 use crate::policy::chain::LogId;
 use crate::policy::entry::{About, Entry};
@@ -307,6 +307,5 @@ fn is_news(job: &Job, entry: &Entry) -> bool {
 fn lease_name(place: &Place, job: &Job) -> String {
     let names = job.stale.as_ref().map(|entry| entry.variant.0.iter().map(|(name, _)| name.clone()).collect());
     let names: Vec<HeaderName> = names.unwrap_or_else(|| job.plan.usual_vary().to_vec());
-    let variant = Variant::of(names, &job.asked.headers).digest();
-    blake3::hash(format!("{} {variant}", place.name()).as_bytes()).to_hex()[..32].to_owned()
+    lease::name(place.name(), &Variant::of(names, &job.asked.headers))
 }
