@@ -13,9 +13,9 @@ use http::Request;
 use nix::sys::signal::Signal;
 use sidecache::body::Body;
 use sidecache::clock::Clock;
-use sidecache::config::Timeouts;
-use sidecache::upstream::Upstream;
-use sidecache::upstream::http::HttpUpstream;
+use sidecache::upstream::Timeouts;
+use sidecache::upstream::UpstreamClient;
+use sidecache::upstream::client::PooledClient;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -44,14 +44,14 @@ fn shop(listen: &str) -> Program {
     Program::start(&[&["mock-shop", "--listen", listen][..], &pace].concat(), "mock-shop")
 }
 
-fn client() -> Arc<HttpUpstream> {
+fn client() -> Arc<PooledClient> {
     let limit = Duration::from_secs(30);
     let timeouts = Timeouts { connect: limit, first_byte: limit, idle: limit, fetch: limit };
-    Arc::new(HttpUpstream::plain(timeouts, Clock::start()).expect("a client"))
+    Arc::new(PooledClient::plain(timeouts, Clock::start()).expect("a client"))
 }
 
 /// Status of a GET whose body was read to its end, and the time it took.
-async fn get(client: &HttpUpstream, address: SocketAddr, path: &str) -> (u16, Duration) {
+async fn get(client: &PooledClient, address: SocketAddr, path: &str) -> (u16, Duration) {
     let clock = Clock::start();
     let begun = clock.instant();
     let request = Request::get(format!("http://{address}{path}"))

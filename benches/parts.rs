@@ -10,15 +10,16 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, Request, Response};
 use sidecache::app;
 use sidecache::body::Body;
+use sidecache::clock::Clock;
 use sidecache::config;
-use sidecache::policy::freshness::{Demands, judge};
-use sidecache::policy::invalidation::Standing;
-use sidecache::policy::key::{KeyParts, KeySecret};
+use sidecache::policy::http::freshness::{RequestDirectives, evaluate};
+use sidecache::policy::invalidation::ledger::InvalidationState;
 use sidecache::policy::outcome::Outcome;
-use sidecache::proxy::{Handled, Proxy};
-use sidecache::server::framing::Scanner;
-use sidecache::telemetry::Answered;
-use sidecache::upstream::{Sending, Upstream};
+use sidecache::policy::routing::cache_key::{KeyParts, KeySecret};
+use sidecache::proxy::{Handled, Proxy, SharedState};
+use sidecache::server::framing::RequestScanner;
+use sidecache::telemetry::AnsweredRequest;
+use sidecache::upstream::{Sending, UpstreamClient};
 
 const HEAD: &[u8] =
     b"GET /products/7.json?fields=id HTTP/1.1\r\nHost: 127.0.0.1:18080\r\nAccept: application/json\r\n\
@@ -27,7 +28,7 @@ const HEAD: &[u8] =
 #[derive(Debug)]
 struct Same;
 
-impl Upstream for Same {
+impl UpstreamClient for Same {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         let mut response = Response::new(Body::Full(vec![b'x'; 1024].into()));
         for (name, value) in [("content-type", "application/json"), ("cache-control", "max-age=36000, public")] {
@@ -52,37 +53,37 @@ fn request() -> Request<Body> {
     request.body(Body::Empty).expect("a request")
 }
 
-/// A proxy that has the answer already.
-fn warm() -> Arc<Proxy> {
+/// Returns a proxy that has the response in memory, and the state behind it.
+fn warm() -> (SharedState, Proxy) {
     let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n";
     let config = config::from_text("bench", text, Path::new(".")).expect("it is good");
-    let mut proxy = app::proxies(config).expect("it can be built").remove(0);
-    proxy.site.upstream = Arc::new(Same);
-    let proxy = Arc::new(proxy);
+    let built = app::proxies_with(config, Clock::start(), &|_, _| Ok(Arc::new(Same)));
+    let (shared, mut proxies) = built.expect("the configuration is valid");
+    let proxy = proxies.remove(0);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let mut body = proxy.handle(request(), None).response().await.into_body();
         while body.next().await.is_some() {}
     });
-    proxy
+    (shared, proxy)
 }
 
 fn parts(criterion: &mut Criterion) {
-    let proxy = warm();
+    let (shared, proxy) = warm();
     criterion.bench_function("scanner: a head of 5 fields", |b| {
-        let mut scanner = Scanner::new(65536);
+        let mut scanner = RequestScanner::new(65536);
         b.iter(|| scanner.scan(black_box(HEAD)).passed);
     });
     let minimal = b"GET /1024/p HTTP/1.1\r\nHost: 127.0.0.1:7002\r\n\r\n";
     criterion.bench_function("scanner: a plain GET", |b| {
-        let mut scanner = Scanner::new(65536);
+        let mut scanner = RequestScanner::new(65536);
         b.iter(|| scanner.scan(black_box(minimal)).passed);
     });
     let asked = request();
-    let plan = proxy.site.router.plans()[0].clone();
+    let rule = proxy.upstream.router.rules()[0].clone();
     let secret = KeySecret([7; 32]);
     let parts = |headers: &'static HeaderMap| KeyParts {
-        upstream: proxy.site.id,
+        upstream: proxy.upstream.id,
         authority: None,
         path: "/products/7.json",
         query: Some("fields=id"),
@@ -93,33 +94,33 @@ fn parts(criterion: &mut Criterion) {
     let (with, without): (&'static HeaderMap, &'static HeaderMap) =
         (Box::leak(with.into()), Box::leak(without.into()));
     criterion.bench_function("key, without a credential", |b| {
-        b.iter(|| plan.key.key(&secret, black_box(&parts(without))).expect("a key"));
+        b.iter(|| rule.key.cache_key(&secret, black_box(&parts(without))).expect("a key"));
     });
     criterion.bench_function("key, with a credential (a keyed digest)", |b| {
-        b.iter(|| plan.key.key(&secret, black_box(&parts(with))).expect("a key"));
+        b.iter(|| rule.key.cache_key(&secret, black_box(&parts(with))).expect("a key"));
     });
-    let key = plan.key.key(&proxy.commons.secret.load(), &parts(with)).expect("a key");
-    let resource = proxy.commons.memory.get(&key).expect("it is stored");
+    let key = rule.key.cache_key(&shared.key_secret.load(), &parts(with)).expect("a key");
+    let resource = shared.memory.get(&key).expect("it is stored");
     criterion.bench_function("look-up in memory", |b| {
-        b.iter(|| proxy.commons.memory.get(black_box(&key)).expect("it is stored"));
+        b.iter(|| shared.memory.get(black_box(&key)).expect("it is stored"));
     });
     let entry = resource.select(with).expect("it is for this request").clone();
-    let now = proxy.commons.clock.now();
+    let now = shared.clock.now();
     criterion.bench_function("verdict", |b| {
-        b.iter(|| judge(black_box(&entry), Standing::Valid, &Demands::default(), now));
+        b.iter(|| evaluate(black_box(&entry), InvalidationState::Valid, &RequestDirectives::default(), now));
     });
     let outcome = Outcome::Hit { ttl: 60 };
     let took = Duration::from_micros(12);
     criterion.bench_function("metrics of a hit: outcome, latency, rule", |b| {
         b.iter(|| {
-            proxy.site.meter.answered(black_box(&outcome), took);
-            plan.tally.count(black_box(&outcome));
+            proxy.upstream.metrics.record_answer(black_box(&outcome), took);
+            rule.counters.count(black_box(&outcome));
         });
     });
-    let answered = Answered {
-        upstream: &proxy.site.name,
-        plan: Some(&plan),
-        asked: (&asked).into(),
+    let answered = AnsweredRequest {
+        upstream: &proxy.upstream.name,
+        rule: Some(&rule),
+        request: (&asked).into(),
         status: http::StatusCode::OK,
         now,
         took,
@@ -127,7 +128,7 @@ fn parts(criterion: &mut Criterion) {
         identity: None,
     };
     criterion.bench_function("counters of a hit, its log line left out, remembered among the last 1,000", |b| {
-        b.iter(|| proxy.commons.telemetry.record(black_box(&outcome), black_box(&answered)));
+        b.iter(|| shared.telemetry.record(black_box(&outcome), black_box(&answered)));
     });
     criterion.bench_function("the handler: a hit, with its answer", |b| {
         b.iter_batched(

@@ -1,10 +1,10 @@
-//! The admin API: health, counters, purges. On a listener of its own, for its own address only.
+//! The admin API: health, counters, purges. It has its own listener, and accepts only that listener's address as Host.
 
 mod client;
 mod entries;
 pub mod explain;
+mod extract;
 mod health;
-mod input;
 mod metrics;
 pub mod mode;
 mod purge;
@@ -32,66 +32,66 @@ pub use client::AdminClient;
 pub use explain::ExplainRequest;
 pub use mode::ModeRequest;
 pub use purge::PurgeRequest;
-pub use reload::{Reload, Reloads};
+pub use reload::{Reload, ReloadStatus};
 
-use crate::config::Secret;
-use crate::proxy::face::Stage;
-use crate::proxy::{Commons, Proxy};
+use super::secret::Secret;
+use crate::proxy::active::ActiveConfig;
+use crate::proxy::{Proxy, SharedState};
 
-/// The largest request body.
+/// Maximum size of a request body, in bytes.
 const MAX_BODY: usize = 1 << 20;
 
-/// What the admin API knows.
+/// The state of the admin API.
 #[derive(Debug)]
 pub struct Admin {
-    stage: Arc<Stage>,
+    active: Arc<ActiveConfig>,
     reload: Arc<dyn Reload>,
     draining: AtomicBool,
 }
 
 impl Admin {
-    /// The API of what is shown there.
-    pub fn new(stage: Arc<Stage>, reload: Arc<dyn Reload>) -> Admin {
-        Admin { stage, reload, draining: AtomicBool::new(false) }
+    /// Creates the admin API of the active configuration.
+    pub fn new(active: Arc<ActiveConfig>, reload: Arc<dyn Reload>) -> Admin {
+        Admin { active, reload, draining: AtomicBool::new(false) }
     }
 
-    /// What all upstreams share now.
-    fn commons(&self) -> Arc<Commons> {
-        self.stage.commons()
+    /// Returns the current shared state of all upstreams.
+    fn shared(&self) -> Arc<SharedState> {
+        self.active.shared()
     }
 
-    /// Who answers now.
+    /// Returns the proxies that serve now.
     fn proxies(&self) -> Vec<Arc<Proxy>> {
-        self.stage.proxies()
+        self.active.proxies()
     }
 
-    /// From now on not ready.
+    /// Reports not ready from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 }
 
-/// Who may ask an admin listener.
+/// Access control of an admin listener.
 #[derive(Debug)]
 pub struct Access {
-    /// Where it is.
+    /// The listener's address.
     pub address: SocketAddr,
     token: ArcSwapOption<Secret>,
 }
 
 impl Access {
-    /// Whoever has the token; without one, everybody who reaches it.
+    /// Allows requests that have the token. Without a token, allows all requests.
     pub fn new(address: SocketAddr, token: Option<Secret>) -> Access {
         Access { address, token: ArcSwapOption::from_pointee(token) }
     }
 
-    /// From now on this is the token.
+    /// Replaces the token.
     pub fn set_token(&self, token: Option<Secret>) {
         self.token.store(token.map(Arc::new));
     }
 }
 
-/// Serves until `close` turns true.
+/// Serves the admin API until `close` turns true.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>, access: Arc<Access>, close: watch::Receiver<bool>) {
     let open = probes()
         .route("/health", get(health::health))
@@ -107,25 +107,25 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>, access: Arc<Access>
         .route("/explain", post(explain::explain))
         .route("/mode", post(mode::mode))
         .route("/reload", post(reload::reload))
-        .layer(from_fn_with_state(access, guard));
-    let app = open.merge(guarded).fallback(nothing_here).method_not_allowed_fallback(other_method);
+        .layer(from_fn_with_state(access, authorize));
+    let app = open.merge(guarded).fallback(not_found).method_not_allowed_fallback(method_not_allowed);
     let app = app.layer(DefaultBodyLimit::max(MAX_BODY)).with_state(admin);
-    answer(listener, app, close, "admin").await;
+    serve_router(listener, app, close, "admin").await;
 }
 
-/// Serves only what kubelet and Prometheus ask for, to anybody and under any Host, until `close` turns true.
+/// Serves only the endpoints for kubelet and Prometheus, to any client and under any Host, until `close` turns true.
 pub async fn serve_probes(listener: TcpListener, admin: Arc<Admin>, close: watch::Receiver<bool>) {
-    answer(listener, probes().with_state(admin), close, "probes").await;
+    serve_router(listener, probes().with_state(admin), close, "probes").await;
 }
 
 fn probes() -> Router<Arc<Admin>> {
     Router::new()
-        .route("/livez", get(health::live))
-        .route("/readyz", get(health::ready))
+        .route("/livez", get(health::livez))
+        .route("/readyz", get(health::readyz))
         .route("/metrics", get(metrics::metrics))
 }
 
-async fn answer(listener: TcpListener, app: Router, mut close: watch::Receiver<bool>, what: &str) {
+async fn serve_router(listener: TcpListener, app: Router, mut close: watch::Receiver<bool>, what: &str) {
     let closing = async move {
         let _ = close.wait_for(|close| *close).await;
     };
@@ -134,31 +134,31 @@ async fn answer(listener: TcpListener, app: Router, mut close: watch::Receiver<b
     }
 }
 
-/// The dashboard: a page without data, which asks for it with the token it is given.
+/// Returns the dashboard: a page without data, which requests the data with the token that the user enters.
 async fn dashboard() -> impl IntoResponse {
     let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                   base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
     ([(CONTENT_SECURITY_POLICY, policy), (CACHE_CONTROL, "no-cache")], Html(include_str!("admin/dashboard.html")))
 }
 
-/// What there is here, for tools: `OpenAPI` 3.1.
+/// Returns the description of the admin API for tools: `OpenAPI` 3.1.
 async fn openapi() -> impl IntoResponse {
     let document = include_str!("admin/openapi.json").replace("VERSION", env!("CARGO_PKG_VERSION"));
     ([(CONTENT_TYPE, "application/json")], document)
 }
 
-async fn nothing_here() -> Response {
+async fn not_found() -> Response {
     let message = "There is nothing under this path: GET /openapi.json says what there is.";
     problem(StatusCode::NOT_FOUND, "not_found", message)
 }
 
-async fn other_method() -> Response {
+async fn method_not_allowed() -> Response {
     let message = "This path has another method: GET /openapi.json says which.";
     problem(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }
 
-/// Host its own (against DNS rebinding), Origin its own or absent (against CSRF), and the token.
-async fn guard(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
+/// Requires the listener's own Host (against DNS rebinding), its own Origin or none (against CSRF), and the token.
+async fn authorize(State(access): State<Arc<Access>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     if !is_own_host(headers, access.address) {
         return problem(
@@ -184,7 +184,7 @@ fn is_own_host(headers: &HeaderMap, address: SocketAddr) -> bool {
     let Some(host) = headers.get(HOST).and_then(|host| host.to_str().ok()) else { return false };
     let port = address.port();
     let local = ["127.0.0.1", "localhost", "[::1]"];
-    // On all addresses, any of them is its own; DNS rebinding would need a name.
+    // A listener on all addresses accepts any IP address with its port: DNS rebinding needs a host name.
     let by_number = || host.parse::<SocketAddr>().is_ok_and(|named| named.port() == port);
     host == address.to_string()
         || address.ip().is_unspecified() && by_number()
@@ -202,7 +202,7 @@ fn is_own_origin(headers: &HeaderMap) -> bool {
     }
 }
 
-/// An error of the admin API.
+/// Returns an error response of the admin API.
 fn problem(status: StatusCode, code: &str, message: &str) -> Response {
     (status, Json(json!({"error": {"code": code, "message": message}}))).into_response()
 }

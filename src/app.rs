@@ -1,14 +1,15 @@
-//! The composition root: builds everything once, and owns the order of starting and of stopping.
+//! The composition root: builds all components once, and defines the order of startup and shutdown.
 //!
-//! Start: bind all listeners (so that a taken port is an error before anything runs), then serve, then sweep.
-//! Stop: not ready, stop accepting, let requests finish within the grace, cut the rest.
+//! Startup: bind all listeners (so that a port in use is an error before anything runs), then serve, then sweep.
+//! Shutdown: report not ready, stop accepting, let requests finish within the grace period, close the remaining
+//! connections.
 
-mod apart;
-mod commons;
+mod admin_runtime;
+mod build;
 mod fleet;
-mod prepare;
 pub mod reload;
-mod rig;
+mod runtime;
+mod shared;
 #[cfg(feature = "otlp")]
 pub mod traces;
 
@@ -21,47 +22,50 @@ use tokio::task::JoinSet;
 
 use crate::admin::Admin;
 use crate::clock::Clock;
-use crate::config::{self, Config};
+use crate::config;
+use crate::config::Config;
 use crate::policy::entry::Entry;
-use crate::policy::invalidation::Standing;
-use crate::proxy::face::Stage;
-use crate::proxy::site::Site;
-use crate::proxy::{Commons, Proxy};
-use crate::upstream::Upstream;
-use crate::upstream::http::HttpUpstream;
+use crate::policy::invalidation::ledger::InvalidationState;
+use crate::proxy::active::ActiveConfig;
+use crate::proxy::upstream_state::UpstreamState;
+use crate::proxy::{Proxy, SharedState};
+use crate::upstream::UpstreamClient;
+use crate::upstream::client::PooledClient;
 use reload::Reloader;
-use rig::{Idle, Rig};
+use runtime::{PendingFleet, Runtime};
 
-/// How often expired entries are swept.
-const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// Interval between sweeps of expired entries.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How often the event loop's delay is measured.
-const BEAT_EVERY: Duration = Duration::from_millis(100);
+/// Interval between measurements of the event loop lag.
+const LAG_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A program with its listeners bound, ready to run.
+/// The program with its listeners bound, ready to run.
 #[derive(Debug)]
 pub struct App {
-    stage: Arc<Stage>,
+    active: Arc<ActiveConfig>,
     reloader: Arc<Reloader>,
-    idle: Idle,
+    idle: PendingFleet,
     lines: Vec<String>,
 }
 
-/// Makes the upstream behind a site: the real one, or a test's.
-pub type MakeUpstream<'m> = &'m dyn Fn(&config::Upstream, &Clock) -> Result<Arc<dyn Upstream>, String>;
+/// Creates the client of an upstream: the real client, or one of a test.
+pub type MakeUpstream<'m> = &'m dyn Fn(&config::UpstreamConfig, &Clock) -> Result<Arc<dyn UpstreamClient>, String>;
 
-/// The real one.
-fn real(upstream: &config::Upstream, clock: &Clock) -> Result<Arc<dyn Upstream>, String> {
-    HttpUpstream::new(upstream, clock.clone()).map(|http| Arc::new(http) as Arc<dyn Upstream>)
+/// Creates the real upstream client.
+fn real(upstream: &config::UpstreamConfig, clock: &Clock) -> Result<Arc<dyn UpstreamClient>, String> {
+    PooledClient::new(&upstream.client_settings(), clock.clone())
+        .map(|http| Arc::new(http) as Arc<dyn UpstreamClient>)
 }
 
 impl App {
-    /// Binds everything. The error is one clear line.
+    /// Binds all listeners and builds all components. The error is one line of text.
     pub fn bind(config: Config) -> Result<App, String> {
         Self::bind_with(config, Clock::start(), &real)
     }
 
-    /// Binds everything, with a clock and upstreams of the caller's choice. Within a runtime.
+    /// Like [`App::bind`], with a clock and upstream clients of the caller's choice. Must be called within a Tokio
+    /// runtime.
     pub fn bind_with(config: Config, clock: Clock, make: MakeUpstream<'_>) -> Result<App, String> {
         let redis = config.redis.as_ref().map(|redis| redis.topology.to_string());
         let mut lines = vec![format!(
@@ -71,93 +75,107 @@ impl App {
             config.source,
             redis.as_deref().unwrap_or("none (this process only)")
         )];
-        let shown = config::shown(&config);
-        let (rig, idle, more) = Rig::new(config, clock, make)?;
+        let shown = config::effective_json(&config);
+        let (runtime, idle, more) = Runtime::new(config, clock, make)?;
         lines.extend(more);
-        let stage = rig.stage.clone();
-        Ok(App { stage, reloader: Arc::new(Reloader::new(rig, shown)), idle, lines })
+        let active = runtime.active.clone();
+        Ok(App { active, reloader: Arc::new(Reloader::new(runtime, shown)), idle, lines })
     }
 
-    /// Where its configuration can be read again.
-    pub fn reload_from(&self, origin: reload::Origin) {
+    /// Sets the source that the configuration is reloaded from.
+    pub fn reload_from(&self, origin: reload::ConfigSource) {
         self.reloader.from(origin);
     }
 
-    /// What to print at start, one line each.
+    /// Returns the lines to print at startup.
     pub fn lines(&self) -> &[String] {
         &self.lines
     }
 
-    /// Where the upstreams' listeners are, in the order of the configuration.
+    /// Returns the addresses of the upstreams' listeners, in the order of the configuration.
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.reloader.rig().addresses()
+        self.reloader.runtime().addresses()
     }
 
-    /// Where the admin listener is.
+    /// Returns the address of the admin listener, if it is configured.
     pub fn admin_address(&self) -> Option<SocketAddr> {
-        self.reloader.rig().admin.as_ref().map(|asked| asked.access.address)
+        self.reloader.runtime().admin.as_ref().map(|listener| listener.access.address)
     }
 
-    /// Where the probes' listener is.
+    /// Returns the address of the probes listener, if it is configured.
     pub fn probes_address(&self) -> Option<SocketAddr> {
-        self.reloader.rig().probes.as_ref().map(|asked| asked.access.address)
+        self.reloader.runtime().probes.as_ref().map(|listener| listener.access.address)
     }
 
-    /// What all its upstreams share now.
-    pub fn commons(&self) -> Arc<Commons> {
-        self.stage.commons()
+    /// Returns the current shared state of all upstreams.
+    pub fn shared(&self) -> Arc<SharedState> {
+        self.active.shared()
     }
 
-    /// Runs until `stop` turns true (or its sender is gone), then drains. Returns how many connections had to
-    /// be cut.
+    /// Runs until `stop` turns true (or its sender is dropped), then drains. Returns the number of connections that had
+    /// to be closed after the grace period.
     pub async fn run(self, mut stop: watch::Receiver<bool>) -> usize {
-        let App { stage, reloader, idle, .. } = self;
-        let api = Arc::new(Admin::new(stage.clone(), reloader.clone()));
-        reloader.rig().start(api, idle);
+        let App { active, reloader, idle, .. } = self;
+        let api = Arc::new(Admin::new(active.clone(), reloader.clone()));
+        reloader.runtime().start(api, idle);
         let mut background = JoinSet::new();
-        background.spawn(beat(stage.clone()));
-        background.spawn(sweep(stage));
+        background.spawn(measure_event_loop_lag(active.clone()));
+        background.spawn(sweep(active));
         background.spawn(reload::follow(reloader.clone()));
         let _ = stop.wait_for(|stop| *stop).await;
-        let closing = reloader.rig().close();
+        let closing = reloader.runtime().close();
         let cut = closing.finished().await;
         background.shutdown().await;
         cut
     }
 }
 
-/// What a configuration makes of requests, without listening anywhere: for explanations.
-pub fn proxies(mut config: Config) -> Result<Vec<Proxy>, String> {
-    config.redis = None;
-    let commons = Arc::new(commons::first(&config, Clock::start())?.0);
-    let proxy = |upstream: config::Upstream| {
-        let port = upstream.listen.port();
-        let real = real(&upstream, &commons.clock)?;
-        Ok(Proxy { commons: commons.clone(), site: Site::new(upstream, real, port) })
-    };
-    config.upstreams.into_iter().map(proxy).collect()
+/// Returns the proxies of a configuration, without listeners and Redis, to explain requests.
+pub fn proxies(config: Config) -> Result<Vec<Proxy>, String> {
+    proxies_with(config, Clock::start(), &real).map(|(_, proxies)| proxies)
 }
 
-/// Says how late the event loop is.
-async fn beat(stage: Arc<Stage>) {
+/// Returns proxies without listeners and Redis, with a clock and upstream clients of the caller's choice, and their
+/// shared state.
+pub fn proxies_with(
+    mut config: Config,
+    clock: Clock,
+    make: MakeUpstream<'_>,
+) -> Result<(SharedState, Vec<Proxy>), String> {
+    config.redis = None;
+    let (shared, _) = shared::build(&config, clock)?;
+    let proxy = |upstream: config::UpstreamConfig| {
+        let (client, port) = (make(&upstream, &shared.clock)?, upstream.listen.port());
+        Ok(Proxy::new(&shared, UpstreamState::new(upstream.into_settings(), client, port)))
+    };
+    let proxies = config.upstreams.into_iter().map(proxy).collect::<Result<_, String>>()?;
+    Ok((shared, proxies))
+}
+
+/// Measures the event loop lag periodically, forever.
+async fn measure_event_loop_lag(active: Arc<ActiveConfig>) {
     loop {
-        let clock = stage.commons().clock.clone();
+        let clock = active.shared().clock.clone();
         let begun = clock.instant();
-        tokio::time::sleep(BEAT_EVERY).await;
-        let late = clock.instant().saturating_duration_since(begun).saturating_sub(BEAT_EVERY);
-        // The timer's own step is a millisecond.
-        stage.commons().telemetry.pulse.beat(late.saturating_sub(Duration::from_millis(1)), clock.uptime());
+        tokio::time::sleep(LAG_INTERVAL).await;
+        let late = clock.instant().saturating_duration_since(begun).saturating_sub(LAG_INTERVAL);
+        // The timer has a resolution of one millisecond.
+        active
+            .shared()
+            .telemetry
+            .event_loop_lag
+            .record(late.saturating_sub(Duration::from_millis(1)), clock.uptime());
     }
 }
 
-/// Now and then: what has outlived its windows, or was purged for good, makes room.
-async fn sweep(stage: Arc<Stage>) {
-    let mut every = tokio::time::interval(SWEEP_EVERY);
+/// Periodically removes the entries that are past all of their windows or were hard-purged, forever.
+async fn sweep(active: Arc<ActiveConfig>) {
+    let mut every = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         every.tick().await;
-        let commons = stage.commons();
-        let now = commons.clock.now();
-        let gone = |entry: &Entry| commons.invalidations.standing(entry, now) == Standing::Gone;
-        commons.memory.sweep(|entry| !entry.expired(now) && !gone(entry));
+        let shared = active.shared();
+        let now = shared.clock.now();
+        let gone = |entry: &Entry| shared.invalidations.state_of(entry, now) == InvalidationState::Gone;
+        shared.memory.sweep(|entry| !entry.expired(now) && !gone(entry));
     }
 }

@@ -1,7 +1,7 @@
 //! The one body type of the house. What hyper hands in is wrapped at the door and never seen further in.
 
 pub mod fanout;
-pub mod overheard;
+pub mod tee;
 pub mod tunnel;
 
 use std::pin::Pin;

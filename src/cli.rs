@@ -1,9 +1,9 @@
-//! What people type. Exit codes: 0 fine, 1 refused, 2 usage.
+//! The command-line interface. Exit codes: 0 success, 1 failure, 2 usage error.
 
+mod completions;
 mod dry_run;
 mod explain;
 mod init;
-mod papers;
 mod remote;
 mod run;
 mod suggest;
@@ -36,26 +36,26 @@ enum Command {
     Check(CheckArgs),
     /// Write a first configuration file, short and commented.
     Init(InitArgs),
-    /// What would become of a request: rule, key, what is stored, and why it would or would not be.
+    /// Explain how a request would be handled: rule, key, what is stored, and why it would or would not be.
     Explain(ExplainArgs),
     /// Purge what is stored in a running sidecar.
     Purge(PurgeArgs),
     /// Print a running sidecar's counters.
     Stats(StatsArgs),
-    /// Propose rules for what was asked again and again and not served from the cache.
+    /// Propose rules for repeated requests that were not served from the cache.
     Suggest(SuggestArgs),
     /// Have a running sidecar fetch a list of URLs, at the pace that the upstream's budget allows.
     Warm(WarmArgs),
-    /// Ask a running sidecar how it is. Exit code 1 if it is not well.
+    /// Print a running sidecar's health. Exit code 1 if it is not ok.
     Health(HealthArgs),
-    /// The kill switch of a running sidecar: normal, bypass (hand everything through), shadow (hand everything through
-    /// and compare), or configured (as environment or file say).
+    /// The kill switch of a running sidecar: normal, bypass (pass all requests through), shadow (pass all requests
+    /// through and compare), or configured (as environment or file say).
     Mode(ModeArgs),
     /// Print what a shell needs to complete commands and flags.
     Completions(CompletionsArgs),
     /// Print the manual page, or write one for each command.
     Man(ManArgs),
-    /// A slow shop, the sidecar before it, traffic, and a table of before and after.
+    /// Run a slow shop with the sidecar in front of it, send traffic, and print a table of before and after.
     #[cfg(feature = "demo")]
     Demo(crate::demo::DemoArgs),
     /// The demo's shop alone: a Shopify-style REST Admin API, with faults on request.
@@ -90,7 +90,7 @@ struct CheckArgs {
     /// The configuration file [default: ./sidecache.toml]
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
-    /// The same
+    /// The configuration file, as an option
     #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -99,7 +99,7 @@ struct CheckArgs {
 struct SuggestArgs {
     #[command(flatten)]
     remote: RemoteArgs,
-    /// What a rule would store it for
+    /// The ttl of the proposed rules
     #[arg(long, value_name = "DUR", default_value = "1m")]
     ttl: String,
 }
@@ -108,7 +108,7 @@ struct SuggestArgs {
 struct WarmArgs {
     #[command(flatten)]
     remote: RemoteArgs,
-    /// A URL a line, absolute or from the slash on; what begins with # is a remark
+    /// A file with one URL per line, absolute or beginning with a slash; lines that begin with # are comments
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// The sidecar's address [default: its first upstream's listener, from the admin API]
@@ -117,7 +117,7 @@ struct WarmArgs {
     /// A request header, as in 'X-Shopify-Access-Token: …': what is stored is for those who send the same
     #[arg(short = 'H', long, value_name = "NAME: VALUE")]
     header: Vec<String>,
-    /// So many at once
+    /// Number of concurrent requests
     #[arg(long, value_name = "N", default_value_t = 4)]
     jobs: usize,
 }
@@ -153,7 +153,7 @@ struct ExplainArgs {
     /// GET, HEAD, POST …
     #[arg(value_name = "METHOD")]
     method: String,
-    /// The URL, absolute or from the slash on
+    /// The URL, absolute or beginning with a slash
     #[arg(value_name = "URL")]
     url: String,
     /// A request header, as in 'Accept-Language: de'
@@ -205,7 +205,7 @@ struct ModeArgs {
     /// normal, bypass, shadow or configured
     #[arg(value_name = "MODE", value_parser = ["normal", "bypass", "shadow", "configured"])]
     mode: String,
-    /// Only for so long; then what counted before counts again
+    /// Only for this time; then the previous setting applies again
     #[arg(long = "for", value_name = "DUR")]
     time: Option<String>,
     /// All sidecars that share its Redis, also those that start later
@@ -236,7 +236,7 @@ struct PurgeArgs {
     /// One URL, or path and query
     #[arg(long, value_name = "URL", group = "what")]
     url: Vec<String>,
-    /// All URLs that begin so
+    /// All URLs that begin with this prefix
     #[arg(long, value_name = "PREFIX", group = "what")]
     prefix: Vec<String>,
     /// All URLs whose path and query match this glob
@@ -251,7 +251,7 @@ struct PurgeArgs {
     /// Only for this host, on an upstream that has several
     #[arg(long, value_name = "HOST")]
     host: Vec<String>,
-    /// Take for stale rather than for gone: stale windows and fallbacks may still use it
+    /// Make entries stale instead of removing them: stale windows and fallbacks may still use them
     #[arg(long)]
     soft: bool,
 }
@@ -263,7 +263,7 @@ impl From<RunArgs> for Flags {
     }
 }
 
-/// The whole program.
+/// Parses the arguments and runs the command. Returns the exit code of the program.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -271,7 +271,7 @@ pub fn main() -> ExitCode {
         Err(error) => return refused(&format!("can't start: {error}")),
     };
     let result = runtime.block_on(dispatch(cli));
-    // Background fetches must not hold up the end.
+    // Background fetches must not delay the exit.
     runtime.shutdown_background();
     match result {
         Ok(code) => code,
@@ -293,8 +293,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, String> {
         Some(Command::Mode(args)) => remote::mode(args).await,
         Some(Command::Suggest(args)) => suggest::suggest(args).await,
         Some(Command::Warm(args)) => warm::warm(args).await,
-        Some(Command::Completions(args)) => Ok(papers::completions(&args)),
-        Some(Command::Man(args)) => papers::man(&args),
+        Some(Command::Completions(args)) => Ok(completions::completions(&args)),
+        Some(Command::Man(args)) => completions::man(&args),
         #[cfg(feature = "demo")]
         Some(Command::Demo(args)) => crate::demo::demo(args).await,
         #[cfg(feature = "demo")]

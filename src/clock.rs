@@ -1,7 +1,7 @@
-//! The only reader of the clocks. Everything else takes a [`Tick`] or a wall time as an argument.
+//! Clocks: the only module that reads the time. All others take a [`Tick`] or a wall time as an argument.
 //!
-//! What a fleet shares is dated by one clock: that of the server it lies on ([`FleetClock`]). So neither the skew nor a
-//! jump of anybody's own wall clock matters.
+//! Times shared by a fleet are those of one clock: the Redis server's ([`FleetClock`]). So neither skew nor jumps of a
+//! sidecar's own wall clock matter.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,51 +9,52 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::policy::{Tick, millis};
 
-/// The tick at which a process starts: so far from 0 that everything stored has a tick, whenever it was born.
-const START: u64 = 100 * 365 * 24 * 3_600_000;
+/// The tick at which a process starts, in milliseconds: 100 years after 0, so that every stored response has a tick,
+/// whenever it was received.
+const START_TICK: u64 = 100 * 365 * 24 * 3_600_000;
 
-/// Tells the time; the real one, or one that a test turns by hand.
+/// A monotonic clock and the wall clock. Tests can turn them forward.
 #[derive(Debug, Clone)]
 pub struct Clock {
     start: Instant,
-    /// Milliseconds added by hand. Frozen for the real clock at zero.
+    /// Milliseconds by which it was turned forward: always zero outside of tests.
     turned: Arc<AtomicU64>,
 }
 
 impl Clock {
-    /// A clock that starts now.
-    #[allow(clippy::disallowed_methods)] // this is the place
+    /// Starts a clock.
+    #[allow(clippy::disallowed_methods)] // the clock is the only place that reads the time
     pub fn start() -> Clock {
         Clock { start: Instant::now(), turned: Arc::default() }
     }
 
-    /// The current instant: for measuring how long something takes.
+    /// Returns the current instant, for measuring durations.
     #[allow(clippy::disallowed_methods)]
     pub fn instant(&self) -> Instant {
         Instant::now()
     }
 
-    /// The tick of an instant.
+    /// Returns the tick of an instant.
     pub fn tick(&self, at: Instant) -> Tick {
         Tick(self.unturned(at) + self.turned.load(Ordering::Relaxed))
     }
 
     fn unturned(&self, at: Instant) -> u64 {
-        START + millis(at.saturating_duration_since(self.start))
+        START_TICK + millis(at.saturating_duration_since(self.start))
     }
 
-    /// The tick of now.
+    /// Returns the current tick.
     pub fn now(&self) -> Tick {
         self.tick(self.instant())
     }
 
-    /// The wall time, for `Date`, `Age` and `Expires` of answers that arrive.
+    /// Returns the wall time, for `Date`, `Age` and `Expires` of received responses.
     #[allow(clippy::disallowed_methods)]
     pub fn wall(&self) -> SystemTime {
         SystemTime::now() + Duration::from_millis(self.turned.load(Ordering::Relaxed))
     }
 
-    /// How long it has been running.
+    /// Returns the time since the clock was started.
     pub fn uptime(&self) -> Duration {
         self.instant().saturating_duration_since(self.start)
     }
@@ -64,37 +65,40 @@ impl Clock {
     }
 }
 
-/// What a server said when it was asked for the time.
+/// A server's reply to a request for its time.
 #[derive(Debug, Clone, Copy)]
-pub struct Told {
-    /// Milliseconds since the epoch, what was left of one cut off.
+pub struct ServerTime {
+    /// Milliseconds since the Unix epoch, rounded down.
     pub server: u64,
-    /// When it was asked.
-    pub asked: Instant,
+    /// When the request was sent.
+    pub sent_at: Instant,
 }
 
-/// The clock of the server that a fleet shares, as far as it is known here: milliseconds since the epoch. What it tells
-/// of when something was born errs on one side: nothing is taken for younger than it is (as in RFC 9111 §4.2.3).
+/// An estimate of the clock of the server that a fleet shares, in milliseconds since the Unix epoch.
+///
+/// Conversions of the time when a response was received err on one side: no response is taken for younger than it is
+/// (as in RFC 9111 §4.2.3).
 #[derive(Debug)]
 pub struct FleetClock {
     clock: Clock,
-    /// What is to be added to a tick, at least and at most; none while nothing is known.
+    /// The minimum and maximum of the difference between server time and ticks. `None` until the first reply.
     ahead: Mutex<Option<(i64, i64)>>,
 }
 
 impl FleetClock {
-    /// Nothing is known yet.
+    /// Creates a clock that has not had a reply yet.
     pub fn new(clock: Clock) -> FleetClock {
         FleetClock { clock, ahead: Mutex::default() }
     }
 
-    /// The server has told the time. It looked at its clock between the question and now: what is known gets narrower
-    /// with every answer that was quick. One that contradicts it is of another server, or of a clock that was set.
-    pub fn hear(&self, told: Told) {
-        let (asked, heard) = (self.clock.unturned(told.asked), self.clock.unturned(self.clock.instant()));
-        let ahead_of = |tick: u64| told.server.cast_signed() - tick.cast_signed();
-        // What was cut off: of our ticks, of the server's milliseconds.
-        let (least, most) = (ahead_of(heard) - 1, ahead_of(asked) + 2);
+    /// Adds a reply of the server. The server read its clock between the request and now, so every quick reply narrows
+    /// the bounds. A reply outside of the bounds comes from another server, or its clock was set: it replaces them.
+    pub fn hear(&self, server_time: ServerTime) {
+        let (sent_at, received_at) =
+            (self.clock.unturned(server_time.sent_at), self.clock.unturned(self.clock.instant()));
+        let ahead_of = |tick: u64| server_time.server.cast_signed() - tick.cast_signed();
+        // Rounding errors: of ticks, and of the server's milliseconds.
+        let (least, most) = (ahead_of(received_at) - 1, ahead_of(sent_at) + 2);
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         *ahead = Some(match *ahead {
             Some(known) if least <= known.1 && known.0 <= most => (least.max(known.0), most.min(known.1)),
@@ -106,17 +110,17 @@ impl FleetClock {
         *self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The fleet's time now; none while nothing is known.
+    /// Returns the present fleet time. `None` until the first reply.
     pub fn now(&self) -> Option<u64> {
         self.at(self.clock.now())
     }
 
-    /// The fleet's time at a tick of ours, at the earliest; none while nothing is known.
+    /// Returns the earliest fleet time of a tick. `None` until the first reply.
     pub fn at(&self, tick: Tick) -> Option<u64> {
         self.ahead().map(|(least, _)| tick.0.saturating_add_signed(least))
     }
 
-    /// Our tick at a time of the fleet, at the earliest; none while nothing is known.
+    /// Returns the earliest tick of a fleet time. `None` until the first reply.
     pub fn tick(&self, time: u64) -> Option<Tick> {
         self.ahead().map(|(_, most)| Tick(time.saturating_add_signed(-most)))
     }
@@ -129,14 +133,14 @@ mod tests {
     const SERVER: u64 = 1_763_700_000_000;
     const DAY: u64 = 86_400_000;
 
-    /// It hears a server that was asked so many milliseconds ago, and has come since `SERVER` as far as this clock.
+    /// Adds a reply to a request sent `ago` milliseconds ago. The server's time was `server` when the clock started.
     fn hear(fleet: &FleetClock, server: u64, ago: u64) {
         let now = fleet.clock.instant();
-        let asked = now.checked_sub(Duration::from_millis(ago)).expect("the machine is older");
-        fleet.hear(Told { server: server + millis(now - fleet.clock.start), asked });
+        let sent_at = now.checked_sub(Duration::from_millis(ago)).expect("the machine is older");
+        fleet.hear(ServerTime { server: server + millis(now - fleet.clock.start), sent_at });
     }
 
-    /// One that started ten seconds ago.
+    /// Returns a clock that started ten seconds before `at`.
     fn started(at: Instant) -> FleetClock {
         let start = at.checked_sub(Duration::from_secs(10)).expect("the machine is older");
         FleetClock::new(Clock { start, turned: Arc::default() })

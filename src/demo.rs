@@ -16,10 +16,11 @@ use std::time::Duration;
 use clap::Args;
 use tokio::sync::watch;
 
+use super::config;
 use crate::app::App;
 use crate::clock::Clock;
-use crate::config::{self, parse_duration};
-use crate::process::{say, stop_signal};
+use crate::config::parse_duration;
+use crate::process::{print_line, stop_signal};
 use load::{Load, Target};
 use shop::{Faults, Options, Shop};
 
@@ -79,12 +80,16 @@ pub async fn mock_shop(args: ShopArgs) -> Result<ExitCode, String> {
     let listener = crate::server::bind(args.listen, "mock-shop")?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let shop = Shop::new(Options::from(&args), Clock::start());
-    say(format!("listening mock-shop addr={address} products={} tokens={}", args.products, shop::TOKENS.join(",")));
-    say(format!(
+    print_line(format!(
+        "listening mock-shop addr={address} products={} tokens={}",
+        args.products,
+        shop::TOKENS.join(",")
+    ));
+    print_line(format!(
         "try: curl -H 'X-Shopify-Access-Token: {}' http://{address}/admin/api/2026-07/products.json",
         shop::TOKENS[0]
     ));
-    say(format!("faults: curl -X POST http://{address}/__faults -d '{{\"latency\":\"2s\",\"errors\":0.5}}'"));
+    print_line(format!("faults: curl -X POST http://{address}/__faults -d '{{\"latency\":\"2s\",\"errors\":0.5}}'"));
     shop::serve(listener, Arc::new(shop), stop).await;
     Ok(ExitCode::SUCCESS)
 }
@@ -103,8 +108,10 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     let sidecar = app.addresses().first().copied().ok_or("the sidecar has no listener")?;
     let admin = app.admin_address().ok_or("the sidecar has no admin listener")?;
     let running = tokio::spawn(app.run(ended));
-    say(format!("A shop as in the bad old days is at http://{shop_address}: 1 to 3 s an answer, half of them 503,"));
-    say(format!("40 calls in the bucket, 2 a second. The sidecar before it is at http://{sidecar}.\n"));
+    print_line(format!(
+        "A shop as in the bad old days is at http://{shop_address}: 1 to 3 s an answer, half of them 503,"
+    ));
+    print_line(format!("40 calls in the bucket, 2 a second. The sidecar before it is at http://{sidecar}.\n"));
     let direct = Target { name: "direct", base: shop_address, health: None };
     let through = Target { name: "through the sidecar", base: sidecar, health: Some(admin) };
     let load = Load { shop: &shop, clock: &clock, lasting: args.each, stop: stop.clone() };
@@ -112,7 +119,7 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     shop.refill();
     let after = load.drive(&through).await?;
     if !*stop.borrow() {
-        say(table::render(&before, &after));
+        print_line(table::render(&before, &after));
         if !args.once {
             invite(sidecar, admin);
             let mut stop = stop;
@@ -127,17 +134,17 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
 
 fn invite(sidecar: SocketAddr, admin: SocketAddr) {
     let token = shop::TOKENS[0];
-    say("Both stay up. Try, from another terminal:");
-    say(format!(
+    print_line("Both stay up. Try, from another terminal:");
+    print_line(format!(
         "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=3'"
     ));
-    say(format!("  http://{admin}/ in a browser: what it does, as pictures"));
-    say(format!("  curl -s http://{admin}/health"));
-    say(format!("  curl -s http://{admin}/stats"));
-    say(format!(
+    print_line(format!("  http://{admin}/ in a browser: what it does, as pictures"));
+    print_line(format!("  curl -s http://{admin}/health"));
+    print_line(format!("  curl -s http://{admin}/stats"));
+    print_line(format!(
         "  curl -s -X POST http://{admin}/purge -H 'Content-Type: application/json' -d '{{\"tags\":[\"products\"]}}'"
     ));
-    say("Ctrl-C ends it.");
+    print_line("Ctrl-C ends it.");
 }
 
 /// The usual port, or any free one.

@@ -4,11 +4,11 @@
 //! here at once and are told later, and each sidecar coalesces for itself.
 
 pub mod inbox;
+pub mod invalidation_log;
 pub mod invalidations;
 pub mod lease;
-pub mod log;
-pub mod purge;
-pub mod work;
+pub mod purge_message;
+pub mod refresh_queue;
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,27 +17,27 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 
 use crate::redis::Redis;
-use crate::store::Shared;
-use crate::store::seal::Ring;
+use crate::store::RedisTier;
+use crate::store::authentication::Keyring;
 use inbox::Inbox;
 
 /// What a sidecar has in common with the others.
 #[derive(Debug)]
 pub struct Fleet {
     /// Which one we are.
-    pub me: SidecarId,
+    pub sidecar_id: SidecarId,
     /// The connections.
     pub redis: Arc<Redis>,
     /// The store.
-    pub shared: Arc<Shared>,
+    pub tier: Arc<RedisTier>,
     /// Messages for us.
     pub inbox: Arc<Inbox>,
     /// The secrets that seal what is said.
-    pub ring: Arc<ArcSwap<Ring>>,
+    pub keyring: Arc<ArcSwap<Keyring>>,
     /// Whether there is work to share.
-    pub works: bool,
+    pub shares_refreshes: bool,
     /// How long anything waits for the fleet.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 /// Names a sidecar for as long as its process lives.

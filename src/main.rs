@@ -1,4 +1,4 @@
-//! The program: arguments in, exit code out. Everything else is the library's.
+//! The entry point of the program. All logic is in the library.
 
 use std::process::ExitCode;
 

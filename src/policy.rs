@@ -4,39 +4,19 @@
 //! argument ([`Tick`]), bodies are complete bytes, and every decision returns the next action together with
 //! what that action needs.
 
-pub mod advice;
-pub mod asked;
-pub mod breaker;
-pub mod chain;
-pub mod circuit;
-pub mod date;
-pub mod directives;
+pub mod body_inspection;
+pub mod client_limits;
 pub mod entry;
-pub mod failure;
-pub mod freshness;
-pub mod glob;
-pub mod head;
-pub mod headers;
-pub mod inspect;
+pub mod explain_text;
+pub mod http;
 pub mod invalidation;
-pub mod key;
-pub mod links;
-pub mod lists;
 pub mod mode;
 pub mod outcome;
-pub mod partial;
-pub mod plan;
-pub mod quota;
-pub mod ranges;
-pub mod retry;
-pub mod revalidate;
-pub mod route;
-pub mod storage;
-pub mod tags;
-pub mod tally;
-pub mod target;
-pub mod targeted;
-pub mod variant;
+pub mod outcome_counters;
+pub mod packed_head;
+pub mod rejection;
+pub mod resilience;
+pub mod routing;
 
 use std::time::Duration;
 
@@ -62,4 +42,19 @@ impl Tick {
 /// A duration in whole milliseconds, saturating.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Helpers of the tests that compare encodings.
+
+    use std::fmt::Write as _;
+
+    /// Returns the bytes in lowercase hexadecimal.
+    pub(crate) fn hex(bytes: &[u8]) -> String {
+        bytes.iter().fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+    }
 }

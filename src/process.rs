@@ -1,12 +1,12 @@
-//! What every command needs of its process: a line on stdout, and word of when to stop.
+//! Process-level functions: output to stdout, stop signals, and the limit of open files.
 
-/// Prints a line. Whoever read our output may have left: that ends no sidecar.
-pub fn say(line: impl std::fmt::Display) {
+/// Prints a line to stdout. Ignores errors: a closed stdout must not end the process.
+pub fn print_line(line: impl std::fmt::Display) {
     use std::io::Write;
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// Turns true at SIGTERM or SIGINT; a second one ends the process at once.
+/// Returns a receiver that becomes true at SIGTERM or SIGINT. A second signal ends the process at once.
 pub fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut term = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
@@ -24,12 +24,12 @@ pub fn stop_signal() -> Result<tokio::sync::watch::Receiver<bool>, String> {
     Ok(stopped)
 }
 
-/// So many files this process may open.
+/// Returns the soft limit of open files of this process.
 pub fn open_files_limit() -> u64 {
     rlimit::Resource::NOFILE.get_soft().unwrap_or(1024)
 }
 
-/// Lets this process open as many files as it may, and says how many that are.
-pub fn open_files() -> u64 {
+/// Raises the soft limit of open files to the hard limit, and returns it.
+pub fn raise_open_files_limit() -> u64 {
     rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024)
 }

@@ -1,203 +1,196 @@
-//! The way of a request. [`Proxy::handle`] is the table of contents: every step of it is a module below.
+//! The request pipeline. [`Proxy::handle`] is its table of contents: every step is a type in a module below, built once
+//! at start with the dependencies that it names.
 
-pub mod ahead;
-pub mod aside;
-pub mod breakers;
-pub mod budget;
+pub mod active;
+mod admission;
+mod assembly;
+mod destination;
+mod exchange;
 pub mod explain;
-pub mod face;
-pub mod fallback;
+mod fallback;
 pub mod fetch;
-pub mod fleet;
-pub mod flights;
-pub mod forward;
-pub mod job;
-pub mod lookup;
-pub mod relay;
+mod lookup;
+mod miss;
+mod pass_through;
+mod refresh;
 pub mod respond;
 pub mod send;
-pub mod shadow;
-pub mod site;
-mod texts;
-pub mod visit;
-pub mod wait;
+mod shadow;
+mod shared;
+pub mod upstream_state;
+mod write;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use http::{Extensions, HeaderMap, Request, Response, Uri};
+use http::header::HeaderValue;
+use http::{Request, Response};
+use serde_json::Value;
 
 use crate::body::Body;
-use crate::body::fanout::Purse;
+use crate::body::fanout::InflightBudget;
 use crate::clock::Clock;
 use crate::fleet::Fleet;
-use crate::fleet::invalidations::Invalidations;
-use crate::policy::Tick;
-use crate::policy::freshness::Demands;
-use crate::policy::key::{KeyBuf, KeyParts, KeySecret};
-use crate::policy::mode::{Mode, Switch};
-use crate::policy::outcome::{Bypass, StaleReason};
-use crate::policy::plan::Plan;
-use crate::policy::ranges::asks_for_part;
-use crate::policy::route::Route;
-use crate::store::{Memory, Partials};
-use crate::telemetry::Telemetry;
-use crate::upstream::{Ear, Heard};
-use flights::Flights;
-use lookup::Lookup;
-use site::{Place, Site};
-use visit::Visit;
+use crate::fleet::refresh_queue::RefreshRequest;
+use crate::policy::http::range::has_range;
+use crate::policy::http::request_view::RequestView;
+use crate::policy::outcome::{BypassReason, StaleReason};
+use crate::policy::rejection::Rejection;
+use crate::upstream::{InformationalSender, InformationalSink};
+use admission::{Admission, Admitted};
+use exchange::{CacheRequest, Exchange, MissContext, ResponseContext};
+use explain::Explainer;
+use lookup::{Lookup, LookupResult};
+use miss::MissHandler;
+use pass_through::{Bypassed, PassThrough};
+use refresh::{Refresher, ServedEntry};
+use respond::Responder;
+use upstream_state::{Misdirected, UpstreamState};
 
-/// What all upstreams of a process share.
-#[derive(Debug)]
-pub struct Commons {
-    /// The time.
-    pub clock: Clock,
-    /// What is stored.
-    pub memory: Arc<Memory>,
-    /// Beginnings of answers.
-    pub partials: Arc<Partials>,
-    /// What was purged.
-    pub invalidations: Arc<Invalidations>,
-    /// What is being fetched.
-    pub flights: Arc<Flights>,
-    /// What running fetches may hold.
-    pub purse: Arc<Purse>,
-    /// The sidecars that share a Redis with this one; none: it is alone.
-    pub fleet: Option<Arc<Fleet>>,
-    /// Digests credentials. The fleet may have another than the one begun with.
-    pub secret: Arc<ArcSwap<KeySecret>>,
-    /// The largest answer that is stored.
-    pub max_entry_bytes: u64,
-    /// When a reader that others wait for is cut.
-    pub shared_write_stall: Duration,
-    /// The kill switch.
-    pub mode: Arc<Switch>,
-    /// What happened.
-    pub telemetry: Arc<Telemetry>,
-}
+pub use shared::SharedState;
 
-/// The proxy before one upstream.
+/// The proxy in front of one upstream.
 #[derive(Debug)]
 pub struct Proxy {
-    /// What it shares with the others.
-    pub commons: Arc<Commons>,
     /// Its upstream.
-    pub site: Site,
+    pub upstream: Arc<UpstreamState>,
+    clock: Clock,
+    inflight: Arc<InflightBudget>,
+    admission: Arc<Admission>,
+    lookup: Arc<Lookup>,
+    misses: Arc<MissHandler>,
+    refresher: Arc<Refresher>,
+    pass_through: Arc<PassThrough>,
+    responder: Arc<Responder>,
+    explainer: Explainer,
 }
 
-/// An answer: at once, or in a while.
+/// A response that is ready, or a future that resolves to one.
 pub enum Handled {
-    /// A hit, or a refusal: nothing was awaited, nothing spawned, no future built.
+    /// A hit, or a rejection: nothing was awaited, nothing spawned, no future built.
     Now(Response<Body>),
-    /// Something has to be fetched, or handed through.
+    /// A miss, or a request that is passed through.
     Later(Pin<Box<dyn Future<Output = Response<Body>> + Send>>),
 }
 
 impl Handled {
-    /// An answer that takes a while.
-    pub fn later(answer: impl Future<Output = Response<Body>> + Send + 'static) -> Handled {
-        Handled::Later(Box::pin(answer))
+    /// Boxes a future.
+    pub fn later(response: impl Future<Output = Response<Body>> + Send + 'static) -> Handled {
+        Handled::Later(Box::pin(response))
     }
 
-    /// The answer.
+    /// Returns the response.
     pub async fn response(self) -> Response<Body> {
         match self {
             Handled::Now(response) => response,
-            Handled::Later(answer) => answer.await,
+            Handled::Later(response) => response.await,
         }
     }
 }
 
 impl Proxy {
-    /// Answers a request that has passed the guard. `ear`: who wants to hear interim answers to it.
-    pub fn handle(self: &Arc<Self>, mut request: Request<Body>, ear: Option<&Arc<dyn Ear>>) -> Handled {
-        let visit = Visit::begin(&self.commons.clock);
-        let place = match self.site.locate(request.uri(), request.headers()) {
-            Ok(place) => place,
-            Err(misdirected) => return Handled::Now(self.misdirected(&request, &visit, misdirected)),
+    /// Answers a request that has passed the guard. `sink` receives informational responses (1xx) to it.
+    pub fn handle(&self, mut request: Request<Body>, sink: Option<&Arc<dyn InformationalSink>>) -> Handled {
+        let exchange = Exchange::begin(&self.clock);
+        let destination = match self.upstream.locate(request.uri(), request.headers()) {
+            Ok(destination) => destination,
+            Err(Misdirected) => return Handled::Now(self.responder.misdirected(&request, &exchange)),
         };
-        let (plan, demands, key) = match self.admit(&request, &place, visit.now) {
+        let Admitted { rule, directives, key } = match self.admission.admit(&request, &destination, exchange.now) {
             Ok(admitted) => admitted,
             Err(reason) => {
-                let place = place.into_owned();
-                request.extensions_mut().extend(interims(ear));
-                return Handled::later(self.clone().relay(request, place, reason, visit));
+                let destination = destination.into_owned();
+                return self.pass_through(Bypassed { request, destination, reason, exchange }, sink);
             }
         };
-        match self.look_up(&key, request.headers(), &demands, visit.now) {
-            Lookup::Fresh(entry) => {
-                if let Some(ahead) = plan.refresh_ahead {
-                    self.ahead(&request, &place, plan, &key, &entry, ahead, visit.now);
+        match self.lookup.find(&key, request.headers(), &directives, exchange.now) {
+            LookupResult::Fresh(entry) => {
+                let (request, destination, key) = (&request, &*destination, &*key);
+                let served = ServedEntry { request, destination, rule, key, entry: &entry };
+                self.refresher.refresh_ahead(served, exchange.now);
+                Handled::Now(self.responder.hit(&ResponseContext::new(request, Some(rule), &exchange), &entry))
+            }
+            LookupResult::WhileRevalidate(entry) => {
+                let (request, destination, key) = (&request, &*destination, &*key);
+                self.refresher.refresh(ServedEntry { request, destination, rule, key, entry: &entry }, false);
+                let context = ResponseContext::new(request, Some(rule), &exchange);
+                Handled::Now(self.responder.stale(&context, &entry, StaleReason::WhileRevalidate))
+            }
+            LookupResult::Miss(miss) => {
+                attach_sink(&mut request, sink);
+                let (destination, rule, only_if_cached) =
+                    (destination.into_owned(), rule.clone(), directives.only_if_cached());
+                if has_range(request.method(), request.headers()) && miss.stale.is_none() && !only_if_cached {
+                    let parts = CacheRequest::to_get(&request);
+                    let cached = CacheRequest { parts, destination, rule, key };
+                    return self.range_miss(request, MissContext { request: cached, miss, exchange });
                 }
-                Handled::Now(self.hit(&request, &entry, plan, &visit))
-            }
-            Lookup::WhileRevalidate(entry) => {
-                self.refresh(&request, &place, plan, &key, &entry, false);
-                Handled::Now(self.stale(&request, &entry, StaleReason::WhileRevalidate, plan, &visit))
-            }
-            Lookup::Fetch(miss) if demands.only_if_cached() => {
-                self.only_if_cached(request, place.into_owned(), plan, key, miss, visit)
-            }
-            Lookup::Fetch(miss) => {
-                let (place, plan) = (place.into_owned(), plan.clone());
-                request.extensions_mut().extend(interims(ear));
-                // What is stale is refreshed as a whole, and the part is of that.
-                if asks_for_part(request.method(), request.headers()) && miss.stale.is_none() {
-                    return Handled::later(self.clone().part(request, place, plan, key, miss, visit));
-                }
-                Handled::later(self.clone().fetch(request, place, plan, key, miss, visit))
+                let parts = Arc::new(request.into_parts().0);
+                let request = CacheRequest { parts, destination, rule, key };
+                self.miss(MissContext { request, miss, exchange }, only_if_cached)
             }
         }
     }
 
-    /// May the cache be asked, under which rule, and by which key?
-    fn admit(
-        &self,
-        request: &Request<Body>,
-        place: &Place,
-        now: Tick,
-    ) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
-        match self.commons.mode.mode(now) {
-            Mode::Normal => self.cacheable(request, place),
-            Mode::Bypass => Err(Bypass::Mode),
-            Mode::Shadow => Err(Bypass::Shadow),
+    fn pass_through(&self, mut bypassed: Bypassed, sink: Option<&Arc<dyn InformationalSink>>) -> Handled {
+        attach_sink(&mut bypassed.request, sink);
+        Handled::later(self.pass_through.clone().run(bypassed))
+    }
+
+    fn miss(&self, context: MissContext, only_if_cached: bool) -> Handled {
+        let misses = self.misses.clone();
+        if !only_if_cached {
+            Handled::later(misses.run(context))
+        } else if misses.fetcher.fleet.is_enabled() {
+            Handled::later(misses.run_only_if_cached(context))
+        } else {
+            Handled::Now(self.responder.not_cached(&context.response()))
         }
     }
 
-    /// May the cache be asked, whatever the mode?
-    fn cacheable(&self, request: &Request<Body>, place: &Place) -> Result<(&Arc<Plan>, Demands, KeyBuf), Bypass> {
-        let (uri, headers) = (request.uri(), request.headers());
-        let plan = match self.site.router.route(request.method(), uri.path(), uri.query(), headers) {
-            Route::Cache(plan) => plan,
-            Route::Bypass(reason) => return Err(reason),
-        };
-        if !matches!(request.body(), Body::Empty) {
-            return Err(Bypass::RequestBody);
-        }
-        let demands = Demands::of(plan, headers);
-        if demands.no_store() {
-            return Err(Bypass::NoStoreRequest);
-        }
-        let key = self.key(uri, headers, place, plan)?;
-        Ok((plan, demands, key))
+    /// Answers a range request that is not in memory: from the fleet's store, or by passing it through. With a stale
+    /// entry in memory it is a miss like any other: the entry is refreshed as a whole, and the range taken from that.
+    fn range_miss(&self, request: Request<Body>, context: MissContext) -> Handled {
+        let (misses, pass_through) = (self.misses.clone(), self.pass_through.clone());
+        Handled::later(async move {
+            if let Some(response) = misses.find_in_fleet(&context).await {
+                return response;
+            }
+            let MissContext { request: CacheRequest { destination, .. }, exchange, .. } = context;
+            let reason = BypassReason::Range;
+            pass_through.run(Bypassed { request, destination, reason, exchange }).await
+        })
     }
 
-    /// The key of a request under a rule.
-    fn key(&self, uri: &Uri, headers: &HeaderMap, place: &Place, plan: &Plan) -> Result<KeyBuf, Bypass> {
-        let authority = place.keyed.as_deref();
-        let parts = KeyParts { upstream: self.site.id, authority, path: uri.path(), query: uri.query(), headers };
-        plan.key.key(&self.commons.secret.load(), &parts)
+    /// Answers a request that the guard rejected.
+    pub fn reject<'r>(&self, request: impl Into<RequestView<'r>>, rejection: &Rejection) -> Response<Body> {
+        self.responder.rejected(request, rejection)
+    }
+
+    /// Explains a request without sending it. `running`: with the state of the cache and of the upstream.
+    pub fn explain(&self, request: &Request<Body>, running: bool) -> Value {
+        self.explainer.explain(request, running)
+    }
+
+    /// Runs a refresh that a sidecar of the fleet has offered. Returns when it is done, or has failed.
+    pub async fn run_offered_refresh(&self, fleet: &Fleet, refresh: RefreshRequest) {
+        self.refresher.run_offered(fleet, refresh).await;
+    }
+
+    /// Returns the budget of buffered bytes.
+    pub fn inflight(&self) -> &Arc<InflightBudget> {
+        &self.inflight
+    }
+
+    /// Returns the current time as a `Date` field.
+    pub fn date(&self) -> Option<HeaderValue> {
+        HeaderValue::from_str(&httpdate::fmt_http_date(self.clock.wall())).ok()
     }
 }
 
-/// What makes interim answers heard, as a request's extensions.
-fn interims(ear: Option<&Arc<dyn Ear>>) -> Extensions {
-    let mut extensions = Extensions::new();
-    if let Some(ear) = ear {
-        extensions.insert(Heard::by(ear));
+/// Passes a sink of informational responses on with a request.
+fn attach_sink(request: &mut Request<Body>, sink: Option<&Arc<dyn InformationalSink>>) {
+    if let Some(sink) = sink {
+        request.extensions_mut().insert(InformationalSender::new(sink));
     }
-    extensions
 }

@@ -1,20 +1,22 @@
-//! Redis, as far as the rest of the house knows it: a few narrow commands, each with a deadline, none that blocks.
+//! Redis client: a small set of commands, each with a deadline, none of which blocks.
 //!
-//! Behind it stands fred, and between the two a guard of ours (`link.rs`): fred is never trusted to say that it is
-//! connected, to give up in time, or to bound what it queues. Reading and writing have connections of their own, so
-//! that a stalled write does not hold up reads; following the log has another, because it waits on the server.
+//! The driver is fred, behind a supervised connection (`connection.rs`): fred is not relied upon to report that it is
+//! connected, to time out, or to bound its queue. Reads and writes have separate connections, so that a stalled write
+//! does not delay reads. Following the log has another connection, because it waits at the server.
 //!
-//! Everything that sidecars say to each other lies in one hash slot (`{prefix}:…`), so that scripts work in a cluster;
-//! records are spread over all slots.
+//! All keys for coordination between sidecars are in one hash slot (`{prefix}:…`), so that scripts work in a cluster.
+//! Records are spread over all slots.
 
+mod config;
 mod connect;
+mod connection;
+mod connection_state;
 mod coordination;
 mod errors;
-mod herald;
-mod link;
+mod log_throttle;
 mod records;
+mod refresh_queue;
 mod scripts;
-mod work;
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,135 +25,139 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use crate::clock::{Clock, FleetClock};
-use crate::config;
-use crate::telemetry::Latencies;
-use herald::Herald;
-use link::Link;
+use crate::telemetry::Histogram;
+use connection::SupervisedConnection;
+use log_throttle::LogThrottle;
 
-pub use coordination::{Claim, LogEntry, Message, News};
-pub use link::{IN_FLIGHT, LinkState};
-pub use records::Cursor;
+pub use config::{RedisConfig, RedisDatabases, RedisTopology};
+pub use connection::MAX_IN_FLIGHT;
+pub use connection_state::ConnectionState;
+pub use coordination::{InboxMessage, LeaseClaim, LogEntry, StreamUpdate};
+pub use records::ScanCursor;
 
-/// What the driver says by itself, in the words of a log filter: what it warns of, this house says.
-pub const QUIET: &str = "fred=error";
+/// Log filter directive for the driver: its warnings are suppressed, because this module logs them itself.
+pub const DRIVER_LOG_FILTER: &str = "fred=error";
 
-/// Two kinds of records, which can lie in databases of their own.
+/// The class of a record. Each class can have its own database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// All may share it.
+pub enum RecordClass {
+    /// Shared by all clients.
     Shared,
-    /// It belongs to one credential.
+    /// Belongs to one credential partition.
     Private,
 }
 
-impl Class {
-    /// Its part of a key.
+impl RecordClass {
+    /// Returns its token in a Redis key.
     pub fn token(self) -> &'static str {
         match self {
-            Class::Shared => "s",
-            Class::Private => "p",
+            RecordClass::Shared => "s",
+            RecordClass::Private => "p",
         }
     }
 }
 
-/// Why a command did nothing, as far as anyone knows.
+/// The reason why a command failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
+pub enum RedisErrorKind {
     /// No connection.
     Down,
-    /// The breaker is open.
+    /// The circuit breaker is open.
     Open,
-    /// Too many commands are under way.
+    /// Too many commands are in flight.
     Busy,
-    /// No answer in time: it may have been done all the same.
+    /// No reply in time. The command may have been executed nevertheless.
     Silent,
-    /// An error was the answer.
+    /// The reply was an error.
     Refused,
 }
 
 /// A command that failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
-    /// How.
-    pub why: Why,
-    /// What Redis said, if it said anything.
+pub struct RedisError {
+    /// The kind of error.
+    pub why: RedisErrorKind,
+    /// The error message of Redis or of the client; may be empty.
     pub message: String,
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for RedisError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match self.why {
-            Why::Down => "no connection",
-            Why::Open => "the breaker is open",
-            Why::Busy => "too many commands under way",
-            Why::Silent => "no answer in time",
-            Why::Refused => "refused",
+            RedisErrorKind::Down => "no connection",
+            RedisErrorKind::Open => "the breaker is open",
+            RedisErrorKind::Busy => "too many commands under way",
+            RedisErrorKind::Silent => "no answer in time",
+            RedisErrorKind::Refused => "refused",
         };
         f.write_str(word)?;
         if self.message.is_empty() { Ok(()) } else { write!(f, ": {}", self.message) }
     }
 }
 
-/// A reader and a writer of one database.
+/// The connections for reading and writing one database.
 #[derive(Debug, Clone)]
-struct Pair {
-    reader: Arc<Link>,
-    writer: Arc<Link>,
+struct ReadWritePair {
+    reader: Arc<SupervisedConnection>,
+    writer: Arc<SupervisedConnection>,
 }
 
 /// The connections to Redis.
 #[derive(Debug)]
 pub struct Redis {
-    shared: Pair,
-    private: Pair,
-    /// Log, leases, work.
-    coordination: Arc<Link>,
-    /// Waits for the log to go on.
-    follower: Arc<Link>,
-    /// Waits for work, where there is any to share.
-    worker: Option<Arc<Link>>,
-    /// `{prefix}:1`, in braces: one slot.
-    coordinates: Box<str>,
+    shared: ReadWritePair,
+    private: ReadWritePair,
+    /// Commands for the log, leases and the refresh queue.
+    coordination: Arc<SupervisedConnection>,
+    /// Waits at the server for new log entries.
+    follower: Arc<SupervisedConnection>,
+    /// Waits at the server for queued refreshes, if refreshes are shared.
+    worker: Option<Arc<SupervisedConnection>>,
+    /// `{prefix}:1`, with literal braces (a hash tag): one slot.
+    coordination_prefix: Box<str>,
     command_timeout: Duration,
-    herald: Arc<Herald>,
-    time: Arc<FleetClock>,
-    /// Where it is, for people.
+    log_throttle: Arc<LogThrottle>,
+    clock: Arc<FleetClock>,
+    /// The server's address, for messages.
     place: String,
     _supervisors: JoinSet<()>,
 }
 
-/// What `/health` and `/stats` say of Redis.
+/// The state of Redis, as in `/health` and `/stats`.
 #[derive(Debug, Clone, serde::Serialize)]
-pub struct State {
-    /// Where it is.
+pub struct RedisState {
+    /// The server's address.
     pub place: String,
-    /// Why it is down, if it is.
+    /// Why a connection is down, if one is.
     pub trouble: Option<String>,
-    /// Each connection.
-    pub connections: std::collections::BTreeMap<&'static str, LinkState>,
+    /// The state of each connection.
+    pub connections: std::collections::BTreeMap<&'static str, ConnectionState>,
 }
 
 impl Redis {
-    /// Begins to connect. Nothing waits for that. `works`: also to what is needed to share work.
-    pub fn start(config: &config::Redis, works: bool, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
-        let herald = Arc::new(Herald::new(clock.clone()));
+    /// Starts to connect, without waiting for it. `works`: whether to open the connection for the refresh queue, too.
+    pub fn start(config: &RedisConfig, works: bool, clock: &Clock, time: &Arc<FleetClock>) -> Redis {
+        let log_throttle = Arc::new(LogThrottle::new(clock.clone()));
         let mut supervisors = JoinSet::new();
         let coordinates: Box<str> = format!("{{{}}}:1", config.key_prefix).into();
         let slot = scripts::slot_of(&coordinates);
         let mut link = |name, database, waits| {
-            let link = Link::new(name, slot, waits, clock.clone(), herald.clone());
+            let link = SupervisedConnection::new(name, slot, waits, clock.clone(), log_throttle.clone());
             let time = time.clone();
-            let supervise = link.clone().supervise(Arc::new(config.clone()), database, move |told| time.hear(told));
+            let supervise =
+                link.clone().supervise(Arc::new(config.clone()), database, move |server_time| time.hear(server_time));
             supervisors.spawn(supervise);
             link
         };
         let databases = config.databases;
-        let shared =
-            Pair { reader: link("reader", databases.cache, false), writer: link("writer", databases.cache, false) };
+        let shared = ReadWritePair {
+            reader: link("reader", databases.cache, false),
+            writer: link("writer", databases.cache, false),
+        };
         let private = if databases.private == databases.cache {
             shared.clone()
         } else {
-            Pair {
+            ReadWritePair {
                 reader: link("private-reader", databases.private, false),
                 writer: link("private-writer", databases.private, false),
             }
@@ -169,26 +175,26 @@ impl Redis {
             coordination,
             follower,
             worker,
-            coordinates,
+            coordination_prefix: coordinates,
             command_timeout: config.command_timeout,
-            herald,
-            time: time.clone(),
+            log_throttle,
+            clock: time.clone(),
             place: config.topology.to_string(),
             _supervisors: supervisors,
         }
     }
 
-    /// Is it worth asking?
-    pub fn answers(&self) -> bool {
-        self.shared.reader.answers() && self.follower.answers()
+    /// Returns true if Redis is connected and lookups would be sent.
+    pub fn is_usable(&self) -> bool {
+        self.shared.reader.is_usable() && self.follower.is_usable()
     }
 
-    /// The clock that the fleet shares: this server's.
-    pub fn time(&self) -> &FleetClock {
-        &self.time
+    /// Returns the fleet clock, which follows the clock of this server.
+    pub fn clock(&self) -> &FleetClock {
+        &self.clock
     }
 
-    fn links(&self) -> impl Iterator<Item = &Arc<Link>> {
+    fn links(&self) -> impl Iterator<Item = &Arc<SupervisedConnection>> {
         let links = [
             &self.shared.reader,
             &self.shared.writer,
@@ -200,51 +206,51 @@ impl Redis {
         links.into_iter().chain(&self.worker)
     }
 
-    /// How long the commands of each connection took.
-    pub fn took(&self) -> std::collections::BTreeMap<&'static str, &Latencies> {
-        self.links().map(|link| (link.name, link.took())).collect()
+    /// Returns the command latencies of each connection.
+    pub fn latencies(&self) -> std::collections::BTreeMap<&'static str, &Histogram> {
+        self.links().map(|link| (link.name, link.latencies())).collect()
     }
 
-    /// How it is.
-    pub fn state(&self) -> State {
-        State {
+    /// Returns the state of Redis.
+    pub fn state(&self) -> RedisState {
+        RedisState {
             place: self.place.clone(),
-            trouble: self.herald.trouble().map(|why| format!("{why}{}", advice(&why))),
+            trouble: self.log_throttle.last_error().map(|why| format!("{why}{}", advice(&why))),
             connections: self.links().map(|link| (link.name, link.state())).collect(),
         }
     }
 
-    fn pair(&self, class: Class) -> &Pair {
+    fn pair(&self, class: RecordClass) -> &ReadWritePair {
         match class {
-            Class::Shared => &self.shared,
-            Class::Private => &self.private,
+            RecordClass::Shared => &self.shared,
+            RecordClass::Private => &self.private,
         }
     }
 }
 
-/// Why a configuration does not work now.
+/// The reason why a configuration does not work now.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    /// Nothing answers.
+pub enum ProbeError {
+    /// The server can't be reached.
     Absent(String),
-    /// What answers refuses us, or is something else.
+    /// The server refused the connection or a command, or is not what the configuration says.
     Wrong(String),
 }
 
-/// Tries a configuration once, by reading and writing: one line about the server, or one clear line why not.
-pub async fn probe(config: &config::Redis) -> Result<String, Refusal> {
+/// Tries a configuration once, by reading and writing. Returns one line about the server, or an error of one line.
+pub async fn probe(config: &RedisConfig) -> Result<String, ProbeError> {
     let place = format!("redis {}", config.topology);
     let connection = connect::connect(config, config.databases.cache).await.map_err(|why| {
         let line = format!("{place}: {why}{}", advice(&why));
-        if errors::is_answer(&why) { Refusal::Wrong(line) } else { Refusal::Absent(line) }
+        if errors::is_server_reply(&why) { ProbeError::Wrong(line) } else { ProbeError::Absent(line) }
     })?;
-    match link::try_out(&connection.client, &config.key_prefix).await {
+    match connection::check_read_write(&connection.client, &config.key_prefix).await {
         Ok(version) => Ok(format!("{place}: ok, version {version}")),
-        Err(why) => Err(Refusal::Wrong(format!("{place}: {why}{}", advice(&why)))),
+        Err(why) => Err(ProbeError::Wrong(format!("{place}: {why}{}", advice(&why)))),
     }
 }
 
-/// What to do about an answer of Redis.
+/// Returns what to do about an error reply of Redis, to be appended to it.
 fn advice(why: &str) -> &'static str {
     let known = [
         ("WRONGPASS", ": check username and password under [redis]"),

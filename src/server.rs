@@ -1,17 +1,16 @@
 //! The listeners: accept, limit, guard, hand to the proxy, drain.
 
 mod connection;
-mod crowd;
-mod frames;
+mod connection_limit;
 pub mod framing;
-pub mod guard;
-mod intake;
-mod interim;
+mod guarded_stream;
+mod h2_flood;
+mod h2_stalled_streams;
+mod h2_to_h1;
+mod informational;
 mod linger;
-mod normalise;
-mod receive;
-mod stalls;
-mod wire;
+mod request_body;
+mod service;
 
 use std::io;
 use std::net::SocketAddr;
@@ -26,11 +25,11 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
-use crate::config::ListenTls;
-use crate::proxy::face::Face;
-use crate::tls;
-use connection::Door;
-use crowd::{Crowd, Place};
+use super::tls;
+use super::tls::ServerTls;
+use crate::proxy::active::ActiveProxy;
+use connection::ConnectionHandler;
+use connection_limit::{ConnectionSlot, ConnectionSlots};
 
 /// Connections that may wait in the kernel to be accepted.
 const BACKLOG: u32 = 1024;
@@ -58,14 +57,14 @@ pub fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
 }
 
 /// What speaks TLS to clients.
-pub fn acceptor(tls: &ListenTls) -> Result<TlsAcceptor, String> {
+pub fn acceptor(tls: &ServerTls) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(Arc::new(tls::server_config(tls)?)))
 }
 
-/// TLS of a listener, if it speaks it: certificates can be replaced, for the connections that come.
+/// TLS of a listener, if it speaks it: certificates can be reslotd, for the connections that come.
 pub type SharedTls = Arc<ArcSwap<Option<TlsAcceptor>>>;
 
-/// To be replaced later.
+/// To be reslotd later.
 pub fn shared_tls(tls: Option<TlsAcceptor>) -> SharedTls {
     Arc::new(ArcSwap::from_pointee(tls))
 }
@@ -77,7 +76,7 @@ pub struct Listener {
     /// TLS towards them.
     pub tls: SharedTls,
     /// Who answers, and what they may do.
-    pub face: Arc<Face>,
+    pub proxy: Arc<ActiveProxy>,
 }
 
 impl std::fmt::Debug for Listener {
@@ -90,8 +89,8 @@ impl std::fmt::Debug for Listener {
 ///
 /// Returns how many connections had to be cut.
 pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: Arc<AtomicU64>) -> usize {
-    let Listener { socket, tls, face } = listener;
-    let crowd = Crowd::new(face.now().limits.connections);
+    let Listener { socket, tls, proxy: active } = listener;
+    let slots = ConnectionSlots::new(active.load().limits.connections);
     let mut connections = JoinSet::new();
     let mut waiting = None;
     loop {
@@ -99,32 +98,32 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
         if waiting.is_none() {
             waiting = tokio::select! {
                 biased;
-                () = turned(&mut drain) => break,
+                () = wait_true(&mut drain) => break,
                 stream = accept(&socket) => stream,
             };
         }
-        crowd.resize(face.now().limits.connections);
+        slots.resize(active.load().limits.connections);
         // Beyond `limits.connections`, one that does nothing is asked to leave for each that comes.
-        let place = tokio::select! {
+        let slot = tokio::select! {
             biased;
-            () = turned(&mut drain) => break,
-            place = crowd.place() => place,
+            () = wait_true(&mut drain) => break,
+            slot = slots.acquire() => slot,
         };
         if let Some(stream) = waiting.take() {
-            admit(&face, &tls, stream, place, &mut connections);
+            spawn_connection(&active, &tls, stream, slot, &mut connections);
         }
     }
     // Who is in the kernel's queue already has been let in.
-    while let Some(place) = crowd.take() {
+    while let Some(slot) = slots.try_acquire() {
         if waiting.is_none() {
             let queued = tokio::time::timeout(Duration::ZERO, socket.accept()).await;
             waiting = queued.ok().and_then(Result::ok).map(|(stream, _)| stream);
         }
         let Some(stream) = waiting.take() else { break };
-        admit(&face, &tls, stream, place, &mut connections);
+        spawn_connection(&active, &tls, stream, slot, &mut connections);
     }
     drop(socket);
-    crowd.close();
+    slots.evict_all();
     let finish = async { while connections.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(Duration::from_millis(grace.load(Ordering::Relaxed)), finish).await;
     let cut = connections.len();
@@ -144,16 +143,23 @@ async fn accept(socket: &TcpListener) -> Option<TcpStream> {
 }
 
 /// With what counts when it comes.
-fn admit(face: &Arc<Face>, tls: &SharedTls, stream: TcpStream, place: Place, connections: &mut JoinSet<()>) {
-    let door = Door { limits: face.now().limits, face: face.clone(), tls: Option::clone(&tls.load()) };
+fn spawn_connection(
+    active: &Arc<ActiveProxy>,
+    tls: &SharedTls,
+    stream: TcpStream,
+    slot: ConnectionSlot,
+    connections: &mut JoinSet<()>,
+) {
+    let handler =
+        ConnectionHandler { limits: active.load().limits, proxy: active.clone(), tls: Option::clone(&tls.load()) };
     connections.spawn(async move {
-        door.connection(stream, place.seat.clone()).await;
-        drop(place);
+        handler.connection(stream, slot.activity.clone()).await;
+        drop(slot);
     });
 }
 
 /// Until the switch is on, or its owner gone.
-async fn turned(switch: &mut watch::Receiver<bool>) {
+async fn wait_true(switch: &mut watch::Receiver<bool>) {
     let _ = switch.wait_for(|on| *on).await;
 }
 

@@ -1,16 +1,16 @@
-//! Where entries are kept: in memory, and behind it, if the operator wishes, in a Redis that the fleet shares.
+//! Cache storage: the memory tier, and optionally behind it a Redis tier shared by the fleet.
 
-mod alike;
-mod behind;
+pub mod authentication;
+pub mod compression;
+mod incomplete_responses;
+mod intern;
 pub mod memory;
-pub mod pack;
-mod partials;
-mod records;
-pub mod seal;
-pub mod shared;
-mod walk;
-pub mod wire;
+pub mod record;
+mod record_store;
+pub mod redis_tier;
+mod scan;
+mod write_behind;
 
+pub use incomplete_responses::IncompleteResponses;
 pub use memory::Memory;
-pub use partials::Partials;
-pub use shared::Shared;
+pub use redis_tier::RedisTier;

@@ -1,13 +1,13 @@
 //! What happened, said in the words of [`Outcome`]: counters and log lines.
 
 mod counters;
-mod latencies;
+mod event_loop_lag;
+mod histogram;
 pub mod logs;
-mod meter;
-mod pulse;
-pub mod recent;
-mod signals;
+pub mod request_log;
 pub mod spans;
+mod upstream_health;
+mod upstream_metrics;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,29 +16,29 @@ use http::{Method, StatusCode};
 use tracing::{Level, debug, enabled, info, warn};
 
 pub use counters::{Counters, Snapshot};
-pub use latencies::{Latencies, Quantiles};
-pub use meter::Meter;
-pub use pulse::{Delay, Pulse};
-pub use recent::Recent;
-pub use signals::{News, Signals, State};
+pub use event_loop_lag::{EventLoopLag, LagValues};
+pub use histogram::{Histogram, Quantiles};
+pub use request_log::RequestLog;
+pub use upstream_health::{HealthTransition, PassiveHealth, UpstreamHealth};
+pub use upstream_metrics::UpstreamMetrics;
 
 use crate::policy::Tick;
-use crate::policy::asked::Asked;
+use crate::policy::http::request_view::RequestView;
 use crate::policy::outcome::{Failure, Outcome};
-use crate::policy::plan::Plan;
+use crate::policy::routing::rule::Rule;
 
 /// After so many GETs without anything stored, one hint says why.
 const HINT_AFTER: u64 = 20;
 
 /// A request and its answer, as far as a log line tells.
 #[derive(Debug, Clone, Copy)]
-pub struct Answered<'a> {
+pub struct AnsweredRequest<'a> {
     /// The upstream's name.
     pub upstream: &'a Arc<str>,
     /// The rule it came under.
-    pub plan: Option<&'a Plan>,
+    pub rule: Option<&'a Rule>,
     /// What was asked.
-    pub asked: Asked<'a>,
+    pub request: RequestView<'a>,
     /// What was answered.
     pub status: StatusCode,
     /// When it came.
@@ -57,21 +57,21 @@ pub struct Telemetry {
     counters: Counters,
     request_ids: RequestIds,
     /// The last requests.
-    pub recent: Recent,
+    pub request_log: RequestLog,
     /// How late the event loop is.
-    pub pulse: Pulse,
+    pub event_loop_lag: EventLoopLag,
 }
 
 impl Telemetry {
     /// A request was answered. At most one log line; none for a hit unless asked for.
-    pub fn record(&self, outcome: &Outcome, answered: &Answered<'_>) {
+    pub fn record(&self, outcome: &Outcome, answered: &AnsweredRequest<'_>) {
         self.counters.answered(outcome, answered.took);
-        self.recent.add(outcome, answered);
+        self.request_log.add(outcome, answered);
         let level = level(outcome);
         if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
             log(level, outcome, answered);
         }
-        if *answered.asked.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
+        if *answered.request.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {
             self.hint(answered.upstream);
         }
     }
@@ -143,13 +143,13 @@ impl Telemetry {
     }
 }
 
-fn log(level: Level, outcome: &Outcome, answered: &Answered<'_>) {
-    let Answered { upstream, plan, asked, status, took, request_id, .. } = *answered;
+fn log(level: Level, outcome: &Outcome, answered: &AnsweredRequest<'_>) {
+    let AnsweredRequest { upstream, rule, request, status, took, request_id, .. } = *answered;
     let upstream: &str = upstream;
-    let (method, path) = (asked.method.as_str(), asked.uri.path());
+    let (method, path) = (request.method.as_str(), request.uri.path());
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));
     let cause = outcome.failure().map_or("", Failure::cause);
-    let rule = plan.map_or("", |plan| &*plan.name);
+    let rule = rule.map_or("", |rule| &*rule.name);
     let status = status.as_u16();
     let ms = (took.as_secs_f64() * 10_000.0).round() / 10.0;
     match level {

@@ -1,7 +1,8 @@
-//! TLS of our own connections, to upstreams and to Redis, and of clients': rustls with ring; the system's roots, or
-//! Mozilla's where the system has none.
+//! TLS configuration of connections to upstreams and Redis, and of client connections.
+//!
+//! Uses rustls with ring, and the system's root certificates, or Mozilla's if the system has none.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::client::WantsClientCert;
@@ -10,9 +11,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig};
 
-use crate::config::{ListenTls, Tls};
-
-/// The client's side of TLS, for connections that never use it: nobody is trusted, and no file is read.
+/// Returns a client configuration for connections that never use TLS: it trusts no certificate, and reads no file.
 pub fn unused_client_config() -> Result<ClientConfig, String> {
     with_roots(RootCertStore::empty()).map(ConfigBuilder::<ClientConfig, WantsClientCert>::with_no_client_auth)
 }
@@ -23,8 +22,8 @@ fn with_roots(roots: RootCertStore) -> Result<ConfigBuilder<ClientConfig, WantsC
     Ok(builder.map_err(|e| e.to_string())?.with_root_certificates(roots))
 }
 
-/// The client's side of TLS. The error is one clear line.
-pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
+/// Returns a client configuration. The error is one line.
+pub fn client_config(tls: &ClientTls) -> Result<ClientConfig, String> {
     let builder = with_roots(roots(tls.ca.as_deref())?)?;
     match &tls.identity {
         None => Ok(builder.with_no_client_auth()),
@@ -37,8 +36,8 @@ pub fn client_config(tls: &Tls) -> Result<ClientConfig, String> {
     }
 }
 
-/// The server's side of TLS: HTTP/2 or HTTP/1.1, as the client likes (ALPN). The error is one clear line.
-pub fn server_config(tls: &ListenTls) -> Result<ServerConfig, String> {
+/// Returns a server configuration, with HTTP/2 and HTTP/1.1 by ALPN. The error is one line.
+pub fn server_config(tls: &ServerTls) -> Result<ServerConfig, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
@@ -80,4 +79,24 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let fail = |e: rustls::pki_types::pem::Error| format!("certificate {}: {e}", path.display());
     let list: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(fail)?.collect();
     list.map_err(fail)
+}
+
+/// TLS settings of connections to an upstream or to Redis.
+#[derive(Debug, Clone, Default)]
+pub struct ClientTls {
+    /// Root certificates (PEM) to trust instead of the system's.
+    pub ca: Option<PathBuf>,
+    /// Client certificate chain and key (PEM).
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// TLS settings of client connections.
+#[derive(Debug, Clone)]
+pub struct ServerTls {
+    /// Certificate chain (PEM).
+    pub cert: PathBuf,
+    /// Private key (PEM).
+    pub key: PathBuf,
+    /// Root certificates (PEM) for client certificates, which are required if this is set.
+    pub client_ca: Option<PathBuf>,
 }

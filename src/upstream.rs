@@ -1,70 +1,73 @@
 //! The API behind us, as the proxy sees it: requests go in, answers or failures come out.
 
-mod casing;
-mod connect;
-mod flaws;
-pub mod http;
-mod resolve;
-mod tap;
+pub mod client;
+mod connector;
+mod header_case;
+mod resolver;
+mod response_framing;
+mod response_monitor;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use ::http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 
 use crate::body::{Body, BodyError};
-use crate::policy::head::Casing;
 use crate::policy::outcome::Failure;
-use crate::policy::retry::Ended;
+use crate::policy::packed_head::HeaderCase;
+use crate::policy::resilience::retry::RetrySafety;
+use crate::policy::routing::origin::Origin;
+use crate::tls::ClientTls;
 
 /// An answer, or none, some time later.
 pub type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, SendError>> + Send + 'a>>;
 
-/// Something that answers requests. The real one is [`http::HttpUpstream`]; tests script others.
-pub trait Upstream: fmt::Debug + Send + Sync + 'static {
+/// Something that answers requests. The real one is [`client::PooledClient`]; tests script others.
+pub trait UpstreamClient: fmt::Debug + Send + Sync + 'static {
     /// Sends a request whose URI is absolute. The answer's body fails with
     /// [`BodyError::Upstream`] if it ends early or stands still too long.
     fn send(&self, request: Request<Body>) -> Sending<'_>;
 
     /// How to write these field names (one a line) as the upstream does; none: in Title-Case.
-    fn casing<'a>(&'a self, _names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<Casing>> + Send + 'a>> {
+    fn header_case<'a>(&'a self, _names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<HeaderCase>> + Send + 'a>> {
         Box::pin(std::future::ready(None))
     }
 }
 
-/// Goes with a request whose answer may be stored: it is to bring its [`Casing`].
+/// Goes with a request whose answer may be stored: it is to bring its [`HeaderCase`].
 #[derive(Debug, Clone, Copy)]
-pub struct MayBeStored;
+pub struct RecordHeaderCase;
 
 /// Somebody who hears what is said ahead of answers: interim answers (RFC 9110 §15.2).
-pub trait Ear: fmt::Debug + Send + Sync {
+pub trait InformationalSink: fmt::Debug + Send + Sync {
     /// Which request is being answered.
-    fn turn(&self) -> u64;
+    fn current_request(&self) -> u64;
 
     /// An interim answer to that request.
-    fn hear(&self, turn: u64, status: StatusCode, headers: &HeaderMap);
+    fn send_informational(&self, turn: u64, status: StatusCode, headers: &HeaderMap);
 }
 
 /// Goes with a request whose interim answers somebody wants to hear.
 #[derive(Debug, Clone)]
-pub struct Heard {
-    ear: Arc<dyn Ear>,
-    turn: u64,
+pub struct InformationalSender {
+    sink: Arc<dyn InformationalSink>,
+    current_request: u64,
 }
 
-impl Heard {
+impl InformationalSender {
     /// By this ear, for the request that is being answered now.
-    pub fn by(ear: &Arc<dyn Ear>) -> Heard {
-        Heard { ear: ear.clone(), turn: ear.turn() }
+    pub fn new(sink: &Arc<dyn InformationalSink>) -> InformationalSender {
+        InformationalSender { sink: sink.clone(), current_request: sink.current_request() }
     }
 
     /// Passes one on.
-    fn hear(&self, status: StatusCode, headers: &HeaderMap) {
+    fn send_informational(&self, status: StatusCode, headers: &HeaderMap) {
         // 100 is between us and the upstream: the client has had its own.
         if status != StatusCode::CONTINUE {
-            self.ear.hear(self.turn, status, headers);
+            self.sink.send_informational(self.current_request, status, headers);
         }
     }
 }
@@ -75,11 +78,11 @@ pub struct SendError {
     /// What it counts as.
     pub failure: Failure,
     /// Whether the request can have had an effect.
-    pub ended: Ended,
+    pub retry_safety: RetrySafety,
     /// Set if it was the client's body that failed.
     pub client: Option<BodyError>,
     /// Nobody is there, it seems: no connection, or no response head in time.
-    pub silent: bool,
+    pub unreachable: bool,
     /// For the log.
     pub message: String,
 }
@@ -87,7 +90,13 @@ pub struct SendError {
 impl SendError {
     /// No answer, and the request may have had an effect.
     pub fn unanswered(failure: Failure, message: impl Into<String>) -> SendError {
-        SendError { failure, ended: Ended::Otherwise, client: None, silent: false, message: message.into() }
+        SendError {
+            failure,
+            retry_safety: RetrySafety::Otherwise,
+            client: None,
+            unreachable: false,
+            message: message.into(),
+        }
     }
 }
 
@@ -95,7 +104,7 @@ impl SendError {
     /// Did anything try to reach the upstream?
     pub fn was_tried(&self) -> bool {
         let held_back = matches!(self.failure, Failure::Throttled | Failure::Unavailable);
-        !held_back || self.ended != Ended::Unsent
+        !held_back || self.retry_safety != RetrySafety::Unsent
     }
 }
 
@@ -106,3 +115,42 @@ impl fmt::Display for SendError {
 }
 
 impl std::error::Error for SendError {}
+
+/// How long an upstream may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// DNS, TCP and TLS together.
+    pub connect: Duration,
+    /// From sending the request to the response head.
+    pub first_byte: Duration,
+    /// Between two pieces of a body.
+    pub idle: Duration,
+    /// A whole fetch that is being stored.
+    pub fetch: Duration,
+}
+
+/// Connections to an upstream.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolLimits {
+    /// To each host; who comes when there are so many waits for one.
+    pub connections: usize,
+    /// Idle ones kept for each host.
+    pub idle: usize,
+    /// An older one is not used again.
+    pub max_age: Duration,
+}
+
+/// Settings of an upstream's client.
+#[derive(Debug, Clone)]
+pub struct ClientSettings {
+    /// The origins that requests go to.
+    pub origin: Origin,
+    /// Time limits.
+    pub timeouts: Timeouts,
+    /// Connection limits.
+    pub pool: PoolLimits,
+    /// TLS towards the upstream.
+    pub tls: ClientTls,
+    /// Whether to speak HTTP/2 to the upstream.
+    pub http2: bool,
+}

@@ -178,7 +178,7 @@ async fn an_upstream_gets_no_more_connections_than_allowed() {
         clients.push(client);
     }
     origin.asked(2).await;
-    until("all six are under way", || (sidecar.commons.flights.running() == 6).then_some(())).await;
+    until("all six are under way", || (sidecar.shared.coalescer.running() == 6).then_some(())).await;
     assert_eq!(origin.connections(), 2);
     gate.open();
     for client in &mut clients {

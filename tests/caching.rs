@@ -245,7 +245,7 @@ async fn what_is_too_large_streams_through_unstored() {
     let unannounced = sidecar.get("/unannounced").await;
     assert!(unannounced.body == big && unannounced.whole);
     assert!(!sidecar.get("/unannounced").await.is_hit());
-    until("what was in flight is given back", || (sidecar.commons.purse.held() == 0).then_some(())).await;
+    until("what was in flight is given back", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

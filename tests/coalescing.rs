@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use http::{Request, Response};
 use sidecache::body::Body;
-use sidecache::upstream::{Sending, Upstream};
+use sidecache::upstream::{Sending, UpstreamClient};
 use tokio::task::JoinSet;
 
 use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, until};
@@ -124,7 +124,7 @@ async fn a_fetch_that_everybody_left_still_fills_the_cache() {
     origin.asked(1).await;
     drop(leader);
     gate.open();
-    until("the answer is stored", || (sidecar.commons.memory.usage().entries == 1).then_some(())).await;
+    until("the answer is stored", || (sidecar.shared.memory.usage().entries == 1).then_some(())).await;
     assert!(sidecar.get("/").await.is_hit());
 }
 
@@ -135,7 +135,7 @@ struct Fragile {
     gate: Gate,
 }
 
-impl Upstream for Fragile {
+impl UpstreamClient for Fragile {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         Box::pin(async move {
@@ -175,7 +175,7 @@ async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() 
     let statuses: Vec<u16> = requests.join_all().await.iter().map(|a| a.status).collect();
     assert!(statuses.iter().all(|status| *status == 502 || *status == 200), "{statuses:?}");
     assert_eq!(sidecar.get("/").await.text(), "later");
-    assert_eq!(sidecar.commons.flights.running(), 0);
+    assert_eq!(sidecar.shared.coalescer.running(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -269,8 +269,8 @@ async fn when_nothing_more_may_be_held_answers_stream_through() {
         let answers = burst(&sidecar, 10, "/").join_all().await;
         assert!(answers.iter().all(|a| a.status == 200 && a.whole && a.body.len() == 300_000), "{rule}");
         assert!(origin.count() - before <= 20, "{} calls for 10 requests", origin.count() - before);
-        assert_eq!(sidecar.commons.memory.usage().entries, 0);
-        until("nothing is held", || (sidecar.commons.purse.held() == 0).then_some(())).await;
+        assert_eq!(sidecar.shared.memory.usage().entries, 0);
+        until("nothing is held", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
     }
 }
 
@@ -313,7 +313,7 @@ async fn a_cookie_reaches_the_one_it_is_for_and_nobody_else() {
 #[derive(Debug)]
 struct Bursting;
 
-impl Upstream for Bursting {
+impl UpstreamClient for Bursting {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         Box::pin(async {
             let mut response = Response::new(Body::prefixed("first".into(), Body::stream(Bomb)));
@@ -343,5 +343,5 @@ async fn a_flight_that_panics_in_the_body_leaves_no_reader_waiting() {
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
     assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole));
-    assert_eq!(sidecar.commons.flights.running(), 0);
+    assert_eq!(sidecar.shared.coalescer.running(), 0);
 }

@@ -86,7 +86,7 @@ fn the_ttl_flag_is_for_everything_or_for_what_the_profile_names() {
         let flags =
             config::Flags { upstream: Some(url.to_owned()), ttl: Some("7m".to_owned()), ..config::Flags::default() };
         let config = config::load(&flags).expect("good");
-        let plan = config.upstreams[0].router.plans().iter().find(|plan| plan.path.captures(path).is_some()).cloned();
+        let plan = config.upstreams[0].router.rules().iter().find(|plan| plan.path.captures(path).is_some()).cloned();
         format!("{:?}", plan.expect("a rule").mode)
     };
     assert!(modes("https://api.example", "/anything").contains("420s"));
@@ -109,7 +109,7 @@ fn rules_inherit_key_by_key() {
          [[upstream.rule]]\npath = \"/c\"\ncache = \"http\"\n"
     );
     let config = config::from_text("t.toml", &text, Path::new("")).expect("good");
-    let plans: Vec<String> = config.upstreams[0].router.plans().iter().map(|p| format!("{:?}", p.mode)).collect();
+    let plans: Vec<String> = config.upstreams[0].router.rules().iter().map(|p| format!("{:?}", p.mode)).collect();
     assert_eq!(
         plans,
         [
@@ -121,7 +121,7 @@ fn rules_inherit_key_by_key() {
         ]
     );
     let windows: Vec<_> =
-        config.upstreams[0].router.plans().iter().map(|p| p.stale_if_error.map(|d| d.as_secs())).collect();
+        config.upstreams[0].router.rules().iter().map(|p| p.stale_if_error.map(|d| d.as_secs())).collect();
     assert_eq!(windows, [Some(7200), None, Some(7200), None]);
 }
 
@@ -136,7 +136,7 @@ fn the_example_says_every_key_and_its_default() {
     assert_eq!(defaults(&with_example), defaults(&bare));
     let upstream = |c: &config::Config| {
         let u = &c.upstreams[0];
-        format!("{} {:?} {:?} {:?} {}", u.listen, u.timeouts, u.retry, u.target, u.profile)
+        format!("{} {:?} {:?} {:?} {}", u.listen, u.timeouts, u.retry, u.origin, u.profile)
     };
     assert_eq!(upstream(&with_example), upstream(&bare));
     // Every field that serde reads is in the example, but for what is refused.

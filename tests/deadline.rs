@@ -14,7 +14,7 @@ async fn a_504_in_time_and_a_hit_the_next_time() {
     assert_eq!((late.status, late.header("retry-after")), (504, Some("2")));
     assert_eq!(late.cache_status(), "sidecache; fwd=uri-miss; detail=error; cause=\"timeout\"");
     gate.open();
-    until("the fetch has filled the cache", || (sidecar.commons.memory.usage().entries == 1).then_some(())).await;
+    until("the fetch has filled the cache", || (sidecar.shared.memory.usage().entries == 1).then_some(())).await;
     assert!(sidecar.get("/").await.is_hit());
     assert_eq!(origin.count(), 1);
 }
@@ -52,7 +52,7 @@ async fn at_the_deadline_stale_is_better_than_an_error() {
     assert!(stale.cache_status().starts_with("sidecache; hit; ttl=-"), "{}", stale.cache_status());
     assert!(stale.cache_status().ends_with("; detail=stale-if-error; cause=\"timeout\""), "{}", stale.cache_status());
     gate.open();
-    until("the fetch has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    until("the fetch has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     assert_eq!(sidecar.get("/").await.text(), "new");
 }
 
@@ -88,5 +88,5 @@ async fn the_upstream_has_time_limits_of_its_own() {
     assert_eq!((head.status, head.json()["error"]["code"].as_str()), (504, Some("upstream_timeout")));
     let body = sidecar.get("/body").await;
     assert_eq!((body.status, body.whole, body.text().as_str()), (200, false, "first half "));
-    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.shared.memory.usage().entries, 0);
 }

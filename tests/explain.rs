@@ -72,7 +72,7 @@ async fn it_says_why_something_is_not_cached() {
     sidecar.get("/other").await;
     let told = explain(&sidecar, json!({ "url": "/other" })).await;
     let why = told["not_stored"].as_str().expect("why");
-    assert!(why.contains("private") && why.contains("For 1"), "{why}");
+    assert!(why.contains("private") && why.contains("not collapsed for 1"), "{why}");
     let lines = [("Content-Type", "application/json")];
     for wrong in ["{\"url\":\"a b\"}", "{\"url\":\"/\",\"upstream\":\"none\"}", "{\"link\":1}", "nonsense"] {
         let answer = send(sidecar.admin, "POST", "/explain", &lines, wrong.as_bytes()).await;

@@ -263,7 +263,7 @@ async fn purging_by_pattern_gives_redis_its_memory_back() {
     until("one is removed", || (redis.keys("sidecache:1:s:*").len() == 28).then_some(())).await;
     sidecar.purge(r#"{"all":true}"#).await;
     until("all are removed", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
-    let walks = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().walks;
+    let walks = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
     until("the walks have ended", || (walks().running == 0).then_some(())).await;
     assert_eq!(sidecar.stats().await["redis"]["records"]["walks"]["removed"], 40);
 }

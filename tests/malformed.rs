@@ -62,7 +62,7 @@ async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
             assert!(answer.is_none_or(|a| !a.whole), "{target} was taken for whole");
         }
     }
-    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.shared.memory.usage().entries, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -80,12 +80,12 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
     if let Some(answer) = client.answer_to("GET").await {
         assert_eq!(answer.text(), "body", "nothing beyond the announced length gets through");
     }
-    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.shared.memory.usage().entries, 0);
     let connections = origin.connections();
     assert_eq!(sidecar.get("/long").await.text(), "body", "RFC 9112 section 6.3: the answer ends where it said");
     assert_eq!(sidecar.get("/clean").await.text(), "clean");
     assert_eq!(origin.connections(), connections + 2, "each on a connection of its own");
-    assert_eq!(sidecar.commons.memory.usage().entries, 2);
+    assert_eq!(sidecar.shared.memory.usage().entries, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

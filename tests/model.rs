@@ -9,9 +9,10 @@ use std::time::Duration;
 use http::{HeaderValue, Request, Response, StatusCode};
 use proptest::prelude::*;
 use sidecache::body::Body;
+use sidecache::clock::Clock;
 use sidecache::policy::outcome::Failure;
 use sidecache::proxy::Proxy;
-use sidecache::upstream::{SendError, Sending, Upstream};
+use sidecache::upstream::{SendError, Sending, UpstreamClient};
 use sidecache::{app, config};
 
 /// A little more than whole seconds pass between two steps, so that nothing depends on how quick the test is.
@@ -96,7 +97,7 @@ struct Origin {
     asked: Mutex<u32>,
 }
 
-impl Upstream for Origin {
+impl UpstreamClient for Origin {
     fn send(&self, request: Request<Body>) -> Sending<'_> {
         *self.asked.lock().expect("no panic") += 1;
         let says = self.says.lock().expect("no panic").clone().expect("a script");
@@ -332,13 +333,13 @@ fn side_by_side(steps: &[Step]) -> Result<(), TestCaseError> {
 async fn play(steps: &[Step]) -> Result<(), TestCaseError> {
     let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n";
     let config = config::from_text("model", text, Path::new(".")).expect("it is good");
-    let mut proxy: Proxy = app::proxies(config).expect("it can be built").remove(0);
-    let origin = Arc::new(Origin::default());
-    proxy.site.upstream = origin.clone();
-    let proxy = Arc::new(proxy);
+    let (clock, origin) = (Clock::start(), Arc::new(Origin::default()));
+    let client: Arc<dyn UpstreamClient> = origin.clone();
+    let built = app::proxies_with(config, clock.clone(), &|_, _| Ok(client.clone()));
+    let proxy: Proxy = built.expect("the configuration is valid").1.remove(0);
     let mut model = Model::default();
     for (number, step) in steps.iter().enumerate() {
-        proxy.commons.clock.turn(Duration::from_millis(step.seconds_later * 1000 + MORE));
+        clock.turn(Duration::from_millis(step.seconds_later * 1000 + MORE));
         *origin.says.lock().expect("no panic") = Some(step.says.clone());
         let before = *origin.asked.lock().expect("no panic");
         let response = proxy.handle(request(step), None).response().await;

@@ -91,7 +91,7 @@ async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_wor
     let told = mode(&one, &json!({"mode": "bypass", "fleet": true})).await;
     assert_eq!(told.json(), json!({"mode": "bypass", "source": "fleet", "for_ms": null}));
     let mode_of = |sidecar: &Sidecar| {
-        let state = sidecar.commons.mode.state(sidecar.clock.now());
+        let state = sidecar.shared.mode.state(sidecar.clock.now());
         (state.mode.token(), state.source.token())
     };
     until("the other one hears", || (mode_of(&other) == ("bypass", "fleet")).then_some(())).await;

@@ -303,7 +303,7 @@ async fn an_acl_user_needs_what_the_documentation_says_and_no_more() {
     one.purge(r#"{"patterns":["/x*"]}"#).await;
     until("the walk has removed it", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
     for sidecar in [&one, &other] {
-        let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
+        let state = sidecar.shared.fleet.as_ref().expect("a fleet").redis.state();
         for (name, link) in state.connections {
             assert_eq!(link.refused, 0, "{name}: {link:?}");
         }

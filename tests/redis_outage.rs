@@ -16,13 +16,13 @@ async fn before(table: &str) -> (Origin, Sidecar) {
     (origin, sidecar)
 }
 
-fn redis_state(sidecar: &Sidecar) -> sidecache::redis::State {
-    sidecar.commons.fleet.as_ref().expect("a fleet").redis.state()
+fn redis_state(sidecar: &Sidecar) -> sidecache::redis::RedisState {
+    sidecar.shared.fleet.as_ref().expect("a fleet").redis.state()
 }
 
 /// Asks for something new until Redis is written to, and looked into, again.
 async fn used_again(sidecar: &Sidecar, name: &str) {
-    let state = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state();
+    let state = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state();
     let before = state();
     let mut number = 0;
     soon("redis is used again", async {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use sidecache::app::App;
-use sidecache::app::reload::Origin as ConfigOrigin;
+use sidecache::app::reload::ConfigSource as ConfigOrigin;
 use sidecache::config;
 use tokio::sync::watch;
 

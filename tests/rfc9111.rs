@@ -181,7 +181,7 @@ async fn variants_of_one_address_are_capped() {
     for i in 0..40 {
         sidecar.get_with("/x", &[("X-V", &i.to_string())]).await;
     }
-    assert_eq!(sidecar.commons.memory.usage().entries, 1);
+    assert_eq!(sidecar.shared.memory.usage().entries, 1);
     assert!(sidecar.get_with("/x", &[("X-V", "39")]).await.is_hit(), "the newest stay");
     assert!(!sidecar.get_with("/x", &[("X-V", "0")]).await.is_hit());
 }

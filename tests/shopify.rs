@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use sidecache::clock::Clock;
 use sidecache::demo::catalogue::{FIRST_ID, product_id};
-use sidecache::demo::shop::{self, Faults, Options, Shop, TOKENS};
+use sidecache::demo::shop;
+use sidecache::demo::shop::{Faults, Options, Shop, TOKENS};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 

@@ -24,7 +24,7 @@ async fn stale_while_revalidate_answers_at_once_and_refreshes_once() {
         assert!(stale.cache_status().ends_with("detail=stale-while-revalidate"));
     }
     gate.open();
-    until("the refresh is stored", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    until("the refresh is stored", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     let fresh = sidecar.get("/").await;
     assert!(fresh.is_hit() && fresh.text() == "new");
     assert_eq!(origin.count(), 2, "ten stale hits made one refresh");
@@ -95,7 +95,7 @@ async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
     for round in 1..4 {
         assert_eq!(sidecar.get("/").await.text(), "old");
         origin.asked(1 + round).await;
-        until("the refresh has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+        until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     }
 }
 
@@ -124,7 +124,7 @@ async fn a_definitive_answer_displaces_what_was_stored() {
     sidecar.turn(20);
     assert_eq!(sidecar.get("/").await.text(), "old", "while the refresh finds out");
     origin.asked(2).await;
-    until("the refresh has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     assert_eq!(sidecar.get("/").await.status, 502, "the old answer does not come back, not even in an outage");
 }
 
@@ -144,6 +144,6 @@ async fn a_304_that_takes_back_its_leave_to_store_displaces_what_was_stored() {
         (validated.text().as_str(), validated.cache_status().as_str()),
         ("old", "sidecache; fwd=stale; fwd-status=304; detail=no-store")
     );
-    assert_eq!(sidecar.commons.memory.usage().entries, 0);
+    assert_eq!(sidecar.shared.memory.usage().entries, 0);
     assert_eq!(sidecar.get("/").await.status, 502);
 }

@@ -17,7 +17,7 @@ async fn member(origin: &Origin, table: &str) -> Sidecar {
 
 /// Commands that were not answered, or not in time.
 fn missed(sidecar: &Sidecar) -> u64 {
-    let state = sidecar.commons.fleet.as_ref().expect("a fleet").redis.state();
+    let state = sidecar.shared.fleet.as_ref().expect("a fleet").redis.state();
     state.connections.values().map(|link| link.refused + link.missed + link.lost + link.unasked).sum()
 }
 
@@ -65,7 +65,7 @@ async fn together_again(one: &Sidecar, other: &Sidecar, name: &str) {
 
 /// Asks for new things until Redis has taken one more of them; every answer must be good.
 async fn used_again(sidecar: &Sidecar, name: &str) {
-    let written = || sidecar.commons.fleet.as_ref().expect("a fleet").shared.state().queue.written;
+    let written = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state().queue.written;
     let before = written();
     let mut number = 0;
     soon("redis is used again", async {
@@ -126,7 +126,7 @@ async fn tls_with_a_ca_of_its_own_and_a_client_certificate() {
     let (one, other) = (member(&origin, &table(&identity)).await, member(&origin, &table(&identity)).await);
     works(&one, &other, &origin, "tls").await;
     let stranger = Sidecar::with_tables(&origin, "", &table(""));
-    until("it is turned away, and says so", || stranger.commons.fleet.as_ref()?.redis.state().trouble).await;
+    until("it is turned away, and says so", || stranger.shared.fleet.as_ref()?.redis.state().trouble).await;
     assert_eq!(stranger.get("/x").await.status, 200, "and serves all the same");
     drop(redis);
     std::fs::remove_dir_all(folder).expect("ours");

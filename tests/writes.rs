@@ -80,7 +80,7 @@ async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
     assert_eq!(during.text(), "after", "nobody joins the older fetch");
     gate.open();
     assert_eq!(early.await.expect("it ran").text(), "before");
-    until("the older fetch has ended", || (sidecar.commons.flights.running() == 0).then_some(())).await;
+    until("the older fetch has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     let later = sidecar.get("/products/1").await;
     assert!(later.is_hit() && later.text() == "after");
 }
@@ -115,7 +115,7 @@ async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
     origin.asked(2).await;
     drop(client);
     gate.open();
-    until("the write is counted", || (sidecar.commons.telemetry.snapshot().writes == 1).then_some(())).await;
+    until("the write is counted", || (sidecar.shared.telemetry.snapshot().writes == 1).then_some(())).await;
     assert!(!sidecar.get("/products/1").await.is_hit());
 }
 

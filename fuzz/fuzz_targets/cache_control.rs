@@ -2,7 +2,7 @@
 #![no_main]
 
 use http::header::{CACHE_CONTROL, HeaderMap, HeaderValue, PRAGMA};
-use sidecache::policy::directives::CacheControl;
+use sidecache::policy::http::cache_control::CacheControl;
 
 libfuzzer_sys::fuzz_target!(|lines: Vec<&[u8]>| {
     let mut headers = HeaderMap::new();

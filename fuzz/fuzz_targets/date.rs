@@ -3,7 +3,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use sidecache::policy::date::parse;
+use sidecache::policy::http::date::parse;
 
 libfuzzer_sys::fuzz_target!(|input: (&[u8], u32)| {
     let (text, now) = input;

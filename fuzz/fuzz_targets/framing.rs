@@ -1,10 +1,10 @@
 //! Any bytes from a client, cut anywhere: the same passes, and what passes as a head is one to the HTTP library too.
 #![no_main]
 
-use sidecache::server::framing::Scanner;
+use sidecache::server::framing::RequestScanner;
 
 fn feed(bytes: &[u8], cut: usize) -> (Vec<u8>, bool) {
-    let (mut scanner, mut passed, mut held) = (Scanner::new(8192), Vec::new(), Vec::new());
+    let (mut scanner, mut passed, mut held) = (RequestScanner::new(8192), Vec::new(), Vec::new());
     for part in [&bytes[..cut], &bytes[cut..]] {
         held.extend_from_slice(part);
         let scanned = scanner.scan(&held);

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use http::Request;
-use sidecache::config::Limits;
-use sidecache::server::guard::check;
+use sidecache::policy::client_limits::ClientLimits;
+use sidecache::policy::http::request_guard::check;
 
 libfuzzer_sys::fuzz_target!(|input: (&str, &[u8], Vec<(&[u8], &[u8])>)| {
     let (method, uri, lines) = input;
-    let limits = Limits {
+    let limits = ClientLimits {
         request_body: 1 << 20,
         headers: 4096,
         url: 1024,

@@ -2,8 +2,8 @@
 #![no_main]
 
 use http::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue};
-use sidecache::policy::key::{KeyParts, KeyPlan, KeySecret};
-use sidecache::policy::tags::UpstreamId;
+use sidecache::policy::routing::cache_key::{KeyParts, KeySecret, KeySpec};
+use sidecache::policy::invalidation::tag::UpstreamId;
 
 type Input<'a> = (&'a str, Option<&'a str>, Option<&'a str>, Vec<&'a [u8]>, Vec<&'a [u8]>);
 
@@ -18,7 +18,7 @@ fn headers(accept: &[&[u8]], tokens: &[&[u8]]) -> HeaderMap {
 }
 
 libfuzzer_sys::fuzz_target!(|input: (Input<'_>, Input<'_>)| {
-    let plan = KeyPlan { headers: vec![ACCEPT], credentials: vec![AUTHORIZATION].into(), ..KeyPlan::default() };
+    let plan = KeySpec { headers: vec![ACCEPT], credentials: vec![AUTHORIZATION].into(), ..KeySpec::default() };
     let parts = |input: &Input<'_>| headers(&input.3, &input.4);
     let (a, b) = (parts(&input.0), parts(&input.1));
     let key = |input: &Input<'_>, headers: &HeaderMap| {

@@ -1,13 +1,13 @@
-//! Any bytes as Range, If-Range and Content-Range: never a panic, and no part beyond the end.
+//! Any bytes as Range, If-Range and Content-Range: never a panic, and no select_range beyond the end.
 #![no_main]
 
 use std::time::UNIX_EPOCH;
 
 use http::header::{CONTENT_RANGE, HeaderMap, HeaderValue, IF_RANGE, RANGE};
 use http::StatusCode;
-use sidecache::policy::head::Head;
-use sidecache::policy::partial::begins;
-use sidecache::policy::ranges::{Part, part};
+use sidecache::policy::packed_head::PackedHead;
+use sidecache::policy::http::incomplete::is_first_part;
+use sidecache::policy::http::range::{RangeSelection, select_range};
 
 libfuzzer_sys::fuzz_target!(|input: (&[u8], &[u8], u16)| {
     let (range, condition, length) = input;
@@ -21,12 +21,12 @@ libfuzzer_sys::fuzz_target!(|input: (&[u8], &[u8], u16)| {
     {
         request.insert(IF_RANGE, value);
     }
-    let head = Head::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new());
+    let head = PackedHead::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new());
     let length = usize::from(length);
-    match part(&request, &head, length, || UNIX_EPOCH) {
-        Part::Whole | Part::Nowhere => {}
-        Part::One(range) => assert!(range.start < range.end && range.end <= length),
-        Part::Several(ranges) => assert!(ranges.iter().all(|range| range.start < range.end && range.end <= length)),
+    match select_range(&request, &head, length, || UNIX_EPOCH) {
+        RangeSelection::Whole | RangeSelection::Nowhere => {}
+        RangeSelection::One(range) => assert!(range.start < range.end && range.end <= length),
+        RangeSelection::Several(ranges) => assert!(ranges.iter().all(|range| range.start < range.end && range.end <= length)),
     }
-    let _ = begins(StatusCode::PARTIAL_CONTENT, &answer);
+    let _ = is_first_part(StatusCode::PARTIAL_CONTENT, &answer);
 });

@@ -2,7 +2,7 @@
 #![no_main]
 
 use http::header::{HeaderMap, HeaderValue};
-use sidecache::policy::targeted::directives;
+use sidecache::policy::http::targeted_cache_control::directives;
 
 libfuzzer_sys::fuzz_target!(|lines: Vec<&[u8]>| {
     let mut headers = HeaderMap::new();

@@ -2,7 +2,7 @@
 #![no_main]
 
 use http::header::{ACCEPT_LANGUAGE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use sidecache::policy::variant::Variant;
+use sidecache::policy::http::vary::Variant;
 
 const NAMES: [HeaderName; 3] = [ACCEPT_LANGUAGE, USER_AGENT, HeaderName::from_static("x-list")];
 

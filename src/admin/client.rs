@@ -1,4 +1,4 @@
-//! The other side of the admin API: what the commands `stats`, `health` and `purge` speak.
+//! The client of the admin API, used by commands such as `stats`, `health` and `purge`.
 
 use std::time::Duration;
 
@@ -9,20 +9,21 @@ use serde_json::Value;
 
 use crate::body::Body;
 use crate::clock::Clock;
-use crate::config::{Secret, Timeouts};
-use crate::upstream::Upstream;
-use crate::upstream::http::HttpUpstream;
+use crate::secret::Secret;
+use crate::upstream::Timeouts;
+use crate::upstream::UpstreamClient;
+use crate::upstream::client::PooledClient;
 
-/// A running sidecar's admin API.
+/// A client of a running sidecar's admin API.
 #[derive(Debug)]
 pub struct AdminClient {
-    http: HttpUpstream,
+    http: PooledClient,
     base: Uri,
     token: Option<Secret>,
 }
 
 impl AdminClient {
-    /// `base` as in `http://127.0.0.1:18081`.
+    /// Creates a client of the admin API at `base`, as in `http://127.0.0.1:18081`.
     pub fn new(base: &str, token: Option<Secret>) -> Result<AdminClient, String> {
         let base: Uri = base.parse().map_err(|e| format!("--admin {base:?}: {e}"))?;
         if base.authority().is_none() {
@@ -30,15 +31,15 @@ impl AdminClient {
         }
         let limit = Duration::from_secs(5);
         let timeouts = Timeouts { connect: Duration::from_secs(2), first_byte: limit, idle: limit, fetch: limit };
-        Ok(AdminClient { http: HttpUpstream::plain(timeouts, Clock::start())?, base, token })
+        Ok(AdminClient { http: PooledClient::plain(timeouts, Clock::start())?, base, token })
     }
 
-    /// `GET path`.
+    /// Sends `GET path`. Returns the status and the body.
     pub async fn get(&self, path: &str) -> Result<(StatusCode, String), String> {
         self.call(Method::GET, path, Body::Empty).await
     }
 
-    /// `POST path` with a JSON body; its JSON answer, or its error in one line.
+    /// Sends `POST path` with a JSON body. Returns the JSON response, or its error in one line.
     pub async fn post(&self, path: &str, body: &impl serde::Serialize) -> Result<Value, String> {
         let body = serde_json::to_vec(body).map_err(|e| e.to_string())?;
         let (status, text) = self.call(Method::POST, path, Body::Full(Bytes::from(body))).await?;

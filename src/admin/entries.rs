@@ -1,5 +1,5 @@
-//! `GET /entries`: what is in memory, a page at a time. `GET /budgets`: who may ask which upstream now. Credentials are
-//! nowhere in either: an entry says only whether it belongs to one.
+//! `GET /entries`: the entries in memory, in pages. `GET /budgets`: the current request budget of each upstream.
+//! Neither shows credentials: an entry shows only whether it belongs to one.
 
 use std::sync::Arc;
 
@@ -9,69 +9,72 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Admin;
-use super::input::{Asked, Limit};
+use super::extract::{Limit, QueryParams};
 use crate::policy::entry::Entry;
-use crate::policy::key::{is_private, looks_like_credential};
-use crate::policy::target::parameters;
+use crate::policy::routing::cache_key::{is_private, looks_like_credential};
+use crate::policy::routing::target::parameters;
 use crate::policy::{Tick, millis};
 use crate::proxy::Proxy;
 
-/// Entries on a page, unless `limit` says otherwise.
-const PAGE: usize = 100;
+/// Number of entries on a page, if `limit` is not given.
+const DEFAULT_PAGE_SIZE: usize = 100;
 
-/// Which entries to tell of.
+/// The query parameters of `GET /entries`: which entries to return.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Wanted {
-    /// With this tag.
+pub(super) struct EntryFilter {
+    /// Only entries with this tag.
     tag: Option<String>,
-    /// Whose path and query begin so.
+    /// Only entries whose path and query begin with this text.
     prefix: Option<String>,
-    /// After this one: the `next` of the page before.
+    /// Only entries after this one: the `next` of the previous page.
     after: Option<String>,
-    /// So many.
+    /// Maximum number of entries.
     limit: Option<Limit>,
 }
 
-pub(super) async fn entries(State(admin): State<Arc<Admin>>, Asked(wanted): Asked<Wanted>) -> Json<Value> {
-    let limit = wanted.limit.map_or(PAGE, |limit| limit.0);
-    let commons = admin.commons();
-    let now = commons.clock.now();
+pub(super) async fn entries(
+    State(admin): State<Arc<Admin>>,
+    QueryParams(wanted): QueryParams<EntryFilter>,
+) -> Json<Value> {
+    let limit = wanted.limit.map_or(DEFAULT_PAGE_SIZE, |limit| limit.0);
+    let shared = admin.shared();
+    let now = shared.clock.now();
     let mut found: Vec<(String, Value)> = Vec::new();
     let after = wanted.after.as_deref().unwrap_or_default();
-    commons.memory.look_at_all(|key, entry| {
+    shared.memory.for_each(|key, entry| {
         let has_tag = wanted.tag.as_ref().is_none_or(|tag| entry.tags.contains(tag));
-        let begins = wanted.prefix.as_ref().is_none_or(|prefix| entry.address.target.starts_with(prefix.as_str()));
-        let name = name(entry);
+        let begins = wanted.prefix.as_ref().is_none_or(|prefix| entry.resource.target.starts_with(prefix.as_str()));
+        let name = entry_name(entry);
         if !has_tag || !begins || *name <= *after || entry.expired(now) {
             return;
         }
-        // The first so many by name are kept, and one more, to know whether there are more.
+        // The first `limit` entries by name are kept, and one more to know whether there is a next page.
         let at = found.partition_point(|(other, _)| *other < name);
         if at <= limit {
-            let standing = commons.invalidations.standing(entry, now);
-            found.insert(at, (name, told(entry, is_private(key), standing.token(), now)));
+            let standing = shared.invalidations.state_of(entry, now);
+            found.insert(at, (name, entry_json(entry, is_private(key), standing.token(), now)));
             found.truncate(limit + 1);
         }
     });
     let more = found.len() > limit;
     found.truncate(limit);
     let next = found.last().map(|(name, _)| name.clone()).filter(|_| more);
-    let entries: Vec<Value> = found.into_iter().map(|(_, told)| told).collect();
+    let entries: Vec<Value> = found.into_iter().map(|(_, entry)| entry).collect();
     Json(json!({ "entries": entries, "next": next }))
 }
 
-/// Unlike any other's, and the same on the next page.
-fn name(entry: &Entry) -> String {
+/// Returns a name that is unique among the entries, and the same for the next page.
+fn entry_name(entry: &Entry) -> String {
     format!("{}-{}", entry.key_name.as_str(), &entry.variant.digest().to_hex()[..8])
 }
 
-fn told(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value {
+fn entry_json(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value {
     let vary: Vec<&str> = entry.variant.0.iter().map(|(name, _)| name.as_str()).collect();
     json!({
         "key": entry.key_name.as_str(),
-        "host": &*entry.address.authority,
-        "target": masked(&entry.address.target),
+        "host": &*entry.resource.authority,
+        "target": mask_credentials(&entry.resource.target),
         "of_a_credential": private,
         "rule": &*entry.rule,
         "tags": entry.tags,
@@ -84,19 +87,20 @@ fn told(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value {
     })
 }
 
-/// Path and query, without the values of parameters that smell of a credential.
-fn masked(target: &str) -> String {
+/// Returns path and query, with the values of parameters that look like credentials masked.
+fn mask_credentials(target: &str) -> String {
     let Some((path, query)) = target.split_once('?') else { return target.to_owned() };
     let parts = parameters(Some(query)).map(|(name, value)| match value {
-        Some(_) if smells(name) => format!("{name}=…"),
+        Some(_) if is_secret_parameter(name) => format!("{name}=…"),
         Some(value) => format!("{name}={value}"),
         None => name.to_owned(),
     });
     format!("{path}?{}", parts.collect::<Vec<_>>().join("&"))
 }
 
-/// Signed URLs have words of their own. A name that is written in a roundabout way is not read, but masked.
-fn smells(name: &str) -> bool {
+/// Returns true if the parameter's value is to be masked. Signed URLs have parameter names of their own. A
+/// percent-encoded name is not decoded: its value is masked.
+fn is_secret_parameter(name: &str) -> bool {
     const SIGNED: [&str; 6] = ["sig", "hmac", "code", "pass", "passwd", "pwd"];
     let name = name.to_ascii_lowercase();
     let mut words = name.split(|c: char| !c.is_ascii_alphanumeric());
@@ -105,10 +109,10 @@ fn smells(name: &str) -> bool {
 
 pub(super) async fn budgets(State(admin): State<Arc<Admin>>) -> Json<Value> {
     let of = |proxy: &Arc<Proxy>| {
-        let state = proxy.site.budgets.state();
+        let state = proxy.upstream.budgets.state();
         let closed: Vec<u64> = state.closed.into_iter().map(millis).collect();
         json!({
-            "upstream": &*proxy.site.name,
+            "upstream": &*proxy.upstream.name,
             "pace_per_second": state.per_second,
             "buckets": state.buckets,
             "waiting": state.waiting,
@@ -131,7 +135,7 @@ mod tests {
             ("/a?sv=1&sig=x&X-Amz-Signature=y", "/a?sv=1&sig=…&X-Amz-Signature=…"),
             ("/a?access%5Ftoken=x", "/a?access%5Ftoken=…"),
         ] {
-            assert_eq!(masked(target), shown);
+            assert_eq!(mask_credentials(target), shown);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Health: from what is known anyway. Nothing here waits for anything.
+//! Health endpoints. They report state that is already known, and never wait.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,23 +12,23 @@ use serde_json::{Value, json};
 use super::Admin;
 use crate::policy::millis;
 use crate::process;
-use crate::proxy::Commons;
+use crate::proxy::SharedState;
 
-/// An event loop that was so late, in milliseconds, is worth a word.
-const SLOW: u64 = 1000;
+/// Event loop lag from which the process is reported as slow, in milliseconds.
+const SLOW_MS: u64 = 1000;
 
-/// 200, or 503 if the event loop of the requests stands still. This listener has another one.
-pub(super) async fn live(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
-    let commons = admin.commons();
-    if commons.telemetry.pulse.is_still(commons.clock.uptime()) {
+/// Returns 200, or 503 if the event loop that serves requests is stalled. This listener runs on another event loop.
+pub(super) async fn livez(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
+    let shared = admin.shared();
+    if shared.telemetry.event_loop_lag.is_stalled(shared.clock.uptime()) {
         (StatusCode::SERVICE_UNAVAILABLE, "the event loop stands still\n")
     } else {
         (StatusCode::OK, "ok\n")
     }
 }
 
-/// 200, or 503 while draining. Depends on no upstream.
-pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
+/// Returns 200, or 503 while draining. Does not depend on any upstream.
+pub(super) async fn readyz(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
     if admin.draining.load(Ordering::Relaxed) {
         (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
     } else {
@@ -36,16 +36,16 @@ pub(super) async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, &'sta
     }
 }
 
-/// Every component; always 200, the verdict in the body: `ok`, `degraded` (an upstream or Redis is down: what is
-/// cached is still served), `draining`.
+/// Returns the health of every component. The status is always 200; the body has the overall status: `ok`, `degraded`
+/// (an upstream or Redis is down: cached responses are still served), or `draining`.
 pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
-    let commons = admin.commons();
-    let now = commons.clock.now();
+    let shared = admin.shared();
+    let now = shared.clock.now();
     let mut upstreams = BTreeMap::new();
     let mut degraded = false;
     for proxy in &admin.proxies() {
-        let state = proxy.site.signals.state(now);
-        let breakers: BTreeMap<_, _> = proxy.site.breakers.open().into_iter().collect();
+        let state = proxy.upstream.health.state(now);
+        let breakers: BTreeMap<_, _> = proxy.upstream.breakers.open().into_iter().collect();
         let down = state.status == "down" || !breakers.is_empty();
         degraded |= down;
         let mut state = json!(state);
@@ -53,10 +53,10 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
             state["status"] = "down".into();
         }
         state["breakers"] = json!(breakers);
-        upstreams.insert(proxy.site.name.to_string(), state);
+        upstreams.insert(proxy.upstream.name.to_string(), state);
     }
-    let usage = commons.memory.usage();
-    let redis = redis(&commons);
+    let usage = shared.memory.usage();
+    let redis = redis_component(&shared);
     degraded |= redis["status"] == "down";
     let status = match (admin.draining.load(Ordering::Relaxed), degraded) {
         (true, _) => "draining",
@@ -66,21 +66,22 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     Json(json!({
         "status": status,
         "version": env!("CARGO_PKG_VERSION"),
-        "uptime_ms": millis(commons.clock.uptime()),
-        "mode": super::mode::told(commons.mode.state(now)),
+        "uptime_ms": millis(shared.clock.uptime()),
+        "mode": super::mode::mode_json(shared.mode.state(now)),
         "components": {
             "upstreams": upstreams,
             "redis": redis,
             "memory": { "status": "ok", "entries": usage.entries, "bytes": usage.bytes, "max_bytes": usage.max_bytes },
-            "configuration": super::reload::told(&admin.reload.reloads()),
-            "process": process(&commons),
+            "configuration": super::reload::reload_json(&admin.reload.reloads()),
+            "process": process(&shared),
         },
     }))
 }
 
-/// `off`, `ok`, `connecting`, or `down`: then everything is served from memory, and each sidecar is on its own.
-fn redis(commons: &Commons) -> Value {
-    let Some(fleet) = &commons.fleet else { return json!({ "status": "off" }) };
+/// Returns the health of Redis: `off`, `ok`, `connecting`, or `down`. While it is down, responses are served from
+/// memory, and each sidecar works on its own.
+fn redis_component(shared: &SharedState) -> Value {
+    let Some(fleet) = &shared.fleet else { return json!({ "status": "off" }) };
     let state = fleet.redis.state();
     let well = state.connections.values().all(|link| link.connected && link.breaker == "closed");
     let status = match (&state.trouble, well) {
@@ -93,17 +94,18 @@ fn redis(commons: &Commons) -> Value {
         "place": state.place,
         "trouble": state.trouble,
         "breakers_open": state.connections.values().filter(|link| link.breaker == "open").count(),
-        "waiting_to_be_written_bytes": fleet.shared.state().queue.bytes,
-        "unlogged_purges": commons.invalidations.unlogged(),
-        "invalidation_lag_ms": commons.invalidations.lag(commons.clock.now()),
+        "waiting_to_be_written_bytes": fleet.tier.state().queue.bytes,
+        "unlogged_purges": shared.invalidations.unlogged(),
+        "invalidation_lag_ms": shared.invalidations.lag(shared.clock.now()),
     })
 }
 
-/// What this process takes, and how late its event loop is. Late by over a second of the last ten: `slow`.
-fn process(commons: &Commons) -> Value {
-    let delay = commons.telemetry.pulse.delay();
+/// Returns the resources that the process uses, and its event loop lag. The status is `slow` if the lag has reached one
+/// second within the last ten.
+fn process(shared: &SharedState) -> Value {
+    let delay = shared.telemetry.event_loop_lag.values();
     let (open, most) = open_files();
-    let status = match (delay.worst >= SLOW, open.is_some_and(|open| open >= most / 100 * 95)) {
+    let status = match (delay.worst >= SLOW_MS, open.is_some_and(|open| open >= most / 100 * 95)) {
         (_, true) => "files",
         (true, false) => "slow",
         (false, false) => "ok",
@@ -117,13 +119,13 @@ fn process(commons: &Commons) -> Value {
     })
 }
 
-/// Open files of this process, where the system tells (Linux), and how many it may have.
+/// Returns the number of open files of this process, if the system reports it (Linux), and the limit.
 pub(super) fn open_files() -> (Option<u64>, u64) {
     let open = std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count() as u64);
     (open, process::open_files_limit())
 }
 
-/// Resident memory, where the system tells (Linux).
+/// Returns the resident memory in bytes, if the system reports it (Linux).
 pub(super) fn rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;

@@ -1,5 +1,5 @@
-//! `GET /metrics`: what is counted anyway, in the words of Prometheus (`OpenMetrics` 1.0 text). Labels are upstreams,
-//! rules and outcomes: never a shop, a credential, or a URL.
+//! `GET /metrics`: the counters in the format of Prometheus (`OpenMetrics` 1.0 text).
+//! Labels are upstreams, rules and outcomes: never a shop, a credential, or a URL.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,18 +17,18 @@ use prometheus_client::registry::Registry;
 
 use super::Admin;
 use crate::policy::mode::Mode;
-use crate::policy::outcome::Rehearsed;
-use crate::telemetry::Latencies;
+use crate::policy::outcome::ShadowResult;
+use crate::telemetry::Histogram;
 
-/// Name, help; for each series its labels and value.
+/// The series of a metric: the labels and the value of each.
 type Series<V> = Vec<(Vec<(&'static str, String)>, V)>;
 
 #[derive(Debug)]
-struct Scrape(Arc<Admin>);
+struct ScrapeCollector(Arc<Admin>);
 
 pub(super) async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
     let mut registry = Registry::with_prefix("sidecache");
-    registry.register_collector(Box::new(Scrape(admin)));
+    registry.register_collector(Box::new(ScrapeCollector(admin)));
     let mut text = String::new();
     match encode(&mut text, &registry) {
         Ok(()) => {
@@ -56,7 +56,7 @@ fn gauge(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series
     })
 }
 
-fn histogram(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series<&Latencies>) -> fmt::Result {
+fn histogram(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Series<&Histogram>) -> fmt::Result {
     let mut metric = to.encode_descriptor(name, help, None, MetricType::Histogram)?;
     series.iter().try_for_each(|(labels, latencies)| {
         let (seconds, buckets) = latencies.buckets();
@@ -68,18 +68,18 @@ fn histogram(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, series: &Se
     })
 }
 
-#[allow(clippy::cast_precision_loss)] // gauges are floats
-impl Collector for Scrape {
+#[allow(clippy::cast_precision_loss)] // gauge values are floats
+impl Collector for ScrapeCollector {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         let to = &mut to;
         self.requests(to)?;
         self.upstreams(to)?;
-        let commons = self.0.commons();
-        let usage = commons.memory.usage();
+        let shared = self.0.shared();
+        let usage = shared.memory.usage();
         gauge(to, "entries", "Keys in memory", &vec![(Vec::new(), usage.entries as f64)])?;
         let mut bytes = vec![(vec![("tier", "memory".to_owned())], usage.bytes as f64)];
-        if let Some(fleet) = &commons.fleet {
-            let waiting = fleet.shared.state().queue.bytes;
+        if let Some(fleet) = &shared.fleet {
+            let waiting = fleet.tier.state().queue.bytes;
             bytes.push((vec![("tier", "write_behind".to_owned())], waiting as f64));
         }
         gauge(to, "bytes", "Bytes held, overhead counted", &bytes)?;
@@ -91,12 +91,12 @@ impl Collector for Scrape {
         let taken = f64::from(u8::from(self.0.reload.reloads().error.is_none()));
         let help = "0: the last configuration was not taken";
         gauge(to, "config_last_reload_successful", help, &vec![(Vec::new(), taken)])?;
-        let mode = commons.mode.state(commons.clock.now()).mode;
+        let mode = shared.mode.state(shared.clock.now()).mode;
         let modes = Mode::ALL.map(|one| (vec![("mode", one.token().to_owned())], f64::from(u8::from(one == mode))));
         gauge(to, "mode", "1: this is the mode", &modes.to_vec())?;
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
         gauge(to, "build_info", "The program's version", &build)?;
-        let delay = commons.telemetry.pulse.delay().worst as f64 / 1000.0;
+        let delay = shared.telemetry.event_loop_lag.values().worst as f64 / 1000.0;
         let help = "How late the event loop was at worst, the last ten seconds";
         gauge(to, "event_loop_delay_seconds", help, &vec![(Vec::new(), delay)])?;
         let files = super::health::open_files().0.map(|files| (Vec::new(), files as f64));
@@ -106,19 +106,19 @@ impl Collector for Scrape {
     }
 }
 
-impl Scrape {
+impl ScrapeCollector {
     fn requests(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        // Rules of several paths have several plans of one name.
+        // A rule with several paths compiles to several rules of the same name: their counts are added.
         let proxies = self.0.proxies();
         let mut counts: BTreeMap<(&str, String, &str), u64> = BTreeMap::new();
         let mut took = Vec::new();
         for proxy in &proxies {
-            let site = &proxy.site;
-            for (rule, outcome, count) in site.meter.tallies() {
-                *counts.entry((&site.name, rule.into(), outcome)).or_default() += count;
+            let upstream = &proxy.upstream;
+            for (rule, outcome, count) in upstream.metrics.by_rule() {
+                *counts.entry((&upstream.name, rule.into(), outcome)).or_default() += count;
             }
-            let of = |outcome: &str| vec![("upstream", site.name.to_string()), ("outcome", outcome.to_owned())];
-            took.extend(site.meter.took().map(|(outcome, latencies)| (of(outcome), latencies)));
+            let of = |outcome: &str| vec![("upstream", upstream.name.to_string()), ("outcome", outcome.to_owned())];
+            took.extend(upstream.metrics.durations().map(|(outcome, latencies)| (of(outcome), latencies)));
         }
         let collapsed = counts.iter().filter(|((.., outcome), _)| *outcome == "collapsed").map(|(_, n)| n).sum();
         let series = counts
@@ -135,19 +135,19 @@ impl Scrape {
         let shown: Vec<_> = proxies
             .iter()
             .flat_map(|proxy| {
-                let of = |(rule, shown, count): (Box<str>, Rehearsed, u64)| {
+                let of = |(rule, shown, count): (Box<str>, ShadowResult, u64)| {
                     let labels = [
-                        ("upstream", proxy.site.name.to_string()),
+                        ("upstream", proxy.upstream.name.to_string()),
                         ("rule", rule.into()),
                         ("result", shown.token().into()),
                     ];
                     (labels.to_vec(), count)
                 };
-                proxy.site.meter.rehearsals().into_iter().map(of).collect::<Vec<_>>()
+                proxy.upstream.metrics.shadow_results().into_iter().map(of).collect::<Vec<_>>()
             })
             .collect();
         counter(to, "shadow", "Requests in shadow mode, by what the cache would have done", &shown)?;
-        let fallbacks = self.0.commons().telemetry.snapshot().fallbacks;
+        let fallbacks = self.0.shared().telemetry.snapshot().fallbacks;
         let series =
             fallbacks.into_iter().map(|(cause, count)| (vec![("reason", cause.to_owned())], count)).collect();
         counter(to, "fallback", "Configured payloads served, by cause", &series)
@@ -157,10 +157,10 @@ impl Scrape {
     fn upstreams(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let (mut results, mut took, mut waited) = (Vec::new(), Vec::new(), Vec::new());
         let (mut throttles, mut breakers, mut up) = (Vec::new(), Vec::new(), Vec::new());
-        let now = self.0.commons().clock.now();
+        let now = self.0.shared().clock.now();
         let proxies = self.0.proxies();
         for proxy in &proxies {
-            let (name, meter) = (proxy.site.name.to_string(), &proxy.site.meter);
+            let (name, meter) = (proxy.upstream.name.to_string(), &proxy.upstream.metrics);
             let of = |label: &'static str, value: &str| vec![("upstream", name.clone()), (label, value.to_owned())];
             results.extend(meter.results().into_iter().map(|(result, count)| (of("result", result), count)));
             throttles.extend(meter.throttles().map(|(result, count)| (of("result", result), count)));
@@ -169,8 +169,8 @@ impl Scrape {
                 [("read", &meter.reads_waited), ("write", &meter.writes_waited)]
                     .map(|(who, waited)| (vec![("upstream", name.clone()), ("priority", who.to_owned())], waited)),
             );
-            breakers.push((vec![("target", name.clone())], proxy.site.breakers.open().len() as f64));
-            let down = proxy.site.signals.state(now).status == "down";
+            breakers.push((vec![("target", name.clone())], proxy.upstream.breakers.open().len() as f64));
+            let down = proxy.upstream.health.state(now).status == "down";
             up.push((vec![("upstream", name)], if down { 0.0 } else { 1.0 }));
         }
         counter(to, "upstream_requests", "Requests sent upstream: ok, or why they failed", &results)?;
@@ -183,25 +183,25 @@ impl Scrape {
 
     #[allow(clippy::cast_precision_loss)]
     fn redis(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let commons = self.0.commons();
-        let Some(fleet) = &commons.fleet else { return Ok(()) };
+        let shared = self.0.shared();
+        let Some(fleet) = &shared.fleet else { return Ok(()) };
         let state = fleet.redis.state();
         let up = state.trouble.is_none() && state.connections.values().all(|link| link.connected);
         gauge(to, "redis_up", "1: Redis answers", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
-        let took: Vec<_> = fleet.redis.took().into_iter().collect();
+        let took: Vec<_> = fleet.redis.latencies().into_iter().collect();
         let series = took.iter().map(|(name, took)| (vec![("connection", (*name).to_owned())], *took)).collect();
         histogram(to, "redis_duration_seconds", "Time that commands took", &series)?;
-        let lag = commons.invalidations.lag(commons.clock.now()).map(|ms| (Vec::new(), ms as f64 / 1000.0));
+        let lag = shared.invalidations.lag(shared.clock.now()).map(|ms| (Vec::new(), ms as f64 / 1000.0));
         let help = "Age of the last look at the fleet's invalidation log";
         gauge(to, "invalidation_lag_seconds", help, &lag.into_iter().collect())?;
-        let unlogged = commons.invalidations.unlogged() as f64;
+        let unlogged = shared.invalidations.unlogged() as f64;
         gauge(
             to,
             "unlogged_purges",
             "Purges of this sidecar that the others have not been told",
             &vec![(Vec::new(), unlogged)],
         )?;
-        let shared = fleet.shared.state();
+        let shared = fleet.tier.state();
         let looks =
             [("hit", shared.hits), ("miss", shared.misses), ("error", shared.errors), ("forged", shared.forged)];
         let series = looks.map(|(result, count)| (vec![("result", result.to_owned())], count)).to_vec();

@@ -1,4 +1,4 @@
-//! `POST /purge`: from what a person names to selectors of the ledger.
+//! `POST /purge`: converts a purge request to selectors of the invalidation ledger, and records them.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,124 +11,150 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::Admin;
-use super::input::{Asked, Told, bad};
-use crate::config::{Target, parse_duration};
-use crate::fleet::log::{GONE, applied};
-use crate::policy::glob::Glob;
-use crate::policy::invalidation::{Matcher, Selector, Strength, TargetMatch};
-use crate::policy::tags::{Scope, Subject};
-use crate::proxy::Commons;
-use crate::proxy::site::Site;
+use super::extract::{JsonBody, QueryParams, bad_request};
+use crate::config::parse_duration;
+use crate::fleet::invalidation_log::{PRESENCE_TTL, applied};
+use crate::policy::invalidation::ledger::{Matcher, PurgeKind, Selector, TargetMatch};
+use crate::policy::invalidation::tag::{Subject, TagScope};
+use crate::policy::routing::origin::Origin;
+use crate::policy::routing::pattern::Glob;
+use crate::proxy::SharedState;
+use crate::proxy::upstream_state::UpstreamState;
 
-/// Nobody waits longer for other sidecars.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// Maximum time to wait for other sidecars.
+const MAX_WAIT: Duration = Duration::from_secs(30);
 
-/// What to purge. Everything that is named counts; nothing named is an error.
+/// A purge request. All given selectors apply; a request without selectors is an error.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PurgeRequest {
     /// Tags.
     pub tags: Vec<String>,
-    /// URLs, absolute or from the slash on, with their query.
+    /// URLs with their query, absolute or beginning with a slash.
     pub urls: Vec<String>,
-    /// Beginnings of URLs, absolute or from the slash on.
+    /// Prefixes of URLs, absolute or beginning with a slash.
     pub prefixes: Vec<String>,
-    /// Globs over path and query.
+    /// Globs that are matched against path and query.
     pub patterns: Vec<String>,
-    /// Everything (of `upstream` and `hosts`, if they are named).
+    /// All entries (of `upstream` and `hosts`, if given).
     pub all: bool,
-    /// Only in this upstream.
+    /// Only entries of this upstream.
     pub upstream: Option<String>,
-    /// Only for these hosts, on an upstream that has several.
+    /// Only entries of these hosts, on an upstream that has several.
     pub hosts: Vec<String>,
-    /// Take for stale rather than for gone.
+    /// Makes entries stale instead of removing them.
     pub soft: bool,
 }
 
-/// Where a purge applies: an upstream, and maybe one of its hosts.
+impl PurgeRequest {
+    /// Returns what the request names, for the log: the first selectors of each kind.
+    fn summary(&self) -> String {
+        const SHOWN: usize = 3;
+        let kinds =
+            [("tags", &self.tags), ("urls", &self.urls), ("prefixes", &self.prefixes), ("patterns", &self.patterns)];
+        let mut parts: Vec<String> = Vec::new();
+        for (kind, names) in kinds.into_iter().filter(|(_, names)| !names.is_empty()) {
+            let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+            parts.push(format!("{kind} {:?}{more}", &names[..names.len().min(SHOWN)]));
+        }
+        if self.all {
+            parts.push("all entries".to_owned());
+        }
+        parts.extend(self.upstream.iter().map(|name| format!("of upstream {name:?}")));
+        parts.join(", ")
+    }
+}
+
+/// The scope of a purge: an upstream, and optionally one of its hosts.
 #[derive(Debug, Clone, Copy)]
-struct Reach<'a> {
-    site: &'a Site,
+struct PurgeScope<'a> {
+    upstream: &'a UpstreamState,
     host: Option<&'a str>,
 }
 
-/// `?wait=1s`: answer when all sidecars have applied it, or after so long.
+/// `?wait=1s`: the response is sent when all sidecars have applied the purge, or after this time.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Wait {
+pub(super) struct WaitParams {
     wait: Option<String>,
 }
 
-/// What is purged holds here when this answers. With Redis it waits a moment for the fleet's log to have it.
+/// Purges entries. The purge is in force on this sidecar when the response is sent. With Redis, the handler waits up to
+/// the command timeout for the fleet's log to have it.
 pub(super) async fn purge(
     State(admin): State<Arc<Admin>>,
-    Asked(wait): Asked<Wait>,
-    Told(request): Told<PurgeRequest>,
+    QueryParams(wait): QueryParams<WaitParams>,
+    JsonBody(request): JsonBody<PurgeRequest>,
 ) -> Response {
     let wait = match wait.wait.as_deref().map(parse_duration).transpose() {
-        Ok(wait) => wait.map(|wait| wait.min(LONGEST_WAIT)),
-        Err(message) => return bad(&format!("wait: {message}")),
+        Ok(wait) => wait.map(|wait| wait.min(MAX_WAIT)),
+        Err(message) => return bad_request(&format!("wait: {message}")),
     };
     let proxies = admin.proxies();
-    let sites: Vec<&Site> = proxies.iter().map(|proxy| &proxy.site).collect();
-    let (purged, selectors) = match selectors(&request, &sites) {
+    let upstreams: Vec<&UpstreamState> = proxies.iter().map(|proxy| &*proxy.upstream).collect();
+    let (purged, selectors) = match selectors(&request, &upstreams) {
         Ok(selected) => selected,
-        Err(message) => return bad(&message),
+        Err(message) => return bad_request(&message),
     };
-    let strength = if request.soft { Strength::Soft } else { Strength::Hard };
-    let spread = spread(&admin.commons(), selectors, strength, wait).await;
-    tracing::info!(purged, id = spread.id, soft = request.soft, "purged");
-    let mut answer = json!({"purged": purged, "id": spread.id});
-    if let Some(logged) = spread.logged {
+    let strength = if request.soft { PurgeKind::Soft } else { PurgeKind::Hard };
+    let ack = record_purge(&admin.shared(), selectors, strength, wait).await;
+    tracing::info!(selectors = purged, id = ack.id, soft = request.soft, "purge accepted: {}", request.summary());
+    let mut answer = json!({"purged": purged, "id": ack.id});
+    if let Some(logged) = ack.logged {
         answer["logged"] = logged.into();
     }
-    if let Some((applied, sidecars)) = spread.applied {
+    if let Some((applied, sidecars)) = ack.applied {
         answer["applied"] = applied.into();
         answer["sidecars"] = sidecars.into();
     }
     Json(answer).into_response()
 }
 
-/// How far a purge came.
-struct Spread {
+/// The progress of a purge.
+struct PurgeAck {
     id: u64,
-    /// Whether the fleet's log has it.
+    /// Whether the fleet's log has the purge. `None` without Redis.
     logged: Option<bool>,
-    /// How many sidecars have applied it, of how many.
+    /// The number of sidecars that have applied the purge, and the number of all sidecars. `None` without `wait`.
     applied: Option<(u64, u64)>,
 }
 
-async fn spread(commons: &Commons, selectors: Vec<Selector>, strength: Strength, wait: Option<Duration>) -> Spread {
-    let Some(fleet) = &commons.fleet else {
-        let recorded = commons.invalidations.record(selectors, strength, None);
-        return Spread { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, 1)) };
+async fn record_purge(
+    shared: &SharedState,
+    selectors: Vec<Selector>,
+    strength: PurgeKind,
+    wait: Option<Duration>,
+) -> PurgeAck {
+    let Some(fleet) = &shared.fleet else {
+        let recorded = shared.invalidations.record(selectors, strength, None);
+        return PurgeAck { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, 1)) };
     };
-    let cleared = if strength == Strength::Hard { selectors.clone() } else { Vec::new() };
+    let cleared = if strength == PurgeKind::Hard { selectors.clone() } else { Vec::new() };
     let name = wait.and_then(|_| getrandom::u64().ok());
-    let mut answers = name.map(|name| fleet.inbox.expect(&applied(name)));
-    let recorded = commons.invalidations.record(selectors, strength, name);
-    let logged = commons.invalidations.logged(recorded.number, fleet.patience).await;
-    fleet.shared.clear(cleared);
+    let mut answers = name.map(|name| fleet.inbox.subscribe(&applied(name)));
+    let recorded = shared.invalidations.record(selectors, strength, name);
+    let logged = shared.invalidations.wait_logged(recorded.number, fleet.timeout).await;
+    fleet.tier.enqueue_scan(cleared);
     let applied = match (&mut answers, wait) {
         (Some(answers), Some(wait)) => {
-            let sidecars = fleet.redis.present(None, GONE).await.unwrap_or(1).max(1);
+            let sidecars = fleet.redis.announce(None, PRESENCE_TTL).await.unwrap_or(1).max(1);
             let mut who = HashSet::new();
             let all = async {
                 while (who.len() as u64) < sidecars {
-                    who.insert(answers.message().await);
+                    who.insert(answers.next_message().await);
                 }
             };
-            // Whoever has not answered by then has not.
+            // A sidecar that has not confirmed by then counts as one that has not applied the purge.
             let _ = tokio::time::timeout(wait, all).await;
             Some(((who.len() as u64).max(1), sidecars))
         }
         (_, _) => None,
     };
-    Spread { id: recorded.position.0, logged: Some(logged), applied }
+    PurgeAck { id: recorded.position.0, logged: Some(logged), applied }
 }
 
-/// How many selectors a request names, and what they are in the ledger's terms.
-fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Selector>), String> {
+/// Returns the number of selectors that a request names, and the corresponding selectors of the ledger.
+fn selectors(request: &PurgeRequest, upstreams: &[&UpstreamState]) -> Result<(usize, Vec<Selector>), String> {
     let count = request.tags.len()
         + request.urls.len()
         + request.prefixes.len()
@@ -142,24 +168,24 @@ fn selectors(request: &PurgeRequest, sites: &[&Site]) -> Result<(usize, Vec<Sele
     }
     let hosts: Vec<String> = request.hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
     let mut selectors = Vec::new();
-    for reach in reaches(request, &hosts, sites)? {
-        let scope = Scope { upstream: reach.site.id, authority: reach.host };
-        let subjects = request.tags.iter().map(|tag| Subject::tag(scope, tag));
+    for scope in purge_scopes(request, &hosts, upstreams)? {
+        let tag_scope = TagScope { upstream: scope.upstream.id, authority: scope.host };
+        let subjects = request.tags.iter().map(|tag| Subject::tag(tag_scope, tag));
         selectors.extend(subjects.map(Selector::Subject));
         if request.all {
-            selectors.push(Selector::Subject(Subject::everything(scope)));
+            selectors.push(Selector::Subject(Subject::everything(tag_scope)));
         }
         for url in &request.urls {
-            let (host, target) = split(url)?;
+            let (host, target) = split_url(url)?;
             let host = host.map(str::to_ascii_lowercase);
-            if let Some(scope) = narrowed(reach, host.as_deref()) {
-                selectors.push(Selector::Subject(Subject::target(scope, target)));
+            if let Some(tag_scope) = narrow_scope(scope, host.as_deref()) {
+                selectors.push(Selector::Subject(Subject::target(tag_scope, target)));
             }
         }
         for (text, make) in matchers(request) {
-            let (host, target) = split(text)?;
-            let authority = host.or(reach.host).map(|host| host.to_ascii_lowercase().into());
-            let upstream = Some(reach.site.id);
+            let (host, target) = split_url(text)?;
+            let authority = host.or(scope.host).map(|host| host.to_ascii_lowercase().into());
+            let upstream = Some(scope.upstream.id);
             selectors.push(Selector::Matching(Matcher { upstream, authority, target: make(target) }));
         }
     }
@@ -179,44 +205,50 @@ fn matchers(request: &PurgeRequest) -> impl Iterator<Item = (&String, MakeMatch)
     request.prefixes.iter().map(move |text| (text, prefix)).chain(request.patterns.iter().map(move |t| (t, glob)))
 }
 
-fn reaches<'a>(request: &PurgeRequest, hosts: &'a [String], sites: &[&'a Site]) -> Result<Vec<Reach<'a>>, String> {
-    let mut chosen = sites.to_vec();
+fn purge_scopes<'a>(
+    request: &PurgeRequest,
+    hosts: &'a [String],
+    upstreams: &[&'a UpstreamState],
+) -> Result<Vec<PurgeScope<'a>>, String> {
+    let mut chosen = upstreams.to_vec();
     if let Some(name) = &request.upstream {
-        chosen.retain(|site| *site.name == **name);
+        chosen.retain(|upstream| *upstream.name == **name);
         if chosen.is_empty() {
-            let known: Vec<&str> = sites.iter().map(|site| &*site.name).collect();
+            let known: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
             return Err(format!("no upstream {name:?}: name one of {known:?}"));
         }
     }
     if hosts.is_empty() {
-        return Ok(chosen.into_iter().map(|site| Reach { site, host: None }).collect());
+        return Ok(chosen.into_iter().map(|upstream| PurgeScope { upstream, host: None }).collect());
     }
-    let several = |site: &&Site| matches!(site.target, Target::Hosts(_) | Target::Origin { preserve_host: true, .. });
-    let each = |site: &'a Site| hosts.iter().map(move |host| Reach { site, host: Some(host) });
-    let reaches: Vec<_> = chosen.into_iter().filter(several).flat_map(each).collect();
-    if reaches.is_empty() {
+    let several = |upstream: &&UpstreamState| {
+        matches!(upstream.origin, Origin::Hosts(_) | Origin::Fixed { preserve_host: true, .. })
+    };
+    let each = |upstream: &'a UpstreamState| hosts.iter().map(move |host| PurgeScope { upstream, host: Some(host) });
+    let scopes: Vec<_> = chosen.into_iter().filter(several).flat_map(each).collect();
+    if scopes.is_empty() {
         return Err("hosts: only an upstream with a list of hosts, or with host = \"preserve\", has several".into());
     }
-    Ok(reaches)
+    Ok(scopes)
 }
 
-/// The scope of a URL that may name a host; none if that is not the host in reach.
-fn narrowed<'a>(reach: Reach<'a>, host: Option<&'a str>) -> Option<Scope<'a>> {
-    let upstream = reach.site.id;
-    let Some(named) = host else { return Some(Scope { upstream, authority: reach.host }) };
-    match &reach.site.target {
-        Target::Origin { authority, preserve_host: false, .. } => {
-            authority.as_str().eq_ignore_ascii_case(named).then_some(Scope { upstream, authority: None })
+/// Returns the scope of a URL that may name a host. `None` if that host is outside `scope`.
+fn narrow_scope<'a>(scope: PurgeScope<'a>, host: Option<&'a str>) -> Option<TagScope<'a>> {
+    let upstream = scope.upstream.id;
+    let Some(named) = host else { return Some(TagScope { upstream, authority: scope.host }) };
+    match &scope.upstream.origin {
+        Origin::Fixed { authority, preserve_host: false, .. } => {
+            authority.as_str().eq_ignore_ascii_case(named).then_some(TagScope { upstream, authority: None })
         }
-        Target::Origin { .. } | Target::Hosts(_) => {
-            let fits = reach.host.is_none_or(|host| host.eq_ignore_ascii_case(named));
-            fits.then_some(Scope { upstream, authority: Some(named) })
+        Origin::Fixed { .. } | Origin::Hosts(_) => {
+            let fits = scope.host.is_none_or(|host| host.eq_ignore_ascii_case(named));
+            fits.then_some(TagScope { upstream, authority: Some(named) })
         }
     }
 }
 
-/// `https://host/target` or `/target`.
-fn split(url: &str) -> Result<(Option<&str>, &str), String> {
+/// Splits `https://host/target` or `/target` into host and target.
+fn split_url(url: &str) -> Result<(Option<&str>, &str), String> {
     if url.starts_with('/') || url.starts_with('*') {
         return Ok((None, url));
     }

@@ -1,4 +1,4 @@
-//! `POST /reload`: the configuration is read again.
+//! `POST /reload`: triggers a configuration reload. `GET /config`: returns the effective configuration.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -11,26 +11,27 @@ use serde_json::{Value, json};
 
 use super::{Admin, problem};
 
-/// Somebody who can read the configuration again.
+/// Triggers a configuration reload.
 pub trait Reload: std::fmt::Debug + Send + Sync {
-    /// Takes it, or says in one line why not, and changes nothing. Returns what was replaced that people may miss.
+    /// Reloads the configuration. Returns the replaced parts that an operator may notice. If the configuration is
+    /// invalid, nothing changes, and the error is one line of text.
     fn reload(&self) -> Result<Vec<String>, String>;
 
-    /// How that has gone so far.
-    fn reloads(&self) -> Reloads;
+    /// Returns the status of past reloads.
+    fn reloads(&self) -> ReloadStatus;
 
-    /// The configuration in force, without its secrets.
+    /// Returns the effective configuration, without its secrets.
     fn shown(&self) -> Value;
 }
 
-/// How reloading has gone.
+/// The status of past reloads.
 #[derive(Debug, Clone, Default)]
-pub struct Reloads {
-    /// So often it was tried.
+pub struct ReloadStatus {
+    /// Number of attempted reloads.
     pub count: u64,
-    /// The last time.
+    /// Time of the last attempt.
     pub at: Option<SystemTime>,
-    /// Why the last one was not taken.
+    /// Why the last reload was rejected.
     pub error: Option<String>,
 }
 
@@ -43,13 +44,13 @@ pub(super) async fn reload(State(admin): State<Arc<Admin>>) -> Response {
     }
 }
 
-/// `GET /config`.
+/// Returns the effective configuration (`GET /config`).
 pub(super) async fn config(State(admin): State<Arc<Admin>>) -> Json<Value> {
     Json(admin.reload.shown())
 }
 
-/// For `/health`.
-pub(super) fn told(reloads: &Reloads) -> Value {
+/// Returns the status of past reloads for `/health`.
+pub(super) fn reload_json(reloads: &ReloadStatus) -> Value {
     json!({
         "status": if reloads.error.is_some() { "rejected" } else { "ok" },
         "reloads": reloads.count,

@@ -1,4 +1,4 @@
-//! `GET /requests`: the last ones, with their reasons. No query string, no header, no body is remembered.
+//! `GET /requests`: the last requests, with their reasons. Query strings, header fields and bodies are not recorded.
 
 use std::sync::Arc;
 
@@ -8,36 +8,39 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Admin;
-use super::input::{Asked, Limit};
-use crate::telemetry::recent::{KEPT, Seen};
+use super::extract::{Limit, QueryParams};
+use crate::telemetry::request_log::{KEPT, LoggedRequest};
 
-/// Which requests to tell of.
+/// The query parameters of `GET /requests`: which requests to return.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct Wanted {
-    /// That came out so, as in `miss`.
+pub(super) struct RequestFilter {
+    /// Only requests with this outcome, as in `miss`.
     outcome: Option<String>,
-    /// Under this rule.
+    /// Only requests under this rule.
     rule: Option<String>,
-    /// To this upstream.
+    /// Only requests to this upstream.
     upstream: Option<String>,
-    /// So many, the newest first.
+    /// Maximum number of requests, the newest first.
     limit: Option<Limit>,
 }
 
-pub(super) async fn requests(State(admin): State<Arc<Admin>>, Asked(wanted): Asked<Wanted>) -> Json<Value> {
-    let now = admin.commons().clock.now();
+pub(super) async fn requests(
+    State(admin): State<Arc<Admin>>,
+    QueryParams(wanted): QueryParams<RequestFilter>,
+) -> Json<Value> {
+    let now = admin.shared().clock.now();
     let is = |wanted: &Option<String>, is: &str| wanted.as_ref().is_none_or(|wanted| wanted == is);
-    let told = |seen: Seen| {
-        let mut told = json!(seen);
-        told["ago_ms"] = now.since(seen.at).into();
-        told["same"] = format!("{:016x}", seen.same).into();
-        told
+    let row = |seen: LoggedRequest| {
+        let mut row = json!(seen);
+        row["ago_ms"] = now.since(seen.at).into();
+        row["same"] = format!("{:016x}", seen.same).into();
+        row
     };
-    let all = admin.commons().telemetry.recent.read().into_iter();
+    let all = admin.shared().telemetry.request_log.read().into_iter();
     let wanted = all
         .filter(|seen| is(&wanted.outcome, seen.outcome) && is(&wanted.rule, &seen.rule))
         .filter(|seen| is(&wanted.upstream, &seen.upstream))
         .take(wanted.limit.map_or(KEPT, |limit| limit.0));
-    Json(json!({ "requests": wanted.map(told).collect::<Vec<_>>() }))
+    Json(json!({ "requests": wanted.map(row).collect::<Vec<_>>() }))
 }

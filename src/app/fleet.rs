@@ -1,4 +1,4 @@
-//! The part of the composition that there is only with Redis: connections, store, log, and the secret in common.
+//! The components that exist only with Redis: connections, store, invalidation log, and the shared secret.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,48 +8,47 @@ use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 use crate::clock::{Clock, FleetClock};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::fleet::inbox::Inbox;
+use crate::fleet::invalidation_log::InvalidationLog;
 use crate::fleet::invalidations::Invalidations;
-use crate::fleet::log::Log;
-use crate::fleet::work::Refresh;
+use crate::fleet::refresh_queue::RefreshRequest;
 use crate::fleet::{Fleet, SidecarId};
-use crate::policy::key::KeySecret;
 use crate::policy::millis;
-use crate::policy::mode::{Mode, Source};
-use crate::proxy::face::Stage;
-use crate::proxy::{Commons, Proxy};
-use crate::redis::{Message, Redis, Trouble};
-use crate::store::Shared;
-use crate::store::pack::Packing;
-use crate::store::seal::Ring;
-use crate::store::wire::Sealing;
+use crate::policy::mode::{Mode, ModeSource};
+use crate::policy::routing::cache_key::KeySecret;
+use crate::proxy::active::ActiveConfig;
+use crate::proxy::{Proxy, SharedState};
+use crate::redis::{InboxMessage, Redis, RedisConfig, RedisError};
+use crate::store::RedisTier;
+use crate::store::authentication::Keyring;
+use crate::store::record::RecordCodec;
 
-/// Is the secret in common still there?
-const LOOK_AT_SECRET: Duration = Duration::from_secs(2);
+/// Interval between checks that the shared secret is still in Redis.
+const SECRET_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What mode was set for the fleet?
-const LOOK_AT_MODE: Duration = Duration::from_secs(1);
+/// Interval between reads of the fleet's mode.
+const MODE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Refreshes for the fleet at once.
-const WORK_AT_ONCE: u64 = 4;
+/// Maximum number of refreshes that run for the fleet at the same time.
+const MAX_CONCURRENT_REFRESHES: u64 = 4;
 
-/// Work that nobody has finished for so long is taken over.
-const LEFT_BEHIND: Duration = Duration::from_secs(3);
+/// Time after which a pending refresh is claimed.
+const CLAIM_AFTER: Duration = Duration::from_secs(3);
 
-/// Work that nobody could do for so long is dropped.
-const USELESS_AFTER: Duration = Duration::from_mins(1);
+/// Age at which a refresh that no sidecar could run is dropped.
+const ABANDON_AFTER: Duration = Duration::from_mins(1);
 
-/// So long the server holds a worker that has nothing to do.
-const WAIT_FOR_WORK: Duration = Duration::from_secs(1);
+/// Time that Redis blocks a read of the refresh queue while the queue is empty.
+const BLOCK_TIME: Duration = Duration::from_secs(1);
 
-/// After trouble, before the next attempt.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Pause between an error and the next attempt.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// The secrets of this process: configured, or made up.
+/// The secrets of this process: configured, or generated.
 pub(super) struct Secrets {
     seeds: Vec<Vec<u8>>,
-    /// Made up, so that the fleet's is to be adopted.
+    /// True if the secret was generated, so that the fleet's secret is to be adopted.
     made_up: bool,
 }
 
@@ -68,98 +67,93 @@ impl Secrets {
         KeySecret::of(self.seeds.first().map_or(&[], Vec::as_slice))
     }
 
-    fn ring(&self) -> Ring {
-        Ring::new(self.seeds.iter().map(Vec::as_slice))
+    fn ring(&self) -> Keyring {
+        Keyring::new(self.seeds.iter().map(Vec::as_slice))
     }
 }
 
-/// The fleet's part, built but not yet at work.
+/// The fleet's components, built but not started.
 #[derive(Debug)]
-pub(super) struct Parts {
+pub(super) struct FleetParts {
     pub(super) fleet: Arc<Fleet>,
     pub(super) invalidations: Arc<Invalidations>,
-    /// The secret that was made up, if one was.
+    /// The generated secret, if none is configured.
     seed: Option<Vec<u8>>,
 }
 
-/// Begins to connect.
+/// Builds the fleet's components and starts to connect to Redis.
 pub(super) fn build(
-    redis: &config::Redis,
+    redis: &RedisConfig,
     config: &Config,
     secrets: &Secrets,
     clock: &Clock,
-) -> Result<Parts, String> {
+) -> Result<FleetParts, String> {
     let me = SidecarId::random()?;
-    let packing = match redis.compress {
-        config::Compression::Off => Packing::None,
-        config::Compression::Lz4 => Packing::Lz4,
-        config::Compression::Zstd => Packing::Zstd,
-    };
-    let sealing = Sealing {
-        ring: secrets.ring(),
+    let codec = RecordCodec {
+        keyring: secrets.ring(),
         encrypt: config.encrypt,
-        packing,
-        pack_above: redis.compress_above,
+        compression: config.redis_tier.compression,
+        compress_above: config.redis_tier.compress_above,
         max_body: config.memory.max_entry_bytes,
     };
-    let works = config.upstreams.iter().flat_map(|u| u.router.plans()).any(|plan| plan.refresh_ahead.is_some());
+    let works = config.upstreams.iter().flat_map(|u| u.router.rules()).any(|rule| rule.refresh_ahead.is_some());
     let connections = Arc::new(Redis::start(redis, works, clock, &Arc::new(FleetClock::new(clock.clone()))));
-    let shared = Shared::new(connections.clone(), &redis.key_prefix, sealing, redis.write_behind);
+    let tier = RedisTier::new(connections.clone(), &redis.key_prefix, codec, config.redis_tier.write_behind);
     let fleet = Fleet {
-        me,
+        sidecar_id: me,
         redis: connections,
-        shared: Arc::new(shared),
+        tier: Arc::new(tier),
         inbox: Arc::new(Inbox::default()),
-        ring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
-        works,
-        patience: redis.command_timeout,
+        keyring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
+        shares_refreshes: works,
+        timeout: redis.command_timeout,
     };
     let invalidations = Invalidations::shared(me, config.memory.max_unverified, clock.now());
-    Ok(Parts {
+    Ok(FleetParts {
         fleet: Arc::new(fleet),
         invalidations: Arc::new(invalidations),
         seed: secrets.made_up.then(|| secrets.seeds[0].clone()),
     })
 }
 
-impl Parts {
-    /// Sets everything to work.
-    pub(super) fn start(self, stage: &Arc<Stage>, tasks: &mut JoinSet<()>) {
-        let commons = stage.commons();
-        let Parts { fleet, invalidations, seed } = self;
-        let log = Log {
+impl FleetParts {
+    /// Starts the fleet's background tasks.
+    pub(super) fn start(self, active: &Arc<ActiveConfig>, tasks: &mut JoinSet<()>) {
+        let shared = active.shared();
+        let FleetParts { fleet, invalidations, seed } = self;
+        let log = InvalidationLog {
             redis: fleet.redis.clone(),
             invalidations: invalidations.clone(),
             inbox: fleet.inbox.clone(),
-            ring: fleet.ring.clone(),
-            me: fleet.me,
-            clock: commons.clock.clone(),
-            said_present: Arc::default(),
+            keyring: fleet.keyring.clone(),
+            sidecar_id: fleet.sidecar_id,
+            clock: shared.clock.clone(),
+            announced_at: Arc::default(),
         };
-        let (follower, teller, shared) = (log.clone(), log, fleet.shared.clone());
-        let stage = stage.clone();
+        let (follower, writer, tier) = (log.clone(), log, fleet.tier.clone());
+        let active = active.clone();
         tasks.spawn(async move {
-            // Nothing is read or written with a secret that the fleet may not have.
+            // Before the secret is adopted, nothing is read or written: the fleet may have another secret.
             let mut seed = seed;
             if let Some(seed) = &mut seed {
                 warn!(
                     "no [security] secret: the fleet's is kept in Redis, where whoever can read it can forge records"
                 );
-                adopt(&fleet, &commons, seed).await;
+                adopt_secret(&fleet, &shared, seed).await;
             }
-            let seen_at = move |position| invalidations.seen_at(position);
+            let seen_at = move |position| invalidations.log_seen_at(position);
             let mut work = JoinSet::new();
             work.spawn(follower.follow());
-            work.spawn(teller.tell());
-            let walking = shared.clone();
-            work.spawn(async move { walking.clear_purged().await });
-            work.spawn(async move { shared.write_behind(seen_at).await });
-            work.spawn(follow_mode(fleet.clone(), commons.clone()));
-            work.spawn(labour(fleet.clone(), stage));
+            work.spawn(writer.write_purges());
+            let scans = tier.clone();
+            work.spawn(async move { scans.run_scans().await });
+            work.spawn(async move { tier.run_writes(seen_at).await });
+            work.spawn(follow_mode(fleet.clone(), shared.clone()));
+            work.spawn(run_refresh_worker(fleet.clone(), active));
             match seed {
                 Some(mut seed) => loop {
-                    tokio::time::sleep(LOOK_AT_SECRET).await;
-                    adopt(&fleet, &commons, &mut seed).await;
+                    tokio::time::sleep(SECRET_INTERVAL).await;
+                    adopt_secret(&fleet, &shared, &mut seed).await;
                 },
                 None => std::future::pending().await,
             }
@@ -167,20 +161,21 @@ impl Parts {
     }
 }
 
-/// Does what was set for the fleet, for ever. While Redis does not tell, what it told last counts, for its time.
-async fn follow_mode(fleet: Arc<Fleet>, commons: Arc<Commons>) {
+/// Applies the mode that is set for the fleet, forever. While Redis is unavailable, the last mode stays in force until
+/// it expires.
+async fn follow_mode(fleet: Arc<Fleet>, shared: Arc<SharedState>) {
     let mut before = None;
     loop {
-        if let Ok(told) = fleet.redis.common_mode().await {
-            let set = told.and_then(|(word, left)| Some((Mode::of(&word)?, left)));
+        if let Ok(stored) = fleet.redis.mode().await {
+            let set = stored.and_then(|(word, left)| Some((Mode::of(&word)?, left)));
             match set {
-                Some((mode, left)) => commons.mode.set(mode, Source::Fleet, commons.clock.now(), left),
-                None => commons.mode.clear(Source::Fleet),
+                Some((mode, left)) => shared.mode.set(mode, ModeSource::Fleet, shared.clock.now(), left),
+                None => shared.mode.clear(ModeSource::Fleet),
             }
             let mode = set.map(|(mode, _)| mode);
             if mode != before {
-                let state = commons.mode.state(commons.clock.now());
-                let hidden = state.source == Source::Local;
+                let state = shared.mode.state(shared.clock.now());
+                let hidden = state.source == ModeSource::Local;
                 warn!(
                     mode = mode.map_or("none", Mode::token),
                     hidden_by_the_one_set_here = hidden,
@@ -189,74 +184,77 @@ async fn follow_mode(fleet: Arc<Fleet>, commons: Arc<Commons>) {
                 before = mode;
             }
         }
-        tokio::time::sleep(LOOK_AT_MODE).await;
+        tokio::time::sleep(MODE_INTERVAL).await;
     }
 }
 
-/// Works for the fleet, for ever: on what is offered, and on what others have left.
-async fn labour(fleet: Arc<Fleet>, stage: Arc<Stage>) {
+/// Runs refreshes for the fleet, forever: those that are offered, and pending ones that other sidecars have left.
+async fn run_refresh_worker(fleet: Arc<Fleet>, active: Arc<ActiveConfig>) {
     loop {
         fleet.redis.worker_connected().await;
-        if let Err(trouble) = labour_for_a_while(&fleet, &stage).await {
-            debug!(%trouble, "no work can be had");
-            tokio::time::sleep(PAUSE).await;
+        if let Err(error) = work_until_error(&fleet, &active).await {
+            debug!(%error, "no work can be had");
+            tokio::time::sleep(RETRY_PAUSE).await;
         }
     }
 }
 
-async fn labour_for_a_while(fleet: &Arc<Fleet>, stage: &Stage) -> Result<(), Trouble> {
-    let me = fleet.me.to_string();
-    fleet.redis.tidy_work().await?;
+async fn work_until_error(fleet: &Arc<Fleet>, active: &ActiveConfig) -> Result<(), RedisError> {
+    let me = fleet.sidecar_id.to_string();
+    fleet.redis.prepare_group().await?;
     let mut under_way = JoinSet::new();
     loop {
-        let left = fleet.redis.take_over(&me, WORK_AT_ONCE, LEFT_BEHIND).await?;
-        let offered = fleet.redis.work(&me, WORK_AT_ONCE, WAIT_FOR_WORK).await?;
+        let left = fleet.redis.claim_stale(&me, MAX_CONCURRENT_REFRESHES, CLAIM_AFTER).await?;
+        let offered = fleet.redis.read_refreshes(&me, MAX_CONCURRENT_REFRESHES, BLOCK_TIME).await?;
         for message in left.into_iter().chain(offered) {
-            under_way.spawn(work_off(fleet.clone(), stage.proxies(), message));
+            under_way.spawn(run_refresh(fleet.clone(), active.proxies(), message));
         }
-        // What takes longer than it may is taken over, by us or others: its lease keeps it from being done twice.
-        while under_way.len() >= usize::try_from(WORK_AT_ONCE).unwrap_or(1) {
+        // A refresh that takes longer than `CLAIM_AFTER` is claimed by this or another sidecar: its lease prevents a
+        // second fetch.
+        while under_way.len() >= usize::try_from(MAX_CONCURRENT_REFRESHES).unwrap_or(1) {
             under_way.join_next().await;
         }
     }
 }
 
-async fn work_off(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>, message: Message) {
-    let refresh = Refresh::open(&message.body, &fleet.ring.load());
-    let mine = refresh.and_then(|refresh| Some((proxies.iter().find(|p| p.site.id.0 == refresh.upstream)?, refresh)));
+async fn run_refresh(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>, message: InboxMessage) {
+    let refresh = RefreshRequest::open(&message.body, &fleet.keyring.load());
+    let mine =
+        refresh.and_then(|refresh| Some((proxies.iter().find(|p| p.upstream.id.0 == refresh.upstream)?, refresh)));
     match mine {
-        Some((proxy, refresh)) => proxy.work_off(&fleet, refresh).await,
-        // Of another configuration, or another secret: those who have that find it when it is left behind.
-        None if !is_old(&fleet, &message) => return debug!("work that is not for this sidecar"),
+        Some((proxy, refresh)) => proxy.run_offered_refresh(&fleet, refresh).await,
+        // The refresh is of another configuration or secret: a sidecar that has those claims it once it is pending.
+        None if !is_abandoned(&fleet, &message) => return debug!("work that is not for this sidecar"),
         None => debug!("work that nobody can do"),
     }
-    if let Err(trouble) = fleet.redis.work_done(message.id).await {
-        debug!(%trouble, "work is done, and will be done again");
+    if let Err(error) = fleet.redis.ack_refresh(message.id).await {
+        debug!(%error, "work is done, and will be done again");
     }
 }
 
-/// Has it lain there for so long that nobody needs it any more?
-fn is_old(fleet: &Fleet, message: &Message) -> bool {
-    let now = fleet.redis.time().now();
-    now.is_some_and(|now| now.saturating_sub(message.id.ms) > millis(USELESS_AFTER))
+/// Returns true if the refresh is older than [`ABANDON_AFTER`], and no longer needed.
+fn is_abandoned(fleet: &Fleet, message: &InboxMessage) -> bool {
+    let now = fleet.redis.clock().now();
+    now.is_some_and(|now| now.saturating_sub(message.id.ms) > millis(ABANDON_AFTER))
 }
 
-/// Makes the secret in common ours, or ours the one in common. Tries until Redis says which.
-async fn adopt(fleet: &Fleet, commons: &Commons, seed: &mut Vec<u8>) {
+/// Adopts the fleet's shared secret, or stores `seed` as the shared secret if there is none. Retries until Redis
+/// responds.
+async fn adopt_secret(fleet: &Fleet, shared: &SharedState, seed: &mut Vec<u8>) {
     let theirs = loop {
-        match fleet.redis.common_secret(seed).await {
+        match fleet.redis.shared_secret(seed).await {
             Ok(secret) => break secret,
-            Err(trouble) => debug!(%trouble, "the secret in common can't be read"),
+            Err(error) => debug!(%error, "the secret in common can't be read"),
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(RETRY_PAUSE).await;
     };
-    let adopted = Ring::new([&*theirs]);
-    if adopted.first() != fleet.ring.load().first() {
+    let adopted = Keyring::new([&*theirs]);
+    if adopted.current_id() != fleet.keyring.load().current_id() {
         info!("took over the fleet's secret");
-        commons.secret.store(Arc::new(KeySecret::of(&theirs)));
-        fleet.shared.seal_with(|sealing| Sealing { ring: adopted.clone(), ..sealing.clone() });
-        fleet.ring.store(Arc::new(adopted));
-        // Should Redis lose it, this is what it gets back.
+        shared.key_secret.store(Arc::new(KeySecret::of(&theirs)));
+        fleet.tier.update_codec(|codec| RecordCodec { keyring: adopted.clone(), ..codec.clone() });
+        fleet.keyring.store(Arc::new(adopted));
+        // If Redis loses the secret, this one is stored again.
         *seed = theirs.to_vec();
     }
 }

@@ -1,5 +1,5 @@
-//! Another configuration while requests pass through: at SIGHUP, `POST /reload`, or when the file changes. A bad one
-//! changes nothing.
+//! Configuration reload while requests are served: at SIGHUP, at `POST /reload`, or when the file changes.
+//! An invalid configuration changes nothing.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -11,50 +11,51 @@ use tokio::time::interval;
 use tracing::{error, info};
 
 use super::real;
-use super::rig::Rig;
-use crate::admin::{Reload, Reloads};
-use crate::config::{self, Config};
-use crate::proxy::face::Stage;
+use super::runtime::Runtime;
+use crate::admin::{Reload, ReloadStatus};
+use crate::config;
+use crate::config::Config;
+use crate::proxy::active::ActiveConfig;
 
-/// How often the file is looked at. Its contents count: Kubernetes changes a mounted folder by moving a link.
-/// Two looks must agree, so that a file which is being written is left alone.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval between reads of the file. Its contents are compared, because Kubernetes changes a mounted folder by moving
+/// a symbolic link. Two successive reads must agree, so that a file that is being written is not loaded.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Reads the configuration again. The error says where and what.
+/// Reads the configuration. The error names the location and the problem.
 pub type Load = Box<dyn Fn() -> Result<Config, String> + Send + Sync>;
 
-/// Where a configuration comes from.
-pub struct Origin {
-    /// Reads it.
+/// The source of a configuration.
+pub struct ConfigSource {
+    /// Reads the configuration.
     pub load: Load,
-    /// The file to watch, if there is one.
+    /// The file to watch, if any.
     pub file: Option<PathBuf>,
 }
 
-/// Reads the configuration again, and has it replace what runs.
+/// The configuration reloader: reads the configuration again, and replaces the running one.
 pub(super) struct Reloader {
-    origin: OnceLock<Origin>,
-    /// One reload at a time. Whoever asks how the last one went does not wait for this, nor does the end.
+    origin: OnceLock<ConfigSource>,
+    /// Serializes reloads. Neither the shutdown nor a request for the status of the last reload waits for it.
     turn: Mutex<()>,
-    rig: Mutex<Rig>,
-    stage: Arc<Stage>,
-    reloads: Mutex<Reloads>,
-    /// The configuration in force.
+    runtime: Mutex<Runtime>,
+    active: Arc<ActiveConfig>,
+    reloads: Mutex<ReloadStatus>,
+    /// The effective configuration.
     shown: Mutex<Value>,
-    watched: Mutex<Watched>,
+    watched: Mutex<WatchedFile>,
 }
 
-/// What the file said, to be watched for a change.
+/// The contents of the file, kept to detect changes.
 #[derive(Default)]
-struct Watched {
-    /// When it was last taken over.
+struct WatchedFile {
+    /// The contents when they were last loaded.
     taken: Option<Vec<u8>>,
-    /// At the last look.
+    /// The contents at the last read.
     seen: Option<Vec<u8>>,
 }
 
-impl Watched {
-    /// Is this a change, and the same as at the last look?
+impl WatchedFile {
+    /// Returns true if the contents have changed, and are the same as at the last read.
     fn look(&mut self, now: Vec<u8>) -> bool {
         let settled = self.seen.as_ref() == Some(&now);
         let changed = settled && self.taken.as_ref() != Some(&now);
@@ -73,65 +74,65 @@ impl std::fmt::Debug for Reloader {
     }
 }
 
-/// An error without the lines of the file that it shows: they may hold what only its readers should see.
-fn without_excerpts(error: &str) -> String {
+/// Returns an error without its excerpts of the file: they may hold secrets that only readers of the file may see.
+fn strip_excerpts(error: &str) -> String {
     let shown = |line: &&str| line.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit()).starts_with('|');
     error.lines().filter(|line| !shown(line)).collect::<Vec<_>>().join("\n")
 }
 
 impl Reloader {
-    pub(super) fn new(rig: Rig, shown: Value) -> Reloader {
+    pub(super) fn new(runtime: Runtime, shown: Value) -> Reloader {
         Reloader {
             origin: OnceLock::new(),
-            stage: rig.stage.clone(),
+            active: runtime.active.clone(),
             turn: Mutex::default(),
-            rig: Mutex::new(rig),
+            runtime: Mutex::new(runtime),
             reloads: Mutex::default(),
             shown: Mutex::new(shown),
             watched: Mutex::default(),
         }
     }
 
-    /// What runs.
-    pub(super) fn rig(&self) -> MutexGuard<'_, Rig> {
-        self.rig.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns the running components.
+    pub(super) fn runtime(&self) -> MutexGuard<'_, Runtime> {
+        self.runtime.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on it can.
-    pub(super) fn from(&self, origin: Origin) {
+    /// Sets the source of the configuration. Before this call, a reload is an error.
+    pub(super) fn from(&self, origin: ConfigSource) {
         let _ = self.origin.set(origin);
         self.take_over();
     }
 
-    /// What the file says now. Between two links there may be none.
+    /// Returns the contents of the file. `None` if it cannot be read, for example while a symbolic link is being moved.
     fn contents(&self) -> Option<Vec<u8>> {
         let file = self.origin.get()?.file.as_ref()?;
         std::fs::read(file).ok()
     }
 
-    fn watched(&self) -> MutexGuard<'_, Watched> {
+    fn watched(&self) -> MutexGuard<'_, WatchedFile> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the file says now is no change.
+    /// Marks the current contents of the file as loaded, so that they are not a change.
     fn take_over(&self) {
         let now = self.contents();
-        *self.watched() = Watched { taken: now.clone(), seen: now };
+        *self.watched() = WatchedFile { taken: now.clone(), seen: now };
     }
 
     fn has_changed(&self) -> bool {
         self.contents().is_some_and(|now| self.watched().look(now))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Reloads> {
+    fn lock(&self) -> MutexGuard<'_, ReloadStatus> {
         self.reloads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn replace(&self) -> Result<Vec<String>, String> {
         let Some(origin) = self.origin.get() else { return Err("there is nothing to read again".into()) };
         let config = (origin.load)()?;
-        let shown = config::shown(&config);
-        let replaced = self.rig().replace(config, &real)?;
+        let shown = config::effective_json(&config);
+        let replaced = self.runtime().replace(config, &real)?;
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = shown;
         Ok(replaced)
     }
@@ -140,10 +141,10 @@ impl Reloader {
 impl Reload for Reloader {
     fn reload(&self) -> Result<Vec<String>, String> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = self.replace().map_err(|error| without_excerpts(&error));
+        let done = self.replace().map_err(|error| strip_excerpts(&error));
         let mut reloads = self.lock();
         reloads.count += 1;
-        reloads.at = Some(self.stage.commons().clock.wall());
+        reloads.at = Some(self.active.shared().clock.wall());
         reloads.error = done.as_ref().err().cloned();
         match &done {
             Ok(replaced) if replaced.is_empty() => info!("the configuration was read again"),
@@ -153,7 +154,7 @@ impl Reload for Reloader {
         done
     }
 
-    fn reloads(&self) -> Reloads {
+    fn reloads(&self) -> ReloadStatus {
         self.lock().clone()
     }
 
@@ -162,25 +163,25 @@ impl Reload for Reloader {
     }
 }
 
-/// Reloads at SIGHUP, and when the file has changed, for ever.
+/// Reloads at SIGHUP and when the file has changed, forever.
 pub(super) async fn follow(reloader: Arc<Reloader>) {
     if reloader.origin.get().is_none() {
         return;
     }
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
-    let mut every = interval(LOOK_EVERY);
+    let mut every = interval(POLL_INTERVAL);
     loop {
-        let asked = tokio::select! {
+        let requested = tokio::select! {
             _ = hangup.recv() => true,
             _ = every.tick() => false,
         };
         let reloader = reloader.clone();
-        // Files may hang.
+        // File reads may block.
         let done = tokio::task::spawn_blocking(move || {
-            if asked {
+            if requested {
                 reloader.take_over();
             }
-            if asked || reloader.has_changed() {
+            if requested || reloader.has_changed() {
                 let _ = reloader.reload();
             }
         });
@@ -194,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_being_written_is_left_alone() {
-        let mut watched = Watched { taken: Some(b"old".into()), seen: Some(b"old".into()) };
+        let mut watched = WatchedFile { taken: Some(b"old".into()), seen: Some(b"old".into()) };
         for (now, expected) in [("old", false), ("ne", false), ("new", false), ("new", true), ("new", false)] {
             assert_eq!(watched.look(now.into()), expected, "{now}");
         }
@@ -203,6 +204,6 @@ mod tests {
     #[test]
     fn errors_without_the_lines_of_the_file() {
         let error = "a.toml:7:11: no closing quote\n  |\n7 | url = \"redis://:hunter2@redis\n  |       ^\n1 errors";
-        assert_eq!(without_excerpts(error), "a.toml:7:11: no closing quote\n1 errors");
+        assert_eq!(strip_excerpts(error), "a.toml:7:11: no closing quote\n1 errors");
     }
 }

@@ -1,6 +1,8 @@
-//! Traces, exported by OTLP over HTTP. The usual variables say where to and how: `OTEL_EXPORTER_OTLP_ENDPOINT`,
-//! `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_PROTOCOL` (`http/protobuf`, `http/json`), `OTEL_SERVICE_NAME`,
-//! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`. Without an endpoint there are none.
+//! Trace export by OTLP over HTTP.
+//!
+//! The standard variables configure it: `OTEL_EXPORTER_OTLP_ENDPOINT`, `OTEL_EXPORTER_OTLP_HEADERS`,
+//! `OTEL_EXPORTER_OTLP_PROTOCOL` (`http/protobuf`, `http/json`), `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`,
+//! `OTEL_TRACES_SAMPLER`, `OTEL_BSP_…`. Without an endpoint, no traces are exported.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,22 +22,22 @@ use tracing_subscriber::{Layer, Registry};
 
 use crate::body::Body;
 use crate::clock::Clock;
-use crate::config::Timeouts;
 use crate::telemetry::spans;
-use crate::upstream::Upstream;
-use crate::upstream::http::HttpUpstream;
+use crate::upstream::Timeouts;
+use crate::upstream::UpstreamClient;
+use crate::upstream::client::PooledClient;
 
-/// A collector has so long.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Timeout of an export to the collector.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What exports.
+/// The trace exporter.
 #[derive(Debug)]
 pub struct Traces(SdkTracerProvider);
 
-/// What hears of spans.
+/// The subscriber layer that receives spans.
 pub type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// Begins to export, if the environment says where to.
+/// Starts the export. Returns `None` if the environment does not configure it.
 pub fn start() -> Result<Option<(Traces, Listener)>, String> {
     let said = |name: &str| std::env::var(name).unwrap_or_default();
     let named = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
@@ -43,8 +45,9 @@ pub fn start() -> Result<Option<(Traces, Listener)>, String> {
     if !wanted || said("OTEL_TRACES_EXPORTER") == "none" || said("OTEL_SDK_DISABLED").eq_ignore_ascii_case("true") {
         return Ok(None);
     }
-    let timeouts = Timeouts { connect: PATIENCE, first_byte: PATIENCE, idle: PATIENCE, fetch: PATIENCE };
-    let http = Arc::new(HttpUpstream::plain(timeouts, Clock::start())?);
+    let timeouts =
+        Timeouts { connect: EXPORT_TIMEOUT, first_byte: EXPORT_TIMEOUT, idle: EXPORT_TIMEOUT, fetch: EXPORT_TIMEOUT };
+    let http = Arc::new(PooledClient::plain(timeouts, Clock::start())?);
     let sender = Sender { http, runtime: Handle::current() };
     let exporter = SpanExporter::builder().with_http().with_http_client(sender).build();
     let exporter = exporter.map_err(|error| format!("traces: {error}"))?;
@@ -64,16 +67,16 @@ pub fn start() -> Result<Option<(Traces, Listener)>, String> {
 }
 
 impl Traces {
-    /// Sends what is left.
+    /// Exports the remaining spans.
     pub async fn finish(self) {
         let _ = tokio::task::spawn_blocking(move || self.0.shutdown()).await;
     }
 }
 
-/// Sends by the client this house has anyway. The exporter works in a thread of its own.
+/// Sends exports with the proxy's own HTTP client, on `runtime`: the exporter runs in a thread of its own.
 #[derive(Debug)]
 struct Sender {
-    http: Arc<HttpUpstream>,
+    http: Arc<PooledClient>,
     runtime: Handle,
 }
 

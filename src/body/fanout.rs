@@ -19,7 +19,7 @@ use http_body::SizeHint;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::body::BodyError;
+use super::BodyError;
 use crate::policy::outcome::Failure;
 
 /// What a windowed fetch may be ahead of its slowest reader.
@@ -27,15 +27,15 @@ const WINDOW: u64 = 256 << 10;
 
 /// Bytes that all running fetches hold together, and may hold.
 #[derive(Debug)]
-pub struct Purse {
+pub struct InflightBudget {
     held: AtomicU64,
     max: u64,
 }
 
-impl Purse {
+impl InflightBudget {
     /// A purse of so many bytes.
-    pub fn new(max: u64) -> Arc<Purse> {
-        Arc::new(Purse { held: AtomicU64::new(0), max })
+    pub fn new(max: u64) -> Arc<InflightBudget> {
+        Arc::new(InflightBudget { held: AtomicU64::new(0), max })
     }
 
     /// Bytes that may be held.
@@ -63,20 +63,20 @@ impl Purse {
 
 /// What somebody holds of a purse; given back when dropped.
 #[derive(Debug)]
-pub struct Held {
-    purse: Arc<Purse>,
+pub struct InflightGuard {
+    budget: Arc<InflightBudget>,
     bytes: u64,
 }
 
-impl Held {
+impl InflightGuard {
     /// Nothing yet.
-    pub fn of(purse: &Arc<Purse>) -> Held {
-        Held { purse: purse.clone(), bytes: 0 }
+    pub fn new(budget: &Arc<InflightBudget>) -> InflightGuard {
+        InflightGuard { budget: budget.clone(), bytes: 0 }
     }
 
     /// Takes so much more, if it is there.
     pub fn take(&mut self, bytes: u64) -> bool {
-        let taken = self.purse.take(bytes);
+        let taken = self.budget.take(bytes);
         self.bytes += if taken { bytes } else { 0 };
         taken
     }
@@ -84,11 +84,11 @@ impl Held {
     fn give_back(&mut self, bytes: u64) {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
-        self.purse.give_back(bytes);
+        self.budget.give_back(bytes);
     }
 }
 
-impl Drop for Held {
+impl Drop for InflightGuard {
     fn drop(&mut self) {
         self.give_back(self.bytes);
     }
@@ -96,9 +96,9 @@ impl Drop for Held {
 
 /// Ends a body in whatever way its fetch ends, by panic too.
 #[derive(Debug)]
-pub struct Ending<'f>(pub &'f Fanout);
+pub struct FinishOnDrop<'f>(pub &'f Fanout);
 
-impl Drop for Ending<'_> {
+impl Drop for FinishOnDrop<'_> {
     fn drop(&mut self) {
         self.0.finish(Err(BodyError::Upstream(Failure::Internal)));
     }
@@ -107,7 +107,7 @@ impl Drop for Ending<'_> {
 /// The body of a running fetch.
 #[derive(Debug)]
 pub struct Fanout {
-    state: Mutex<State>,
+    state: Mutex<FanoutState>,
     /// A reader moved on or left.
     moved: Notify,
     max_bytes: u64,
@@ -117,21 +117,21 @@ pub struct Fanout {
 }
 
 #[derive(Debug)]
-struct State {
+struct FanoutState {
     chunks: VecDeque<Bytes>,
     /// How many chunks were dropped from the front.
     dropped: usize,
     /// Bytes in `chunks`.
     buffered: u64,
     /// What it holds of the purse.
-    held: Held,
+    held: InflightGuard,
     windowed: bool,
     end: Option<Result<(), BodyError>>,
-    readers: Vec<Option<Seat>>,
+    readers: Vec<Option<ReaderSlot>>,
 }
 
 #[derive(Debug)]
-struct Seat {
+struct ReaderSlot {
     /// The next chunk to read, counted from the first ever.
     next: usize,
     waker: Option<Waker>,
@@ -144,12 +144,12 @@ pub struct Abandoned;
 
 impl Fanout {
     /// An empty one, growing up to `max_bytes`.
-    pub fn new(purse: &Arc<Purse>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
-        let state = Mutex::new(State {
+    pub fn new(budget: &Arc<InflightBudget>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
+        let state = Mutex::new(FanoutState {
             chunks: VecDeque::new(),
             dropped: 0,
             buffered: 0,
-            held: Held::of(purse),
+            held: InflightGuard::new(budget),
             windowed: false,
             end: None,
             readers: Vec::new(),
@@ -157,7 +157,7 @@ impl Fanout {
         Arc::new(Fanout { state, moved: Notify::new(), max_bytes, stall, length })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, FanoutState> {
         // A panic elsewhere leaves chunks and seats as they are: still true.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -168,8 +168,8 @@ impl Fanout {
         if state.windowed {
             return None;
         }
-        state.readers.push(Some(Seat { next: 0, waker: None, cut: false }));
-        Some(Reader { fanout: self.clone(), seat: state.readers.len() - 1 })
+        state.readers.push(Some(ReaderSlot { next: 0, waker: None, cut: false }));
+        Some(Reader { fanout: self.clone(), slot: state.readers.len() - 1 })
     }
 
     /// Adds a chunk, waiting for room if the buffer was outgrown.
@@ -185,7 +185,7 @@ impl Fanout {
                 }
                 if state.windowed {
                     state.drop_read();
-                    if state.readers.iter().flatten().all(|seat| seat.cut) {
+                    if state.readers.iter().flatten().all(|reader| reader.cut) {
                         return Err(Abandoned);
                     }
                 }
@@ -203,7 +203,7 @@ impl Fanout {
     }
 
     /// The whole is stored: who still reads does so from there, and nothing is held here any more.
-    pub fn settle(&self, whole: &Bytes) {
+    pub fn replace_chunks(&self, whole: &Bytes) {
         let mut state = self.lock();
         let mut start = 0;
         for chunk in &mut state.chunks {
@@ -223,12 +223,12 @@ impl Fanout {
     }
 
     /// Was the buffer outgrown?
-    pub fn outgrown(&self) -> bool {
+    pub fn is_windowed(&self) -> bool {
         self.lock().windowed
     }
 
     /// Everything so far and `last`, in one allocation of its size; if all of it is still here, and not too much.
-    pub fn whole_with(&self, last: &[u8]) -> Option<Bytes> {
+    pub fn complete_body_with(&self, last: &[u8]) -> Option<Bytes> {
         let state = self.lock();
         let size = state.buffered + last.len() as u64;
         if state.windowed || size > self.max_bytes {
@@ -241,9 +241,9 @@ impl Fanout {
     }
 }
 
-impl State {
+impl FanoutState {
     fn wake_all(&mut self) {
-        self.readers.iter_mut().flatten().filter_map(|seat| seat.waker.take()).for_each(Waker::wake);
+        self.readers.iter_mut().flatten().filter_map(|reader| reader.waker.take()).for_each(Waker::wake);
     }
 
     /// Drops the chunks that every reader has had.
@@ -264,9 +264,9 @@ impl State {
         if slowest == fastest {
             return;
         }
-        for seat in self.readers.iter_mut().flatten().filter(|seat| seat.next == *slowest) {
-            seat.cut = true;
-            if let Some(waker) = seat.waker.take() {
+        for reader in self.readers.iter_mut().flatten().filter(|reader| reader.next == *slowest) {
+            reader.cut = true;
+            if let Some(waker) = reader.waker.take() {
                 waker.wake();
             }
         }
@@ -277,20 +277,20 @@ impl State {
 #[derive(Debug)]
 pub struct Reader {
     fanout: Arc<Fanout>,
-    seat: usize,
+    slot: usize,
 }
 
 impl Reader {
     /// The next chunk, the end, or why there is none.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
         let mut state = self.fanout.lock();
-        let State { chunks, dropped, end, readers, windowed, .. } = &mut *state;
-        let Some(seat) = readers.get_mut(self.seat).and_then(Option::as_mut) else { return Poll::Ready(None) };
-        if seat.cut {
+        let FanoutState { chunks, dropped, end, readers, windowed, .. } = &mut *state;
+        let Some(reader) = readers.get_mut(self.slot).and_then(Option::as_mut) else { return Poll::Ready(None) };
+        if reader.cut {
             return Poll::Ready(Some(Err(BodyError::Stalled)));
         }
-        if let Some(chunk) = chunks.get(seat.next - *dropped) {
-            seat.next += 1;
+        if let Some(chunk) = chunks.get(reader.next - *dropped) {
+            reader.next += 1;
             if *windowed {
                 self.fanout.moved.notify_one();
             }
@@ -300,7 +300,7 @@ impl Reader {
             Some(Ok(())) => Poll::Ready(None),
             Some(Err(error)) => Poll::Ready(Some(Err(*error))),
             None => {
-                seat.waker = Some(cx.waker().clone());
+                reader.waker = Some(cx.waker().clone());
                 Poll::Pending
             }
         }
@@ -314,8 +314,8 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        if let Some(seat) = self.fanout.lock().readers.get_mut(self.seat) {
-            *seat = None;
+        if let Some(reader) = self.fanout.lock().readers.get_mut(self.slot) {
+            *reader = None;
         }
         self.fanout.moved.notify_one();
     }
@@ -336,7 +336,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_joins_late_reads_from_the_first_byte() {
-        let fanout = Fanout::new(&Purse::new(1000), 1000, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&InflightBudget::new(1000), 1000, Duration::from_secs(1), None);
         fanout.push(chunk(10)).await.expect("room");
         let mut late = fanout.join().expect("still growing");
         fanout.push(chunk(20)).await.expect("room");
@@ -344,25 +344,25 @@ mod tests {
         assert_eq!(next(&mut late).await, Some(Ok(10)));
         assert_eq!(next(&mut late).await, Some(Ok(20)));
         assert_eq!(next(&mut late).await, None);
-        assert_eq!(fanout.whole_with(b"last").map(|w| w.len()), Some(34));
+        assert_eq!(fanout.complete_body_with(b"last").map(|w| w.len()), Some(34));
     }
 
     #[tokio::test]
     async fn the_purse_is_given_back() {
-        let purse = Purse::new(1000);
-        let fanout = Fanout::new(&purse, 1000, Duration::from_secs(1), None);
+        let budget = InflightBudget::new(1000);
+        let fanout = Fanout::new(&budget, 1000, Duration::from_secs(1), None);
         fanout.push(chunk(600)).await.expect("room");
-        assert_eq!(purse.held(), 600);
+        assert_eq!(budget.held(), 600);
         drop(fanout);
-        assert_eq!(purse.held(), 0);
+        assert_eq!(budget.held(), 0);
     }
 
     #[tokio::test]
     async fn an_outgrown_buffer_takes_no_more_readers_and_is_not_whole() {
-        let fanout = Fanout::new(&Purse::new(1000), 100, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&InflightBudget::new(1000), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(200)).await.expect("one window");
-        assert!(fanout.outgrown() && fanout.join().is_none() && fanout.whole_with(b"").is_none());
+        assert!(fanout.is_windowed() && fanout.join().is_none() && fanout.complete_body_with(b"").is_none());
         assert_eq!(next(&mut reader).await, Some(Ok(200)));
         drop(reader);
         assert_eq!(fanout.push(chunk(1)).await, Err(Abandoned));
@@ -370,11 +370,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_stands_still_is_cut_when_others_wait() {
-        let fanout = Fanout::new(&Purse::new(0), 0, Duration::from_secs(2), None);
+        let fanout = Fanout::new(&InflightBudget::new(0), 0, Duration::from_secs(2), None);
         let (mut quick, mut slow) = {
             let mut state = fanout.lock();
-            state.readers.extend([0, 0].map(|next| Some(Seat { next, waker: None, cut: false })));
-            (Reader { fanout: fanout.clone(), seat: 0 }, Reader { fanout: fanout.clone(), seat: 1 })
+            state.readers.extend([0, 0].map(|next| Some(ReaderSlot { next, waker: None, cut: false })));
+            (Reader { fanout: fanout.clone(), slot: 0 }, Reader { fanout: fanout.clone(), slot: 1 })
         };
         let window = usize::try_from(WINDOW).expect("small");
         fanout.push(chunk(window)).await.expect("one window");
@@ -386,7 +386,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failed_fetch_fails_its_readers_after_what_came() {
-        let fanout = Fanout::new(&Purse::new(100), 100, Duration::from_secs(1), None);
+        let fanout = Fanout::new(&InflightBudget::new(100), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(1)).await.expect("room");
         fanout.finish(Err(BodyError::Client));

@@ -1,4 +1,4 @@
-//! `init`: a first configuration.
+//! `init`: writes a first configuration file.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -8,13 +8,13 @@ use std::process::ExitCode;
 use super::InitArgs;
 use super::run::errors;
 use crate::config;
-use crate::process::say;
+use crate::process::print_line;
 
 const TEMPLATE: &str = include_str!("init/sidecache.toml");
 const SHOPIFY: &str = include_str!("init/shopify.toml");
 const GENERIC: &str = include_str!("init/generic.toml");
 
-/// Writes it, once it has been found good.
+/// Writes the configuration file, after checking that it is valid.
 pub(super) fn init(args: &InitArgs) -> Result<ExitCode, String> {
     let path = args.config.display().to_string();
     let text = text(&args.upstream, args.profile.as_deref());
@@ -27,7 +27,7 @@ pub(super) fn init(args: &InitArgs) -> Result<ExitCode, String> {
     };
     let mut file = File::create_new(&args.config).map_err(failed)?;
     file.write_all(text.as_bytes()).map_err(failed)?;
-    say(format!("{path}: profile {}. Next: sidecache run --config {path}", checked.upstreams[0].profile));
+    print_line(format!("{path}: profile {}. Next: sidecache run --config {path}", checked.upstreams[0].profile));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -38,7 +38,7 @@ fn text(upstream: &str, profile: Option<&str>) -> String {
     let profile = profile.unwrap_or(if shopify { "shopify" } else { "generic" });
     TEMPLATE
         .replace("{rules}", if shopify { SHOPIFY } else { GENERIC }.trim_end())
-        // A JSON string is a TOML string.
+        // A JSON string is also a TOML string.
         .replace("{url}", &serde_json::Value::from(upstream).to_string())
         .replace("{profile}", &serde_json::Value::from(profile).to_string())
 }
@@ -55,7 +55,7 @@ mod tests {
             ("https://api.example", Some("shopify"), "shopify"),
         ] {
             let text = text(url, profile);
-            // A setting in a comment is one word, an equals sign, a value; everything else is said to people.
+            // A commented-out setting is one word, an equals sign, a value; all other comments are prose.
             let setting = |line: &str| line.starts_with("# [") || line.split(' ').nth(2) == Some("=");
             let uncommented: Vec<&str> =
                 text.lines().map(|line| if setting(line) { line.trim_start_matches("# ") } else { line }).collect();

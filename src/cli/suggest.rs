@@ -1,5 +1,7 @@
-//! `suggest`: rules for what was asked again and again and not served from the cache, with the calls that each would have
-//! saved. From the last requests and from what shadow mode has counted; nothing is guessed about what nobody asked.
+//! `suggest`: proposes rules for repeated requests that were not served from the cache.
+//!
+//! Each rule is shown with the number of upstream calls that it would have saved. Only the last requests and the
+//! counters of shadow mode are used; nothing is extrapolated to URLs that were not requested.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -7,30 +9,30 @@ use std::process::ExitCode;
 use serde_json::Value;
 
 use super::SuggestArgs;
-use super::remote::{client, fetched};
+use super::remote::{client, fetch_json};
 use crate::config::parse_duration;
 use crate::policy::millis;
-use crate::process::say;
+use crate::process::print_line;
 
-/// Fewer are not worth a rule.
-const WORTH: usize = 2;
+/// Minimum number of saved calls for a rule to be proposed.
+const MIN_SAVED: usize = 2;
 
-/// One request that was not served from the cache.
+/// A request that was not served from the cache.
 #[derive(Debug)]
-struct Asked<'a> {
+struct UncachedRequest<'a> {
     ago: u64,
     same: &'a str,
     reason: &'a str,
 }
 
-/// What a rule would have done.
+/// A proposed rule, and the effect it would have had.
 #[derive(Debug, PartialEq, Eq)]
 struct Suggestion {
     upstream: String,
     path: String,
-    asked: usize,
+    uncached: usize,
     saved: usize,
-    /// Why it was not cached, most often.
+    /// The most common reason why the requests were not served from the cache.
     reason: String,
 }
 
@@ -38,86 +40,90 @@ pub(super) async fn suggest(args: SuggestArgs) -> Result<ExitCode, String> {
     let SuggestArgs { remote, ttl } = args;
     let time = parse_duration(&ttl).map_err(|e| format!("--ttl: {e}"))?;
     let client = client(&remote)?;
-    let requests = fetched(&client, "/requests").await?;
+    let requests = fetch_json(&client, "/requests").await?;
     let requests = requests["requests"].as_array().cloned().unwrap_or_default();
     let oldest = requests.iter().filter_map(|request| request["ago_ms"].as_u64()).max().unwrap_or(0);
-    say(format!(
+    print_line(format!(
         "# From the last {} requests, of {} s. Put what fits under its [[upstream]].",
         requests.len(),
         oldest / 1000
     ));
     let found = suggestions(&requests, millis(time));
     if found.is_empty() {
-        say("# Nothing was asked twice within the ttl and fetched twice: no rule to suggest.");
+        print_line("# Nothing was asked twice within the ttl and fetched twice: no rule to suggest.");
     }
     let mut upstream = "";
     for suggestion in &found {
         if upstream != suggestion.upstream {
             upstream = &suggestion.upstream;
-            say(format!("\n# upstream {upstream}"));
+            print_line(format!("\n# upstream {upstream}"));
         }
-        say(written(suggestion, &ttl));
+        print_line(rule_text(suggestion, &ttl));
     }
-    let stats = fetched(&client, "/stats").await?;
+    let stats = fetch_json(&client, "/stats").await?;
     for rule in stats["rehearsals"].as_array().into_iter().flatten() {
-        say(rehearsed(rule));
+        print_line(shadow_line(rule));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The rules that would have saved most, for each upstream.
+/// Returns the proposed rules by upstream, those that save the most calls first. `ttl` is in milliseconds.
 fn suggestions(requests: &[Value], ttl: u64) -> Vec<Suggestion> {
-    let mut groups: BTreeMap<(&str, String), Vec<Asked<'_>>> = BTreeMap::new();
+    let mut groups: BTreeMap<(&str, String), Vec<UncachedRequest<'_>>> = BTreeMap::new();
     for request in requests {
         let word = |name: &str| request[name].as_str().unwrap_or_default();
         let fetched = matches!(word("outcome"), "miss" | "bypass") && word("method") == "GET";
         let good = request["status"].as_u64().is_some_and(|status| status < 300 || status == 304);
         if fetched && good && word("detail") != "upgrade" {
-            let asked =
-                Asked { ago: request["ago_ms"].as_u64().unwrap_or(0), same: word("same"), reason: word("detail") };
-            groups.entry((word("upstream"), template(word("path")))).or_default().push(asked);
+            let uncached = UncachedRequest {
+                ago: request["ago_ms"].as_u64().unwrap_or(0),
+                same: word("same"),
+                reason: word("detail"),
+            };
+            groups.entry((word("upstream"), template(word("path")))).or_default().push(uncached);
         }
     }
     let mut found: Vec<Suggestion> = groups
         .into_iter()
-        .map(|((upstream, path), asked)| Suggestion {
+        .map(|((upstream, path), uncached)| Suggestion {
             upstream: upstream.to_owned(),
             path,
-            saved: saved(&asked, ttl),
-            reason: commonest(&asked),
-            asked: asked.len(),
+            saved: saved(&uncached, ttl),
+            reason: most_common_reason(&uncached),
+            uncached: uncached.len(),
         })
-        .filter(|suggestion| suggestion.saved >= WORTH)
+        .filter(|suggestion| suggestion.saved >= MIN_SAVED)
         .collect();
     found.sort_by(|a, b| (&a.upstream, b.saved).cmp(&(&b.upstream, a.saved)));
     found
 }
 
-/// How many would have been hits, each within the ttl of a fetch of the same.
-fn saved(asked: &[Asked<'_>], ttl: u64) -> usize {
+/// Returns the number of requests that would have been hits: those within `ttl` milliseconds of a fetch of the same
+/// request.
+fn saved(uncached: &[UncachedRequest<'_>], ttl: u64) -> usize {
     let mut fetched: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut sorted: Vec<&Asked<'_>> = asked.iter().collect();
-    sorted.sort_by_key(|asked| std::cmp::Reverse(asked.ago));
+    let mut sorted: Vec<&UncachedRequest<'_>> = uncached.iter().collect();
+    sorted.sort_by_key(|uncached| std::cmp::Reverse(uncached.ago));
     let mut saved = 0;
-    for asked in sorted {
-        match fetched.get(asked.same) {
-            Some(fetch) if fetch - asked.ago < ttl => saved += 1,
-            _ => drop(fetched.insert(asked.same, asked.ago)),
+    for uncached in sorted {
+        match fetched.get(uncached.same) {
+            Some(fetch) if fetch - uncached.ago < ttl => saved += 1,
+            _ => drop(fetched.insert(uncached.same, uncached.ago)),
         }
     }
     saved
 }
 
-fn commonest(asked: &[Asked<'_>]) -> String {
+fn most_common_reason(uncached: &[UncachedRequest<'_>]) -> String {
     let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
-    for asked in asked {
-        *reasons.entry(asked.reason).or_default() += 1;
+    for uncached in uncached {
+        *reasons.entry(uncached.reason).or_default() += 1;
     }
     let most = reasons.into_iter().max_by_key(|(_, count)| *count);
     most.map_or("", |(reason, _)| reason).to_owned()
 }
 
-/// The path with `{id}` for what looks like one: numbers, UUIDs, long hexadecimal words.
+/// Returns the path with `{id}` for segments that look like an identifier: numbers, UUIDs, long hexadecimal words.
 fn template(path: &str) -> String {
     let segment = |segment: &str| {
         let (word, rest) = segment.split_once('.').map_or((segment, String::new()), |(w, r)| (w, format!(".{r}")));
@@ -127,7 +133,7 @@ fn template(path: &str) -> String {
     };
     let mut named = 0;
     let segments = path.split('/').map(segment).map(|segment| {
-        // Two of one name would be an error.
+        // Two parameters of the same name would be an error.
         if segment.starts_with("{id}") {
             named += 1;
         }
@@ -136,8 +142,8 @@ fn template(path: &str) -> String {
     segments.collect::<Vec<_>>().join("/")
 }
 
-fn written(suggestion: &Suggestion, ttl: &str) -> String {
-    let Suggestion { path, asked, saved, reason, .. } = suggestion;
+fn rule_text(suggestion: &Suggestion, ttl: &str) -> String {
+    let Suggestion { path, uncached, saved, reason, .. } = suggestion;
     let why = match reason.as_str() {
         "no-store" | "private" => "; the upstream forbids storing it: only if you know better",
         "unkeyed-credential" => "; first add its credential header to [security] credential_headers",
@@ -145,11 +151,11 @@ fn written(suggestion: &Suggestion, ttl: &str) -> String {
         _ => "",
     };
     let reason = if reason.is_empty() { String::new() } else { format!(" (now: {reason}{why})") };
-    format!("# saves {saved} of {asked} calls{reason}\n[[upstream.rule]]\npath = \"{path}\"\nttl = \"{ttl}\"\n")
+    format!("# saves {saved} of {uncached} calls{reason}\n[[upstream.rule]]\npath = \"{path}\"\nttl = \"{ttl}\"\n")
 }
 
-/// What shadow mode says of a rule that there is already.
-fn rehearsed(rule: &Value) -> String {
+/// Formats the results of shadow mode for an existing rule.
+fn shadow_line(rule: &Value) -> String {
     let count = |name: &str| rule[name].as_u64().unwrap_or(0);
     let (hits, wrong) = (count("hit"), count("wrong_hit"));
     let verdict = match (hits, wrong) {
@@ -190,12 +196,12 @@ mod tests {
         let expected = Suggestion {
             upstream: "api".into(),
             path: "/products/{id}.json".into(),
-            asked: 5,
+            uncached: 5,
             saved: 2,
             reason: "no-freshness".into(),
         };
         assert_eq!(found, [expected]);
-        let text = format!("[[upstream]]\nurl = \"http://127.0.0.1:9\"\n{}", written(&found[0], "1m"));
+        let text = format!("[[upstream]]\nurl = \"http://127.0.0.1:9\"\n{}", rule_text(&found[0], "1m"));
         crate::config::from_text("suggested", &text, std::path::Path::new("")).expect("it can be used as it is");
     }
 

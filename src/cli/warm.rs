@@ -1,5 +1,5 @@
-//! `warm`: asks a running sidecar for a list of URLs, so that they are stored before anybody else asks. The upstream's
-//! budget sets the pace: where the sidecar says to come later, this comes later.
+//! `warm`: requests a list of URLs from a running sidecar, so that they are stored before clients request them.
+//! The upstream's budget sets the pace: where the sidecar sends `Retry-After`, the request is retried after that time.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -13,25 +13,25 @@ use tokio::task::JoinSet;
 
 use super::WarmArgs;
 use super::explain::header;
-use super::remote::{client, fetched};
+use super::remote::{client, fetch_json};
 use crate::body::Body;
 use crate::clock::Clock;
-use crate::config::Timeouts;
-use crate::process::say;
-use crate::upstream::Upstream;
-use crate::upstream::http::HttpUpstream;
+use crate::process::print_line;
+use crate::upstream::Timeouts;
+use crate::upstream::UpstreamClient;
+use crate::upstream::client::PooledClient;
 
-/// One URL is asked for so often, when its turn is too far away.
-const ATTEMPTS: u32 = 10;
+/// Maximum number of attempts for one URL while the sidecar sends `Retry-After`.
+const MAX_ATTEMPTS: u32 = 10;
 
-/// How often there is word of how far it is.
-const TELL_EVERY: Duration = Duration::from_secs(1);
+/// Interval between progress messages.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What became of the URLs, by word.
-type Done = BTreeMap<String, u64>;
+/// Number of URLs by result.
+type WarmResults = BTreeMap<String, u64>;
 
 struct Sidecar {
-    http: HttpUpstream,
+    http: PooledClient,
     to: Uri,
     headers: HeaderMap,
 }
@@ -43,7 +43,7 @@ pub(super) async fn warm(args: WarmArgs) -> Result<ExitCode, String> {
     let to = match to {
         Some(to) => to,
         None => {
-            let config = fetched(&client(&remote)?, "/config").await?;
+            let config = fetch_json(&client(&remote)?, "/config").await?;
             let first = &config["upstreams"][0];
             let scheme = if first["listen_tls"] == true { "https" } else { "http" };
             format!("{scheme}://{}", first["listen"].as_str().unwrap_or_default())
@@ -62,13 +62,13 @@ pub(super) async fn warm(args: WarmArgs) -> Result<ExitCode, String> {
     let headers = headers.iter().map(named).collect::<Result<HeaderMap, _>>()?;
     let limit = Duration::from_mins(5);
     let timeouts = Timeouts { connect: Duration::from_secs(2), first_byte: limit, idle: limit, fetch: limit };
-    let http = HttpUpstream::plain(timeouts, Clock::start())?;
+    let http = PooledClient::plain(timeouts, Clock::start())?;
     let done = run(Sidecar { http, to, headers }, urls, jobs.max(1)).await;
-    say(told(&done));
+    print_line(progress_text(&done));
     Ok(ExitCode::from(u8::from(done.keys().any(|word| word.starts_with("failed")))))
 }
 
-/// A URL a line, absolute or from the slash on; what begins with # is a remark.
+/// Parses one URL per line, absolute or beginning with a slash. Lines that begin with # are comments.
 fn urls(text: &str) -> Result<Vec<Uri>, String> {
     let lines = text.lines().map(str::trim).enumerate();
     let urls = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')).map(|(n, line)| {
@@ -79,11 +79,11 @@ fn urls(text: &str) -> Result<Vec<Uri>, String> {
     urls.collect()
 }
 
-async fn run(sidecar: Sidecar, urls: Vec<Uri>, jobs: usize) -> Done {
+async fn run(sidecar: Sidecar, urls: Vec<Uri>, jobs: usize) -> WarmResults {
     let (all, sidecar) = (urls.len(), Arc::new(sidecar));
     let mut waiting = urls.into_iter();
-    let (mut under_way, mut done) = (JoinSet::new(), Done::new());
-    let mut tell = tokio::time::interval(TELL_EVERY);
+    let (mut under_way, mut done) = (JoinSet::new(), WarmResults::new());
+    let mut tell = tokio::time::interval(PROGRESS_INTERVAL);
     tell.tick().await;
     loop {
         while under_way.len() < jobs
@@ -98,21 +98,21 @@ async fn run(sidecar: Sidecar, urls: Vec<Uri>, jobs: usize) -> Done {
                 None => return done,
             },
             _ = tell.tick() => {
-                let _ = writeln!(std::io::stderr(), "{} of {all}: {}", done.values().sum::<u64>(), told(&done));
+                let _ = writeln!(std::io::stderr(), "{} of {all}: {}", done.values().sum::<u64>(), progress_text(&done));
             }
         }
     }
 }
 
-fn told(done: &Done) -> String {
+fn progress_text(done: &WarmResults) -> String {
     let words: Vec<String> = done.iter().map(|(word, count)| format!("{count} {word}")).collect();
     if words.is_empty() { "nothing yet".into() } else { words.join(", ") }
 }
 
 impl Sidecar {
-    /// Asks for one URL until it gets an answer: what became of it.
+    /// Requests one URL until the response is final, at most [`MAX_ATTEMPTS`] times. Returns the result as text.
     async fn ask(&self, url: &Uri) -> String {
-        for _ in 0..ATTEMPTS {
+        for _ in 0..MAX_ATTEMPTS {
             let response = match self.send(url).await {
                 Ok(response) => response,
                 Err(why) => return format!("failed: {why}"),
@@ -120,7 +120,7 @@ impl Sidecar {
             let later = matches!(response.status(), StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS);
             let wait = response.headers().get(RETRY_AFTER).filter(|_| later);
             let Some(seconds) = wait.and_then(|wait| wait.to_str().ok()?.parse::<f64>().ok()) else {
-                return became(&response);
+                return result_of(&response);
             };
             tokio::time::sleep(Duration::from_secs_f64(seconds.clamp(0.1, 60.0))).await;
         }
@@ -134,13 +134,13 @@ impl Sidecar {
         let mut request = Request::builder().uri(format!("{scheme}://{to}{target}")).body(Body::Empty);
         if let Ok(request) = &mut request {
             request.headers_mut().extend(self.headers.clone());
-            // On an upstream with several hosts the Host says which.
+            // On an upstream with several hosts, Host selects the host.
             let host = url.authority().map_or(to, |authority| authority.as_str());
             request.headers_mut().insert(HOST, HeaderValue::try_from(host).map_err(|e| e.to_string())?);
         }
         let response = self.http.send(request.map_err(|e| e.to_string())?).await.map_err(|e| e.to_string())?;
         let (parts, mut body) = response.into_parts();
-        // Stored is what came whole.
+        // Only complete responses are stored: read the body to its end.
         while let Some(chunk) = body.next().await {
             chunk.map_err(|e| e.to_string())?;
         }
@@ -148,8 +148,8 @@ impl Sidecar {
     }
 }
 
-/// In a word, from `Cache-Status`.
-fn became(response: &Response<()>) -> String {
+/// Returns the result as text, from the status and `Cache-Status`.
+fn result_of(response: &Response<()>) -> String {
     let status = response.headers().get_all("cache-status").iter().filter_map(|value| value.to_str().ok());
     let ours = status.filter_map(|value| value.rsplit("sidecache;").next()).next_back().unwrap_or_default();
     let detail = ours.split("detail=").nth(1).and_then(|rest| rest.split(';').next());
@@ -173,7 +173,7 @@ mod tests {
         assert!(urls("/a\nproducts\n").expect_err("no slash").starts_with("line 2"));
         let answer = |status: u16, text: &str| {
             let answer = Response::builder().status(status).header("cache-status", text).body(()).expect("an answer");
-            became(&answer)
+            result_of(&answer)
         };
         assert_eq!(answer(200, "cdn; hit, sidecache; fwd=uri-miss; stored"), "stored");
         assert_eq!(answer(200, "sidecache; hit; ttl=3"), "stored before");

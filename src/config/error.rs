@@ -1,21 +1,21 @@
-//! Configuration errors that say where, what, and what to write instead.
+//! Configuration errors, with the position, the fault, and what to write instead.
 
 use std::fmt;
 use std::ops::Range;
 
-/// One thing wrong with a configuration.
+/// A configuration error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    /// `file:line:column`, `flags`, or `environment`.
+    /// The position: `file:line:column`, or the whole source (file, flags, environment).
     pub place: String,
     /// What is wrong, and what to write instead.
     pub message: String,
-    /// The line in question with a caret under it, where there is one.
+    /// The line of the file with a caret under the error, if there is one.
     pub excerpt: Option<String>,
 }
 
 impl ConfigError {
-    /// An error that no line of a file is to blame for.
+    /// Creates an error without a line of a file.
     pub fn at(place: impl Into<String>, message: impl Into<String>) -> ConfigError {
         ConfigError { place: place.into(), message: message.into(), excerpt: None }
     }
@@ -30,13 +30,13 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// Begins a message about something that must not be quoted.
-pub(super) const UNQUOTED: &str = "\u{0}";
+/// Prefix of a message whose line must not be quoted, because it contains a secret.
+pub(super) const NO_EXCERPT: &str = "\u{0}";
 
-/// One thing wrong, at a span.
-pub(super) type Fault = (Range<usize>, String);
+/// A fault: its span in the text, and its message.
+pub(super) type ConfigFault = (Range<usize>, String);
 
-/// A text with a name, to which spans refer.
+/// A named text that spans refer to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Source<'a> {
     pub(super) name: &'a str,
@@ -44,7 +44,7 @@ pub(super) struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// An error at a span. What came from flags or environment has the empty span at 0.
+    /// Creates an error at a span. Values from flags or environment have the empty span at 0.
     pub(super) fn error(&self, span: &Range<usize>, message: impl Into<String>) -> ConfigError {
         if *span == (0..0) {
             return ConfigError::at("command line or environment", message);
@@ -57,7 +57,7 @@ impl Source<'_> {
         let width = span.end.saturating_sub(start).clamp(1, line.chars().count().saturating_sub(column - 1).max(1));
         let margin = " ".repeat(line_number.to_string().len());
         let message = message.into();
-        if let Some(message) = message.strip_prefix(UNQUOTED) {
+        if let Some(message) = message.strip_prefix(NO_EXCERPT) {
             return ConfigError::at(format!("{}:{line_number}:{column}", self.name), message);
         }
         let excerpt =
@@ -65,7 +65,7 @@ impl Source<'_> {
         ConfigError { place: format!("{}:{line_number}:{column}", self.name), message, excerpt: Some(excerpt) }
     }
 
-    /// What the TOML parser or the types behind it found.
+    /// Converts an error of the TOML parser or of deserialization.
     pub(super) fn toml_error(&self, error: &toml::de::Error) -> ConfigError {
         let message = error.message().trim_end().replace('\n', "; ");
         match error.span() {

@@ -1,4 +1,4 @@
-//! What can I configure? This: the file, as serde reads it. Unknown keys are errors.
+//! The configuration file's structure, as deserialized by serde. Unknown keys are errors.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,15 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::Value;
 
-use super::protection::{BreakerTable, BudgetSpec, PoolTable};
-use super::values::{Dur, OneOrMany, SecretRef, Size, Window};
+use super::resilience::{BreakerTable, BudgetSpec, PoolTable};
+use super::values::{DurationValue, OneOrMany, OptionalDuration, SecretRef, SizeValue};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct File {
     pub(super) mode: Option<Spanned<String>>,
     pub(super) upstream: Vec<Spanned<Upstream>>,
-    pub(super) ttl: BTreeMap<String, Dur>,
+    pub(super) ttl: BTreeMap<String, DurationValue>,
     pub(super) memory: Memory,
     pub(super) limits: Limits,
     pub(super) security: Security,
@@ -22,8 +22,8 @@ pub(super) struct File {
     pub(super) shutdown: Shutdown,
     pub(super) log: Log,
     pub(super) redis: Option<Spanned<Redis>>,
-    // Known, and refused until they are built.
     pub(super) probes: Option<Probes>,
+    // Known, but rejected until it is implemented.
     pub(super) webhook: Option<Spanned<Value>>,
 }
 
@@ -56,19 +56,19 @@ pub(super) struct Upstream {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Timeouts {
-    pub(super) deadline: Option<Dur>,
-    pub(super) connect: Option<Dur>,
-    pub(super) first_byte: Option<Dur>,
-    pub(super) idle: Option<Dur>,
-    pub(super) fetch: Option<Dur>,
+    pub(super) deadline: Option<DurationValue>,
+    pub(super) connect: Option<DurationValue>,
+    pub(super) first_byte: Option<DurationValue>,
+    pub(super) idle: Option<DurationValue>,
+    pub(super) fetch: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Retry {
     pub(super) attempts: Option<u32>,
-    pub(super) base: Option<Dur>,
-    pub(super) cap: Option<Dur>,
+    pub(super) base: Option<DurationValue>,
+    pub(super) cap: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -96,16 +96,16 @@ pub(super) struct Rule {
     pub(super) when: Option<When>,
     pub(super) cache: Option<Spanned<String>>,
     pub(super) ttl: Option<Spanned<String>>,
-    pub(super) stale_while_revalidate: Option<Window>,
-    pub(super) stale_if_error: Option<Window>,
-    pub(super) last_known_good: Option<Window>,
-    pub(super) negative_ttl: Option<Window>,
-    pub(super) refresh_ahead: Option<Window>,
+    pub(super) stale_while_revalidate: Option<OptionalDuration>,
+    pub(super) stale_if_error: Option<OptionalDuration>,
+    pub(super) last_known_good: Option<OptionalDuration>,
+    pub(super) negative_ttl: Option<OptionalDuration>,
+    pub(super) refresh_ahead: Option<OptionalDuration>,
     pub(super) key: Option<Key>,
     pub(super) tags: Option<Spanned<Vec<String>>>,
     pub(super) reject_empty: Option<Spanned<String>>,
     pub(super) volatile: Option<Spanned<Vec<String>>>,
-    pub(super) deadline: Option<Dur>,
+    pub(super) deadline: Option<DurationValue>,
     pub(super) fallback: Option<Spanned<Fallback>>,
     pub(super) upgrade: Option<Spanned<Vec<String>>>,
     pub(super) set_cookie: Option<Spanned<String>>,
@@ -140,10 +140,10 @@ pub(super) struct Fallback {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Memory {
-    pub(super) max_bytes: Option<Spanned<Size>>,
-    pub(super) max_entry_bytes: Option<Spanned<Size>>,
-    pub(super) max_inflight_bytes: Option<Size>,
-    pub(super) max_unverified: Option<Dur>,
+    pub(super) max_bytes: Option<Spanned<SizeValue>>,
+    pub(super) max_entry_bytes: Option<Spanned<SizeValue>>,
+    pub(super) max_inflight_bytes: Option<SizeValue>,
+    pub(super) max_unverified: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -155,10 +155,10 @@ pub(super) struct Redis {
     pub(super) tls: Tls,
     pub(super) databases: Option<Spanned<Databases>>,
     pub(super) key_prefix: Option<Spanned<String>>,
-    pub(super) command_timeout: Option<Dur>,
+    pub(super) command_timeout: Option<DurationValue>,
     pub(super) compress: Option<Spanned<String>>,
-    pub(super) compress_above: Option<Size>,
-    pub(super) write_behind: Option<Size>,
+    pub(super) compress_above: Option<SizeValue>,
+    pub(super) write_behind: Option<SizeValue>,
 }
 
 #[derive(Debug, Default, Clone, Copy, Deserialize)]
@@ -172,14 +172,14 @@ pub(super) struct Databases {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Limits {
-    pub(super) request_body: Option<Size>,
-    pub(super) headers: Option<Size>,
-    pub(super) url: Option<Size>,
+    pub(super) request_body: Option<SizeValue>,
+    pub(super) headers: Option<SizeValue>,
+    pub(super) url: Option<SizeValue>,
     pub(super) connections: Option<usize>,
-    pub(super) header_time: Option<Dur>,
-    pub(super) keep_alive: Option<Dur>,
-    pub(super) write_stall: Option<Dur>,
-    pub(super) shared_write_stall: Option<Dur>,
+    pub(super) header_time: Option<DurationValue>,
+    pub(super) keep_alive: Option<DurationValue>,
+    pub(super) write_stall: Option<DurationValue>,
+    pub(super) shared_write_stall: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -206,7 +206,7 @@ pub(super) struct Probes {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Shutdown {
-    pub(super) grace: Option<Dur>,
+    pub(super) grace: Option<DurationValue>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -216,7 +216,7 @@ pub(super) struct Log {
     pub(super) format: Option<Spanned<String>>,
 }
 
-/// A profile: rules as data.
+/// A profile: default settings and rules.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Profile {

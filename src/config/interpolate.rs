@@ -1,4 +1,4 @@
-//! `${VAR}` and `${VAR:-default}` in any string of the file, and `SIDECACHE_A__B=…` in the place of its key.
+//! Environment variables: `${VAR}` and `${VAR:-default}` in strings of the file, and `SIDECACHE_A__B=…` for a key.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -8,25 +8,25 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Source};
 
-/// The environment: injected, so that tests need not touch the process's.
+/// The environment, passed as a parameter so that tests need not change that of the process.
 pub(super) type Env<'e> = &'e dyn Fn(&str) -> Option<String>;
 
-/// Replaces the variables in every string below `table`.
+/// Replaces the variables in every string of `table` and its subtables.
 pub(super) fn interpolate(table: &mut DeTable<'_>, source: Source<'_>, env: Env<'_>) -> Result<(), ConfigError> {
     for (_, value) in table.iter_mut() {
-        in_value(value, source, env)?;
+        interpolate_value(value, source, env)?;
     }
     Ok(())
 }
 
-fn in_value(value: &mut Spanned<DeValue<'_>>, source: Source<'_>, env: Env<'_>) -> Result<(), ConfigError> {
+fn interpolate_value(value: &mut Spanned<DeValue<'_>>, source: Source<'_>, env: Env<'_>) -> Result<(), ConfigError> {
     let span = value.span();
     match value.get_mut() {
         DeValue::String(text) if text.contains('$') => {
             *text = Cow::Owned(expand(text, env).map_err(|message| source.error(&span, message))?);
             Ok(())
         }
-        DeValue::Array(list) => list.iter_mut().try_for_each(|item| in_value(item, source, env)),
+        DeValue::Array(list) => list.iter_mut().try_for_each(|item| interpolate_value(item, source, env)),
         DeValue::Table(table) => interpolate(table, source, env),
         DeValue::String(_) | DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) | DeValue::Datetime(_) => {
             Ok(())
@@ -55,8 +55,8 @@ fn expand(text: &str, env: Env<'_>) -> Result<String, String> {
     Ok(out + rest)
 }
 
-/// Puts `SIDECACHE_REDIS__URL` and its like into the table. Only names with `__` (and `SIDECACHE_MODE`)
-/// count: Kubernetes sets `SIDECACHE_PORT_…` of its own for a service called sidecache.
+/// Sets keys from variables like `SIDECACHE_REDIS__URL`. Only names with `__` (and `SIDECACHE_MODE`) count, because
+/// Kubernetes sets `SIDECACHE_PORT_…` for a service called sidecache.
 pub(super) fn overlay<'i>(table: &mut DeTable<'i>, vars: &'i [(String, String)]) -> Result<(), ConfigError> {
     for (name, value) in vars {
         let Some(path) = name.strip_prefix("SIDECACHE_") else { continue };
@@ -88,7 +88,7 @@ fn set<'i>(table: &mut DeTable<'i>, keys: &[&str], value: &'i str) -> Result<(),
     }
 }
 
-/// Numbers, booleans and lists as TOML writes them, everything else as text.
+/// Parses numbers, booleans and lists as TOML does; everything else is text.
 fn scalar(value: &str) -> DeValue<'_> {
     match DeValue::parse(value).map(Spanned::into_inner) {
         Ok(DeValue::String(text)) => DeValue::String(text),

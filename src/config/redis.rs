@@ -1,18 +1,21 @@
-//! From `[redis]` of the file to a validated [`Redis`].
+//! Validation of `[redis]` of the file, with a [`RedisConfig`] as result.
 
 use std::time::Duration;
 
 use toml::Spanned;
 
-use super::error::{Fault, UNQUOTED};
+use super::error::{ConfigFault, NO_EXCERPT};
+use super::file;
 use super::validate::Validator;
-use super::{Compression, Databases, Redis, Topology, file};
+use crate::redis::{RedisConfig, RedisDatabases, RedisTopology};
+use crate::store::compression::Compression;
+use crate::store::redis_tier::RedisTierConfig;
 
 const SCHEMES: &str = "write one of redis://, rediss://, redis-cluster://, rediss-cluster://, redis-sentinel://, \
                        rediss-sentinel://, redis+unix://";
 
 impl Validator<'_> {
-    pub(super) fn redis(&mut self, given: &Spanned<file::Redis>) -> Option<Redis> {
+    pub(super) fn redis(&mut self, given: &Spanned<file::Redis>) -> Option<RedisConfig> {
         let (span, given) = (given.span(), given.get_ref());
         let Some(url) = &given.url else {
             self.fault(&span, "[redis] needs a url: write url = \"redis://127.0.0.1:6379\"");
@@ -29,13 +32,12 @@ impl Validator<'_> {
         }
         let tls = self.tls(&given.tls);
         let databases = self.databases(given.databases.as_ref(), database, &topology);
-        let compress = self.collect(compression(given.compress.as_ref())).unwrap_or_default();
         let key_prefix = given.key_prefix.as_ref().map_or("sidecache", |prefix| prefix.get_ref().as_str());
         if key_prefix.is_empty() || key_prefix.contains(|c: char| !c.is_ascii_alphanumeric() && !"_-.".contains(c)) {
             let span = given.key_prefix.as_ref().map_or(0..0, Spanned::span);
             self.fault(&span, "redis.key_prefix: write letters, digits, and _ - . only");
         }
-        Some(Redis {
+        Some(RedisConfig {
             topology,
             tls: encrypted.then_some(tls),
             username: given.username.clone(),
@@ -43,20 +45,33 @@ impl Validator<'_> {
             databases,
             key_prefix: key_prefix.into(),
             command_timeout: given.command_timeout.map_or(Duration::from_millis(100), |d| d.0),
-            compress,
-            compress_above: given.compress_above.map_or(2 << 10, |s| s.0),
-            write_behind: given.write_behind.map_or(16 << 20, |s| s.0),
         })
     }
 
-    fn databases(&mut self, given: Option<&Spanned<file::Databases>>, url: u8, topology: &Topology) -> Databases {
+    /// Returns the settings for records in Redis, or the defaults without `[redis]`.
+    pub(super) fn redis_tier(&mut self, given: Option<&file::Redis>) -> RedisTierConfig {
+        let defaults = RedisTierConfig::default();
+        let Some(given) = given else { return defaults };
+        RedisTierConfig {
+            compression: self.collect(compression(given.compress.as_ref())).unwrap_or_default(),
+            compress_above: given.compress_above.map_or(defaults.compress_above, |s| s.0),
+            write_behind: given.write_behind.map_or(defaults.write_behind, |s| s.0),
+        }
+    }
+
+    fn databases(
+        &mut self,
+        given: Option<&Spanned<file::Databases>>,
+        url: u8,
+        topology: &RedisTopology,
+    ) -> RedisDatabases {
         let each = |database: Option<u8>| database.unwrap_or(url);
-        let databases = given.map_or(Databases { cache: url, private: url, coordination: url }, |given| {
+        let databases = given.map_or(RedisDatabases { cache: url, private: url, coordination: url }, |given| {
             let file::Databases { cache, private, coordination } = *given.get_ref();
-            Databases { cache: each(cache), private: each(private), coordination: each(coordination) }
+            RedisDatabases { cache: each(cache), private: each(private), coordination: each(coordination) }
         });
-        let several = databases != (Databases { cache: 0, private: 0, coordination: 0 });
-        if matches!(topology, Topology::Cluster(_)) && several {
+        let several = databases != (RedisDatabases { cache: 0, private: 0, coordination: 0 });
+        if matches!(topology, RedisTopology::Cluster(_)) && several {
             let span = given.map_or(0..0, Spanned::span);
             self.fault(&span, "a Redis Cluster has database 0 only: leave databases out");
         }
@@ -64,18 +79,18 @@ impl Validator<'_> {
     }
 }
 
-fn compression(given: Option<&Spanned<String>>) -> Result<Compression, Fault> {
-    let Some(word) = given else { return Ok(Compression::default()) };
+fn compression(given: Option<&Spanned<String>>) -> Result<Compression, ConfigFault> {
+    let Some(word) = given else { return Ok(RedisTierConfig::default().compression) };
     match word.get_ref().as_str() {
         "lz4" => Ok(Compression::Lz4),
         "zstd" => Ok(Compression::Zstd),
-        "off" => Ok(Compression::Off),
+        "off" => Ok(Compression::None),
         other => Err((word.span(), format!("redis.compress = {other:?}: write \"lz4\", \"zstd\" or \"off\""))),
     }
 }
 
-/// Topology, whether TLS is spoken, and the database.
-fn parse(url: &Spanned<String>) -> Result<(Topology, bool, u8), Fault> {
+/// Parses a Redis URL. Returns the topology, whether TLS is used, and the database.
+fn parse(url: &Spanned<String>) -> Result<(RedisTopology, bool, u8), ConfigFault> {
     let fail = |why: String| (url.span(), why);
     let text = url.get_ref().as_str();
     let Some((scheme, rest)) = text.split_once("://") else {
@@ -84,7 +99,7 @@ fn parse(url: &Spanned<String>) -> Result<(Topology, bool, u8), Fault> {
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     if scheme == "redis+unix" {
         return if rest.starts_with('/') {
-            Ok((Topology::Unix(rest.into()), false, 0))
+            Ok((RedisTopology::Unix(rest.into()), false, 0))
         } else {
             Err(fail("redis.url: write redis+unix:///path/to/redis.sock".into()))
         };
@@ -92,7 +107,7 @@ fn parse(url: &Spanned<String>) -> Result<(Topology, bool, u8), Fault> {
     if rest.contains('@') {
         let advice = "redis.url does not carry credentials: write username = \"…\" and password = { file = \"…\" } or \
                       { env = \"…\" } under [redis]";
-        return Err(fail(UNQUOTED.to_owned() + advice));
+        return Err(fail(NO_EXCERPT.to_owned() + advice));
     }
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
     let database = match database {
@@ -116,12 +131,12 @@ fn parse(url: &Spanned<String>) -> Result<(Topology, bool, u8), Fault> {
     let nodes: Vec<(String, u16)> =
         nodes.iter().map(|node| host_and_port(node, default_port)).collect::<Result<_, _>>().map_err(fail)?;
     let topology = match (kind, service) {
-        ("", None) if nodes.len() == 1 => Topology::Single(nodes[0].clone()),
+        ("", None) if nodes.len() == 1 => RedisTopology::Single(nodes[0].clone()),
         ("", None) => {
             return Err(fail("redis.url: several nodes: write redis-cluster:// or redis-sentinel://".into()));
         }
-        ("-cluster", None) => Topology::Cluster(nodes),
-        ("-sentinel", Some(service)) => Topology::Sentinel { nodes, service },
+        ("-cluster", None) => RedisTopology::Cluster(nodes),
+        ("-sentinel", Some(service)) => RedisTopology::Sentinel { nodes, service },
         ("-sentinel", None) => {
             return Err(fail("redis.url: which master? Write redis-sentinel://host:26379?service=mymaster".into()));
         }
@@ -151,7 +166,7 @@ fn host_and_port(node: &str, default: u16) -> Result<(String, u16), String> {
 mod tests {
     use super::*;
 
-    fn read(url: &str) -> Result<(Topology, bool, u8), String> {
+    fn read(url: &str) -> Result<(RedisTopology, bool, u8), String> {
         parse(&Spanned::new(0..1, url.to_owned())).map_err(|(_, message)| message)
     }
 
@@ -159,16 +174,16 @@ mod tests {
     fn urls() {
         let one = |host: &str, port| (host.to_owned(), port);
         let good = [
-            ("redis://127.0.0.1", Topology::Single(one("127.0.0.1", 6379)), false, 0),
-            ("rediss://cache.example:7000/3", Topology::Single(one("cache.example", 7000)), true, 3),
-            ("redis://[::1]:7000", Topology::Single(one("::1", 7000)), false, 0),
-            ("redis://[::1]", Topology::Single(one("::1", 6379)), false, 0),
-            ("redis+unix:///run/redis.sock", Topology::Unix("/run/redis.sock".into()), false, 0),
-            ("redis-cluster://a:1,b:2", Topology::Cluster(vec![one("a", 1), one("b", 2)]), false, 0),
-            ("rediss-cluster://a:1?node=b:2", Topology::Cluster(vec![one("a", 1), one("b", 2)]), true, 0),
+            ("redis://127.0.0.1", RedisTopology::Single(one("127.0.0.1", 6379)), false, 0),
+            ("rediss://cache.example:7000/3", RedisTopology::Single(one("cache.example", 7000)), true, 3),
+            ("redis://[::1]:7000", RedisTopology::Single(one("::1", 7000)), false, 0),
+            ("redis://[::1]", RedisTopology::Single(one("::1", 6379)), false, 0),
+            ("redis+unix:///run/redis.sock", RedisTopology::Unix("/run/redis.sock".into()), false, 0),
+            ("redis-cluster://a:1,b:2", RedisTopology::Cluster(vec![one("a", 1), one("b", 2)]), false, 0),
+            ("rediss-cluster://a:1?node=b:2", RedisTopology::Cluster(vec![one("a", 1), one("b", 2)]), true, 0),
             (
                 "redis-sentinel://a,b:2/1?service=main",
-                Topology::Sentinel { nodes: vec![one("a", 26379), one("b", 2)], service: "main".into() },
+                RedisTopology::Sentinel { nodes: vec![one("a", 26379), one("b", 2)], service: "main".into() },
                 false,
                 1,
             ),

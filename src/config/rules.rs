@@ -1,4 +1,4 @@
-//! From a rule of the file to compiled [`Plan`]s: one for each of its paths.
+//! Compilation of a rule of the file to [`Rule`]s, one for each of its paths.
 
 use std::fs;
 use std::ops::Range;
@@ -10,35 +10,35 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use toml::Spanned;
 
-use super::error::{ConfigError, Fault, Source};
+use super::error::{ConfigError, ConfigFault, Source};
 use super::file;
-use super::values::{OneOrMany, Window};
-use crate::policy::glob::{Glob, PathPattern};
-use crate::policy::key::{KeyPlan, Partition, QueryFilter};
+use super::values::{OneOrMany, OptionalDuration};
+use crate::policy::invalidation::tag::TagTemplate;
 use crate::policy::outcome::Failure;
-use crate::policy::plan::{CacheMode, Methods, Payload, Plan, When};
-use crate::policy::tags::TagTemplate;
+use crate::policy::routing::cache_key::{KeySpec, Partition, QueryFilter};
+use crate::policy::routing::pattern::{Glob, PathPattern};
+use crate::policy::routing::rule::{CacheMode, Conditions, FallbackPayload, Methods, Rule};
 
-/// Longest fallback payload that is read.
+/// The maximum size of a fallback file: 8 MiB.
 const MAX_PAYLOAD: u64 = 8 << 20;
 
-/// What a rule is compiled with, beside itself.
-pub(super) struct Surroundings<'a> {
+/// The context that a rule is compiled in.
+pub(super) struct RuleContext<'a> {
     pub(super) source: Source<'a>,
-    /// Paths in the file are relative to this.
+    /// Paths in the file are relative to this folder.
     pub(super) folder: &'a Path,
     pub(super) upstream: &'a str,
     pub(super) classes: &'a dyn Fn(&str) -> Option<Duration>,
     pub(super) partition: Partition,
     pub(super) credentials: Arc<[HeaderName]>,
     pub(super) deadline: Duration,
-    /// HTTP/2 to the upstream.
+    /// Whether requests are sent to the upstream over HTTP/2.
     pub(super) http2: bool,
 }
 
-type Errors = Vec<ConfigError>;
+type ConfigErrors = Vec<ConfigError>;
 
-/// `rule`, with what it leaves open taken from `defaults`.
+/// Returns `rule`, with settings that it leaves out taken from `defaults`.
 pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
     let file::Rule {
         name,
@@ -61,14 +61,14 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
         upgrade,
         set_cookie,
     } = rule;
-    // A rule that chooses `http` or `off` for itself does not inherit a ttl.
+    // A rule that sets `http` or `off` itself does not inherit a ttl.
     let own_mode = cache.as_ref().is_some_and(|c| c.get_ref() != "override");
     file::Rule {
         name,
         path,
         methods: methods.or_else(|| defaults.methods.clone()),
         when: when.or_else(|| defaults.when.clone()),
-        // A rule that has its own ttl does not inherit a mode that contradicts it.
+        // A rule that sets a ttl itself does not inherit a mode that contradicts it.
         cache: if ttl.is_some() { cache } else { cache.or_else(|| defaults.cache.clone()) },
         ttl: if own_mode { ttl } else { ttl.or_else(|| defaults.ttl.clone()) },
         stale_while_revalidate: stale_while_revalidate.or(defaults.stale_while_revalidate),
@@ -87,14 +87,14 @@ pub(super) fn inherit(rule: file::Rule, defaults: &file::Rule) -> file::Rule {
     }
 }
 
-impl Surroundings<'_> {
-    /// Compiles a rule, or adds to `errors` what is wrong with it.
+impl RuleContext<'_> {
+    /// Compiles a rule. On failure, adds its faults to `errors` and returns no rules.
     pub(super) fn compile(
         &self,
         rule: &Spanned<file::Rule>,
         defaults: &file::Rule,
-        errors: &mut Errors,
-    ) -> Vec<Plan> {
+        errors: &mut ConfigErrors,
+    ) -> Vec<Rule> {
         let span = rule.span();
         let rule = inherit(rule.get_ref().clone(), defaults);
         let before = errors.len();
@@ -112,14 +112,14 @@ impl Surroundings<'_> {
         if errors.len() > before {
             return Vec::new();
         }
-        let window = |w: Option<Window>| w.and_then(|w| w.0);
+        let window = |w: Option<OptionalDuration>| w.and_then(|w| w.0);
         let name = |path: &PathPattern| -> Arc<str> {
             match &rule.name {
                 Some(name) => name.get_ref().as_str().into(),
                 None => format!("{}{path}", self.upstream).into(),
             }
         };
-        let plan = |(path, tags): (PathPattern, Vec<TagTemplate>)| Plan {
+        let build_rule = |(path, tags): (PathPattern, Vec<TagTemplate>)| Rule {
             name: name(&path),
             methods: methods.clone(),
             when: when.clone(),
@@ -128,26 +128,26 @@ impl Surroundings<'_> {
             stale_if_error: window(rule.stale_if_error),
             last_known_good: window(rule.last_known_good),
             refresh_ahead: window(rule.refresh_ahead),
-            // What another configuration has stored under other tags or by another key is not found.
-            key: KeyPlan { rule: key.rule_digest(&name(&path), &tags), ..key.clone() },
+            // Entries that another configuration stored under other tags or by another key are not found.
+            key: KeySpec { rule: key.rule_digest(&name(&path), &tags), ..key.clone() },
             tags,
             reject_empty: reject_empty.clone(),
             volatile: volatile.clone(),
             deadline: rule.deadline.map_or(self.deadline, |d| d.0),
             fallback: fallback.clone(),
             upgrade: upgrade.clone(),
-            keeps_cookies,
-            tally: Arc::default(),
+            stores_set_cookie: keeps_cookies,
+            counters: Arc::default(),
             path,
         };
-        paths.into_iter().zip(tags).map(plan).collect()
+        paths.into_iter().zip(tags).map(build_rule).collect()
     }
 
-    fn collect<T>(&self, result: Result<T, Fault>, errors: &mut Errors) -> Option<T> {
+    fn collect<T>(&self, result: Result<T, ConfigFault>, errors: &mut ConfigErrors) -> Option<T> {
         result.map_err(|(span, message)| errors.push(self.source.error(&span, message))).ok()
     }
 
-    fn paths(&self, rule: &file::Rule, span: &Range<usize>, errors: &mut Errors) -> Vec<PathPattern> {
+    fn paths(&self, rule: &file::Rule, span: &Range<usize>, errors: &mut ConfigErrors) -> Vec<PathPattern> {
         let Some(path) = &rule.path else {
             errors.push(self.source.error(span, "a rule needs a path: write path = \"/products/{id}.json\""));
             return Vec::new();
@@ -157,7 +157,7 @@ impl Surroundings<'_> {
         paths.iter().filter_map(|text| self.collect(parse(text), errors)).collect()
     }
 
-    fn mode(&self, rule: &file::Rule) -> Result<CacheMode, Fault> {
+    fn mode(&self, rule: &file::Rule) -> Result<CacheMode, ConfigFault> {
         let word = rule.cache.as_ref().map(|c| c.get_ref().as_str());
         match (word, &rule.ttl) {
             (None | Some("override"), Some(ttl)) => {
@@ -181,7 +181,7 @@ impl Surroundings<'_> {
         }
     }
 
-    fn ttl(&self, text: &Spanned<String>) -> Result<Duration, Fault> {
+    fn ttl(&self, text: &Spanned<String>) -> Result<Duration, ConfigFault> {
         if let Some(class) = (self.classes)(text.get_ref()) {
             return Ok(class);
         }
@@ -196,7 +196,7 @@ impl Surroundings<'_> {
         })
     }
 
-    fn key(&self, rule: &file::Rule) -> Result<KeyPlan, Fault> {
+    fn key(&self, rule: &file::Rule) -> Result<KeySpec, ConfigFault> {
         let key = rule.key.clone().unwrap_or_default();
         let query = match key.query {
             None => QueryFilter::Whole,
@@ -207,15 +207,15 @@ impl Surroundings<'_> {
                     None => (true, Glob::new(p)),
                 };
                 let mut patterns: Vec<_> = list.iter().map(pattern).collect();
-                // A list of exclusions excludes from all.
+                // A list that only has exclusions excludes from all parameters.
                 if patterns.iter().all(|(keep, _)| !keep) {
                     patterns.insert(0, (true, Glob::new("*")));
                 }
                 QueryFilter::Filtered(patterns)
             }
         };
-        Ok(KeyPlan {
-            // Set where the rule's name is known.
+        Ok(KeySpec {
+            // Set by `compile`, where the rule's name is known.
             rule: [0; 4],
             query,
             headers: key.headers.unwrap_or_default().iter().map(header_name).collect::<Result<_, _>>()?,
@@ -224,9 +224,9 @@ impl Surroundings<'_> {
         })
     }
 
-    fn tags(&self, rule: &file::Rule, paths: &[PathPattern], errors: &mut Errors) -> Vec<Vec<TagTemplate>> {
+    fn tags(&self, rule: &file::Rule, paths: &[PathPattern], errors: &mut ConfigErrors) -> Vec<Vec<TagTemplate>> {
         let Some(tags) = &rule.tags else { return vec![Vec::new(); paths.len()] };
-        // With several paths, a tag is for those that capture its names; there must be one.
+        // With several paths, a tag applies to those that capture its names; at least one must.
         for text in tags.get_ref() {
             let mut parsed = paths.iter().map(|path| TagTemplate::parse(text, path));
             if let Some(Err(message)) = parsed.next()
@@ -240,7 +240,7 @@ impl Surroundings<'_> {
         paths.iter().map(of).collect()
     }
 
-    fn fallback(&self, rule: &file::Rule) -> Result<Option<Payload>, Fault> {
+    fn fallback(&self, rule: &file::Rule) -> Result<Option<FallbackPayload>, ConfigFault> {
         let Some(spanned) = &rule.fallback else { return Ok(None) };
         let fallback = spanned.get_ref();
         let body = match (&fallback.file, &fallback.body) {
@@ -263,12 +263,12 @@ impl Surroundings<'_> {
         )?;
         let on = match &fallback.on {
             None => Failure::CAUSES.to_vec(),
-            Some(list) => list.get_ref().iter().map(|name| cause(name, list)).collect::<Result<_, _>>()?,
+            Some(list) => list.get_ref().iter().map(|name| fallback_cause(name, list)).collect::<Result<_, _>>()?,
         };
-        Ok(Some(Payload { body, status, content_type, on }))
+        Ok(Some(FallbackPayload { body, status, content_type, on }))
     }
 
-    fn upgrade(&self, rule: &file::Rule) -> Result<Vec<Box<str>>, Fault> {
+    fn upgrade(&self, rule: &file::Rule) -> Result<Vec<Box<str>>, ConfigFault> {
         let Some(list) = &rule.upgrade else { return Ok(Vec::new()) };
         if self.http2 {
             let message = "over HTTP/2 to the upstream there is no Upgrade: leave out http2 = true, or this";
@@ -277,7 +277,7 @@ impl Surroundings<'_> {
         Ok(list.get_ref().iter().map(|protocol| protocol.as_str().into()).collect())
     }
 
-    fn payload(&self, file: &Spanned<String>) -> Result<Bytes, Fault> {
+    fn payload(&self, file: &Spanned<String>) -> Result<Bytes, ConfigFault> {
         let path = self.folder.join(file.get_ref());
         let fail = |why: String| (file.span(), format!("fallback file {}: {why}", path.display()));
         let size = fs::metadata(&path).map_err(|e| fail(e.to_string()))?.len();
@@ -288,7 +288,7 @@ impl Surroundings<'_> {
     }
 }
 
-fn read_methods(rule: &file::Rule, mode: CacheMode) -> Result<Methods, Fault> {
+fn read_methods(rule: &file::Rule, mode: CacheMode) -> Result<Methods, ConfigFault> {
     let Some(methods) = &rule.methods else { return Ok(Methods::safe()) };
     let parse = |name: &String| Method::from_bytes(name.as_bytes()).map_err(|e| (methods.span(), e.to_string()));
     let parsed = methods.get_ref().iter().map(parse).collect::<Result<Vec<_>, _>>()?;
@@ -299,19 +299,19 @@ fn read_methods(rule: &file::Rule, mode: CacheMode) -> Result<Methods, Fault> {
     Ok(Methods(parsed))
 }
 
-fn read_when(rule: &file::Rule) -> Result<When, Fault> {
-    let Some(when) = &rule.when else { return Ok(When::default()) };
+fn read_when(rule: &file::Rule) -> Result<Conditions, ConfigFault> {
+    let Some(when) = &rule.when else { return Ok(Conditions::default()) };
     if let Some(graphql) = &when.graphql {
         return Err((graphql.span(), "when.graphql is not built yet: remove it".into()));
     }
     let header = |(name, glob): (&Spanned<String>, &String)| header_name(name).map(|name| (name, Glob::new(glob)));
-    Ok(When {
+    Ok(Conditions {
         query: when.query.iter().map(|(name, glob)| (name.as_str().into(), Glob::new(glob))).collect(),
         headers: when.headers.iter().map(header).collect::<Result<_, _>>()?,
     })
 }
 
-fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, Fault> {
+fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, ConfigFault> {
     let Some(word) = &rule.set_cookie else { return Ok(mode == CacheMode::Http) };
     match word.get_ref().as_str() {
         "store" => Ok(true),
@@ -320,34 +320,34 @@ fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, Fault> {
     }
 }
 
-fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, Fault> {
+fn read_reject_empty(rule: &file::Rule) -> Result<Option<Box<str>>, ConfigFault> {
     let Some(pointer) = &rule.reject_empty else { return Ok(None) };
     json_pointer("reject_empty", pointer.get_ref(), &pointer.span()).map(Some)
 }
 
-fn read_volatile(rule: &file::Rule) -> Result<Vec<Box<str>>, Fault> {
+fn read_volatile(rule: &file::Rule) -> Result<Vec<Box<str>>, ConfigFault> {
     let Some(pointers) = &rule.volatile else { return Ok(Vec::new()) };
     pointers.get_ref().iter().map(|pointer| json_pointer("volatile", pointer, &pointers.span())).collect()
 }
 
-fn json_pointer(setting: &str, pointer: &str, span: &Range<usize>) -> Result<Box<str>, Fault> {
+fn json_pointer(setting: &str, pointer: &str, span: &Range<usize>) -> Result<Box<str>, ConfigFault> {
     if pointer.starts_with('/') || pointer.is_empty() {
         return Ok(pointer.into());
     }
     Err((span.clone(), format!("{setting} is a JSON pointer: write \"/{pointer}\"")))
 }
 
-fn cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, Fault> {
-    let known = Failure::CAUSES.into_iter().find(|cause| *cause == name);
+fn fallback_cause(name: &str, list: &Spanned<Vec<String>>) -> Result<&'static str, ConfigFault> {
+    let known = Failure::CAUSES.into_iter().find(|fallback_cause| *fallback_cause == name);
     known.ok_or_else(|| (list.span(), format!("on = {name:?}: write some of {:?}", Failure::CAUSES)))
 }
 
-pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, Fault> {
+pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, ConfigFault> {
     HeaderName::from_bytes(name.get_ref().as_bytes())
         .map_err(|_| (name.span(), format!("{:?} is no header name", name.get_ref())))
 }
 
-pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, Fault> {
+pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, ConfigFault> {
     match word.get_ref().as_str() {
         "credential" => Ok(Partition::Credential),
         "everyone" => Ok(Partition::Everyone),

@@ -1,4 +1,4 @@
-//! From an `[[upstream]]` of the file to a compiled [`Upstream`].
+//! Compilation of an `[[upstream]]` of the file to an [`UpstreamConfig`].
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,20 +11,24 @@ use http::{HeaderName, Uri};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::error::{ConfigError, Fault, Source};
+use super::UpstreamConfig;
+use super::error::{ConfigError, ConfigFault, Source};
 use super::file;
-use super::protection::{self, BudgetSpec};
-use super::rules::{Surroundings, inherit, partition};
+use super::resilience;
+use super::resilience::BudgetSpec;
+use super::rules::{RuleContext, inherit, partition};
 use super::validate::{Validator, address, from_flags};
 use super::values::OneOrMany;
-use super::{HostPattern, ListenTls, Target, Timeouts, Tls, Upstream};
-use crate::policy::glob::Glob;
-use crate::policy::key::Partition;
-use crate::policy::plan::Plan;
-use crate::policy::retry::Retry;
-use crate::policy::route::Router;
+use crate::policy::resilience::retry::RetryPolicy;
+use crate::policy::routing::cache_key::Partition;
+use crate::policy::routing::origin::{HostPattern, Origin};
+use crate::policy::routing::pattern::Glob;
+use crate::policy::routing::router::Router;
+use crate::policy::routing::rule::Rule;
+use crate::tls::{ClientTls, ServerTls};
+use crate::upstream::Timeouts;
 
-/// Profiles are data: their rules, and the hosts that choose them by themselves.
+/// The profiles: name, rules as TOML, and the host suffix that selects the profile by default.
 const PROFILES: [(&str, &str, Option<&str>); 2] =
     [("generic", "", None), ("shopify", include_str!("profiles/shopify.toml"), Some(".myshopify.com"))];
 
@@ -35,10 +39,10 @@ impl Validator<'_> {
         classes: &BTreeMap<String, Duration>,
         credentials: &Arc<[HeaderName]>,
         others: usize,
-    ) -> Option<Upstream> {
+    ) -> Option<UpstreamConfig> {
         let given = spanned.get_ref();
         self.note_unbuilt(given);
-        let target = self.target(spanned);
+        let origin = self.origin(spanned);
         let (profile, profile_text) = self.profile(given);
         let fallback_name = if profile == "generic" { "upstream" } else { profile };
         let name: Arc<str> = given.name.as_ref().map_or(fallback_name, |n| n.get_ref().as_str()).into();
@@ -46,7 +50,7 @@ impl Validator<'_> {
         let word = given.partition.as_ref().map_or(Ok(Partition::default()), partition);
         let (partition, folder) = (self.collect(word).unwrap_or_default(), self.folder.clone());
         let class = |name: &str| classes.get(name).copied();
-        let surroundings = |source| Surroundings {
+        let surroundings = |source| RuleContext {
             source,
             folder: &folder,
             upstream: &name,
@@ -68,7 +72,7 @@ impl Validator<'_> {
         };
         let own_rules = given.rule.iter().chain(&ttl_rule);
         let mut rules = own_rules.clone().count();
-        let mut plans: Vec<Plan> =
+        let mut plans: Vec<Rule> =
             own_rules.flat_map(|rule| own.compile(rule, &given.defaults, &mut self.errors)).collect();
         let own_plans = plans.len();
         if given.profile_rules != Some(false) {
@@ -77,19 +81,19 @@ impl Validator<'_> {
             rules += count;
             plans.extend(compiled);
         }
-        // What nothing else matched is decided by the upstream's headers.
+        // The upstream's header fields decide for requests that no other rule matches.
         plans.extend(own.compile(&rule_for_all("default", None), &file::Rule::default(), &mut self.errors));
         let router = Router::new(plans.into_iter().map(Arc::new).collect());
         let (timeouts, retry) = (timeouts(&given.timeouts), retry(&given.retry));
         let (tls, http2) = (self.tls(&given.tls), given.http2);
         let listen_tls = self.listen_tls(&given.listen_tls);
-        let budget = self.collect(protection::budget(given.budget.as_ref())).flatten();
-        let (tolerance, pool) = (protection::tolerance(&given.breaker), protection::pool(&given.pool));
-        let (listen, target) = (listen?, target?);
-        Some(Upstream {
+        let budget = self.collect(resilience::budget(given.budget.as_ref())).flatten();
+        let (breaker, pool) = (resilience::breaker(&given.breaker), resilience::pool(&given.pool));
+        let (listen, origin) = (listen?, origin?);
+        Some(UpstreamConfig {
             name,
             listen,
-            target,
+            origin,
             profile,
             router,
             own_plans,
@@ -100,7 +104,7 @@ impl Validator<'_> {
             listen_tls,
             http2,
             budget,
-            tolerance,
+            breaker,
             pool,
         })
     }
@@ -122,7 +126,7 @@ impl Validator<'_> {
         }
     }
 
-    fn target(&mut self, spanned: &Spanned<file::Upstream>) -> Option<Target> {
+    fn origin(&mut self, spanned: &Spanned<file::Upstream>) -> Option<Origin> {
         let given = spanned.get_ref();
         match (&given.url, &given.hosts) {
             (Some(_), Some(_)) => {
@@ -135,7 +139,7 @@ impl Validator<'_> {
             }
             (None, Some(hosts)) => {
                 let patterns = hosts.iter().filter_map(|text| self.collect(host_pattern(text))).collect();
-                Some(Target::Hosts(patterns))
+                Some(Origin::Hosts(patterns))
             }
             (Some(url), None) => {
                 let preserve_host = match given.host.as_ref().map(|h| (h.get_ref().as_str(), h.span())) {
@@ -150,12 +154,12 @@ impl Validator<'_> {
                     let message = "over HTTP/2 the Host is the one connected to: leave out http2 = true, or this";
                     self.fault(&host.span(), message);
                 }
-                self.collect(origin(url, preserve_host))
+                self.collect(parse_origin(url, preserve_host))
             }
         }
     }
 
-    /// Named, or chosen by the host.
+    /// Returns the profile's name and rules: the profile that the file names, or the one that the host selects.
     fn profile(&mut self, given: &file::Upstream) -> (&'static str, &'static str) {
         if let Some(word) = &given.profile {
             if let Some((name, text, _)) = PROFILES.iter().find(|(name, ..)| name == word.get_ref()) {
@@ -182,7 +186,7 @@ impl Validator<'_> {
         chosen.map_or((PROFILES[0].0, PROFILES[0].1), |(name, text, _)| (name, text))
     }
 
-    /// The first upstream listens on 18080, the next ones on 18180, 18280 and so on.
+    /// Returns the listen address. The default port is 18080 for the first upstream, then 18180, 18280 and so on.
     fn listen(&mut self, given: &file::Upstream, others: usize) -> Option<SocketAddr> {
         if let Some(text) = &given.listen {
             return self.collect(address(text));
@@ -191,7 +195,7 @@ impl Validator<'_> {
         Some(SocketAddr::from(([127, 0, 0, 1], port)))
     }
 
-    pub(super) fn tls(&mut self, given: &file::Tls) -> Tls {
+    pub(super) fn tls(&mut self, given: &file::Tls) -> ClientTls {
         let identity = match (&given.cert, &given.key) {
             (Some(cert), Some(key)) => Some((self.folder.join(cert.get_ref()), self.folder.join(key.get_ref()))),
             (None, None) => None,
@@ -201,16 +205,16 @@ impl Validator<'_> {
             }
         };
         let ca = given.ca.as_ref().map(|ca| self.readable("tls.ca", ca));
-        Tls { ca, identity }
+        ClientTls { ca, identity }
     }
 
-    fn listen_tls(&mut self, given: &file::ListenTls) -> Option<ListenTls> {
+    fn listen_tls(&mut self, given: &file::ListenTls) -> Option<ServerTls> {
         let file::ListenTls { cert, key, client_ca } = given;
         match (cert, key, client_ca) {
             (Some(cert), Some(key), _) => {
                 let client_ca = client_ca.as_ref().map(|ca| self.readable("listen_tls.client_ca", ca));
                 let (cert, key) = (self.readable("listen_tls.cert", cert), self.readable("listen_tls.key", key));
-                Some(ListenTls { cert, key, client_ca })
+                Some(ServerTls { cert, key, client_ca })
             }
             (None, None, None) => None,
             (Some(one), None, _) | (None, Some(one), _) | (None, None, Some(one)) => {
@@ -220,7 +224,7 @@ impl Validator<'_> {
         }
     }
 
-    /// A path relative to the file, of something that is there.
+    /// Resolves a path relative to the file's folder. Reports a fault if nothing exists there.
     fn readable(&mut self, what: &str, given: &Spanned<String>) -> PathBuf {
         let path = self.folder.join(given.get_ref());
         if let Err(why) = std::fs::metadata(&path) {
@@ -235,12 +239,12 @@ fn rule_for_all(name: &str, ttl: Option<Spanned<String>>) -> Spanned<file::Rule>
     from_flags(file::Rule { name: Some(from_flags(name.to_owned())), path, ttl, ..file::Rule::default() })
 }
 
-/// A profile's rules inherit from the operator's defaults first, then from the profile's.
+/// Compiles a profile's rules, which inherit from the operator's defaults first, then from the profile's.
 fn profile_rules(
-    surroundings: &Surroundings<'_>,
+    surroundings: &RuleContext<'_>,
     defaults: &file::Rule,
     errors: &mut Vec<ConfigError>,
-) -> (usize, Vec<Plan>) {
+) -> (usize, Vec<Rule>) {
     let parsed = toml::Deserializer::parse(surroundings.source.text).and_then(file::Profile::deserialize);
     match parsed {
         Ok(profile) => {
@@ -266,15 +270,15 @@ fn timeouts(given: &file::Timeouts) -> Timeouts {
     }
 }
 
-fn retry(given: &file::Retry) -> Retry {
-    Retry {
+fn retry(given: &file::Retry) -> RetryPolicy {
+    RetryPolicy {
         attempts: given.attempts.unwrap_or(2).max(1),
         base: given.base.map_or(Duration::from_millis(50), |d| d.0),
         cap: given.cap.map_or(Duration::from_secs(1), |d| d.0),
     }
 }
 
-fn origin(text: &Spanned<String>, preserve_host: bool) -> Result<Target, Fault> {
+fn parse_origin(text: &Spanned<String>, preserve_host: bool) -> Result<Origin, ConfigFault> {
     let fail = |why: String| (text.span(), why);
     let written = text.get_ref().as_str();
     let uri: Uri = written.parse().map_err(|e| fail(format!("{written:?} is no URL: {e}")))?;
@@ -293,14 +297,14 @@ fn origin(text: &Spanned<String>, preserve_host: bool) -> Result<Target, Fault> 
     }
     if authority.as_str().contains('@') {
         return Err(fail(
-            super::error::UNQUOTED.to_owned() + "a URL does not carry credentials: the client's headers do",
+            super::error::NO_EXCERPT.to_owned() + "a URL does not carry credentials: the client's headers do",
         ));
     }
-    Ok(Target::Origin { scheme, authority, preserve_host })
+    Ok(Origin::Fixed { scheme, authority, preserve_host })
 }
 
-/// `[scheme://]pattern[:port]`.
-fn host_pattern(text: &Spanned<String>) -> Result<HostPattern, Fault> {
+/// Parses a host pattern: `[scheme://]pattern[:port]`.
+fn host_pattern(text: &Spanned<String>) -> Result<HostPattern, ConfigFault> {
     let written = text.get_ref().as_str();
     let (scheme, rest) = match written.split_once("://") {
         Some(("http", rest)) => (Scheme::HTTP, rest),

@@ -1,4 +1,4 @@
-//! From file, environment and flags to a [`Config`], or to every error at once.
+//! Validation: combines file, environment and flags to a [`Config`], or returns all errors at once.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,14 +14,21 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::DeTable;
 
-use super::error::{ConfigError, Fault, Source};
+use super::error::{ConfigError, ConfigFault, Source};
 use super::rules::header_name;
 use super::values::{OneOrMany, SecretRef};
-use super::{Admin, Config, Flags, Limits, Log, Memory, Secret, SecretSource};
+use super::{AdminConfig, Config, Flags};
 use super::{default_credential_headers, file, interpolate};
-use crate::policy::mode::{self, Mode};
+use crate::policy::client_limits::ClientLimits;
+use crate::policy::mode;
+use crate::policy::mode::Mode;
+use crate::secret::{Secret, SecretSource};
+use crate::store::memory::MemoryLimits;
+use crate::telemetry::logs::LogConfig;
 
-/// Reads, merges, validates and compiles. Without a file and without `--upstream`: an error that says so.
+/// Reads, merges, validates and compiles the configuration.
+///
+/// Returns an error if there is neither a file nor `--upstream`.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
     let path = flags.config.clone().or_else(|| {
         let here = PathBuf::from("sidecache.toml");
@@ -33,7 +40,7 @@ pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
         Some(path) => fs::read_to_string(path)
             .map_err(|e| vec![ConfigError::at(&name, format!("can't read the configuration: {e}"))])?,
     };
-    // What is not text is not for us; it must not stop us either.
+    // Variables that are not valid Unicode are not sidecache's, and must not prevent the start.
     let text_only = |(key, value): (OsString, OsString)| Some((key.into_string().ok()?, value.into_string().ok()?));
     let vars: Vec<(String, String)> =
         std::env::vars_os().filter_map(text_only).filter(|(key, _)| key.starts_with("SIDECACHE_")).collect();
@@ -41,8 +48,8 @@ pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
     build(Source { name: &name, text: &text }, folder, &vars, flags)
 }
 
-/// The configuration that a text says, with paths relative to `folder`, and nothing from the environment but
-/// the variables it names.
+/// Returns the configuration of a text, with paths relative to `folder`. Uses no environment variables except those
+/// that the text names.
 pub fn from_text(name: &str, text: &str, folder: &Path) -> Result<Config, Vec<ConfigError>> {
     build(Source { name, text }, folder, &[], &Flags::default())
 }
@@ -72,7 +79,7 @@ pub(super) fn from_flags<T>(value: T) -> Spanned<T> {
     Spanned::new(0..0, value)
 }
 
-/// Flags set or replace what the first upstream says.
+/// Applies the flags, which set or replace settings of the first upstream and the Redis URL.
 fn apply_flags(file: &mut file::File, flags: &Flags) {
     if file.upstream.is_empty() && flags.upstream.is_some() {
         file.upstream.push(from_flags(file::Upstream::default()));
@@ -97,7 +104,7 @@ fn apply_flags(file: &mut file::File, flags: &Flags) {
     }
 }
 
-/// Collects what is wrong, so that one run names everything.
+/// Collects all errors, so that one run reports everything.
 pub(super) struct Validator<'a> {
     pub(super) source: Source<'a>,
     pub(super) folder: PathBuf,
@@ -106,7 +113,7 @@ pub(super) struct Validator<'a> {
 }
 
 impl Validator<'_> {
-    pub(super) fn collect<T>(&mut self, result: Result<T, Fault>) -> Option<T> {
+    pub(super) fn collect<T>(&mut self, result: Result<T, ConfigFault>) -> Option<T> {
         result.map_err(|(span, message)| self.fault(&span, message)).ok()
     }
 
@@ -126,6 +133,7 @@ impl Validator<'_> {
         let credentials = self.credentials(&file.security);
         let secrets = self.secrets(&file.security);
         let redis = file.redis.as_ref().and_then(|redis| self.redis(redis));
+        let redis_tier = self.redis_tier(file.redis.as_ref().map(Spanned::get_ref));
         let classes = classes(&file.ttl);
         let mut upstreams = Vec::new();
         for upstream in &file.upstream {
@@ -142,6 +150,7 @@ impl Validator<'_> {
             memory,
             limits,
             redis,
+            redis_tier,
             secrets,
             encrypt: file.security.encrypt,
             mode: self.mode(file),
@@ -153,17 +162,17 @@ impl Validator<'_> {
         }
     }
 
-    /// What the contract knows and this version does not do: an error where it was asked for.
+    /// Rejects settings that are documented but not implemented in this version.
     fn refuse_unbuilt(&mut self, file: &file::File) {
         if let Some(given) = &file.webhook {
             self.fault(&given.span(), "[[webhook]] is not built yet: leave it out");
         }
     }
 
-    fn mode(&mut self, file: &file::File) -> (Mode, mode::Source) {
+    fn mode(&mut self, file: &file::File) -> (Mode, mode::ModeSource) {
         let Some(given) = &file.mode else { return Default::default() };
-        // What the environment says stands nowhere in the file.
-        let source = if given.span().is_empty() { mode::Source::Environment } else { mode::Source::File };
+        // A setting from the environment has no position in the file.
+        let source = if given.span().is_empty() { mode::ModeSource::Environment } else { mode::ModeSource::File };
         let mode = Mode::of(given.get_ref()).unwrap_or_else(|| {
             let message = format!("mode = {:?}: write \"normal\", \"bypass\" or \"shadow\"", given.get_ref());
             self.fault(&given.span(), message);
@@ -172,16 +181,17 @@ impl Validator<'_> {
         (mode, source)
     }
 
-    fn memory(&mut self, given: &file::Memory) -> Memory {
-        let size =
-            |s: &Option<Spanned<super::values::Size>>, default: u64| s.as_ref().map_or(default, |s| s.get_ref().0);
-        let memory = Memory {
+    fn memory(&mut self, given: &file::Memory) -> MemoryLimits {
+        let size = |s: &Option<Spanned<super::values::SizeValue>>, default: u64| {
+            s.as_ref().map_or(default, |s| s.get_ref().0)
+        };
+        let memory = MemoryLimits {
             max_bytes: size(&given.max_bytes, 64 << 20),
             max_entry_bytes: size(&given.max_entry_bytes, 8 << 20),
             max_inflight_bytes: given.max_inflight_bytes.map_or(32 << 20, |s| s.0),
             max_unverified: given.max_unverified.map_or(Duration::from_secs(30), |d| d.0),
         };
-        // With none at all, Redis alone keeps answers.
+        // With `max_bytes = 0`, only Redis stores responses.
         if memory.max_bytes > 0 && memory.max_entry_bytes > memory.max_bytes / 2 {
             let span = given.max_entry_bytes.as_ref().or(given.max_bytes.as_ref()).map_or(0..0, Spanned::span);
             let message = "memory.max_entry_bytes must be at most half of memory.max_bytes, or one answer pushes out all others";
@@ -201,7 +211,7 @@ impl Validator<'_> {
         references.iter().filter_map(|reference| self.secret(reference, &spanned.span())).collect()
     }
 
-    /// Where a secret is, with its path relative to the file.
+    /// Returns the source of a secret, with its path relative to the file.
     pub(super) fn secret_source(&self, reference: &SecretRef) -> SecretSource {
         match reference {
             SecretRef::File(path) => SecretSource::File(self.folder.join(path)),
@@ -214,8 +224,8 @@ impl Validator<'_> {
         self.collect(read.map_err(|why| (span.clone(), why)))
     }
 
-    /// No two listeners on one address, no two upstreams of one name.
-    fn distinct(&mut self, built: &[super::Upstream], given: &[Spanned<file::Upstream>]) {
+    /// Checks that no two upstreams have the same address or name.
+    fn distinct(&mut self, built: &[super::UpstreamConfig], given: &[Spanned<file::Upstream>]) {
         if built.len() != given.len() {
             return;
         }
@@ -234,7 +244,7 @@ impl Validator<'_> {
         }
     }
 
-    fn admin(&mut self, given: &file::Admin, upstreams: &[super::Upstream]) -> Option<Admin> {
+    fn admin(&mut self, given: &file::Admin, upstreams: &[super::UpstreamConfig]) -> Option<AdminConfig> {
         let token = given.token.as_ref().and_then(|token| self.secret(token.get_ref(), &token.span()));
         let listen = match &given.listen {
             None => SocketAddr::from(([127, 0, 0, 1], 18081)),
@@ -250,14 +260,14 @@ impl Validator<'_> {
             let span = given.listen.as_ref().map_or(0..0, Spanned::span);
             self.fault(&span, format!("an upstream listens on {listen} too: write another listen = \"…\""));
         }
-        Some(Admin { listen, token })
+        Some(AdminConfig { listen, token })
     }
 
     fn probes(
         &mut self,
         given: &Spanned<String>,
-        upstreams: &[super::Upstream],
-        admin: Option<&Admin>,
+        upstreams: &[super::UpstreamConfig],
+        admin: Option<&AdminConfig>,
     ) -> Option<SocketAddr> {
         let listen = self.collect(address(given))?;
         let taken = upstreams.iter().map(|u| u.listen).chain(admin.map(|admin| admin.listen)).any(|a| a == listen);
@@ -270,7 +280,7 @@ impl Validator<'_> {
         Some(listen)
     }
 
-    fn log(&mut self, given: &file::Log) -> Log {
+    fn log(&mut self, given: &file::Log) -> LogConfig {
         let json = match given.format.as_ref().map(|f| (f.get_ref().as_str(), f.span())) {
             None | Some(("human", _)) => false,
             Some(("json", _)) => true,
@@ -279,12 +289,12 @@ impl Validator<'_> {
                 false
             }
         };
-        Log { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
+        LogConfig { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
     }
 }
 
-/// `127.0.0.1:18080`; the error says what to write.
-pub(super) fn address(text: &Spanned<String>) -> Result<SocketAddr, Fault> {
+/// Parses an address like `127.0.0.1:18080`. An error says what to write.
+pub(super) fn address(text: &Spanned<String>) -> Result<SocketAddr, ConfigFault> {
     text.get_ref().parse().map_err(|_| {
         (
             text.span(),
@@ -293,7 +303,7 @@ pub(super) fn address(text: &Spanned<String>) -> Result<SocketAddr, Fault> {
     })
 }
 
-fn classes(given: &BTreeMap<String, super::values::Dur>) -> BTreeMap<String, Duration> {
+fn classes(given: &BTreeMap<String, super::values::DurationValue>) -> BTreeMap<String, Duration> {
     let hours = Duration::from_hours;
     let defaults = [
         ("default", hours(1)),
@@ -306,9 +316,9 @@ fn classes(given: &BTreeMap<String, super::values::Dur>) -> BTreeMap<String, Dur
     classes
 }
 
-fn limits(given: &file::Limits) -> Limits {
+fn limits(given: &file::Limits) -> ClientLimits {
     let seconds = Duration::from_secs;
-    Limits {
+    ClientLimits {
         request_body: given.request_body.map_or(64 << 20, |s| s.0),
         headers: given.headers.map_or(32 << 10, |s| s.0),
         url: given.url.map_or(8 << 10, |s| s.0),

@@ -1,5 +1,6 @@
-//! The scalar types of the file: durations, sizes, references to secrets. Each refuses what is ambiguous
-//! and says what to write.
+//! Scalar types of the file: durations, sizes, references to secrets.
+//!
+//! Each rejects ambiguous values with an error that says what to write.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,21 +8,21 @@ use std::time::Duration;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
-use super::error::UNQUOTED;
+use super::error::NO_EXCERPT;
 
-/// `"250ms"`, `"5s"`, `"1h"`. A bare number is an error.
+/// A duration: `"250ms"`, `"5s"`, `"1h"`. A bare number is an error.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Dur(pub(super) Duration);
+pub(super) struct DurationValue(pub(super) Duration);
 
-/// `"64MiB"`. A bare number is an error.
+/// A size: `"64MiB"`. A bare number is an error.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Size(pub(super) u64);
+pub(super) struct SizeValue(pub(super) u64);
 
 /// A duration, or `"off"`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Window(pub(super) Option<Duration>);
+pub(super) struct OptionalDuration(pub(super) Option<Duration>);
 
-/// `{ file = "…" }` or `{ env = "…" }`.
+/// A reference to a secret: `{ file = "…" }` or `{ env = "…" }`.
 #[derive(Debug, Clone)]
 pub(super) enum SecretRef {
     File(PathBuf),
@@ -32,7 +33,7 @@ pub(super) enum SecretRef {
 #[derive(Debug, Clone)]
 pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
 
-/// Reads `"5s"`; the error says what to write.
+/// Parses a duration like `"5s"`. An error says what to write.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let hint = "write a number and a unit: \"250ms\", \"5s\", \"2m\", \"1h\", \"7d\"";
     let bare = text.bytes().all(|b| b.is_ascii_digit());
@@ -42,7 +43,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| format!("{text:?} is no duration: {hint}"))
 }
 
-/// Reads `"64MiB"`; the error says what to write.
+/// Parses a size like `"64MiB"`, in bytes. An error says what to write.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let hint = "write a number and a unit: \"2KiB\", \"64MiB\", \"1GiB\"";
     if text.bytes().all(|b| b.is_ascii_digit()) {
@@ -51,12 +52,12 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     text.parse::<bytesize::ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size: {hint}"))
 }
 
-struct Text<T> {
+struct TextVisitor<T> {
     expected: &'static str,
     parse: fn(&str) -> Result<T, String>,
 }
 
-impl<T> Visitor<'_> for Text<T> {
+impl<T> Visitor<'_> for TextVisitor<T> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,25 +73,31 @@ impl<T> Visitor<'_> for Text<T> {
     }
 }
 
-impl<'de> Deserialize<'de> for Dur {
+impl<'de> Deserialize<'de> for DurationValue {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(Text { expected: "a duration like \"5s\"", parse: |t| parse_duration(t).map(Dur) })
+        from.deserialize_any(TextVisitor {
+            expected: "a duration like \"5s\"",
+            parse: |t| parse_duration(t).map(DurationValue),
+        })
     }
 }
 
-impl<'de> Deserialize<'de> for Size {
+impl<'de> Deserialize<'de> for SizeValue {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(Text { expected: "a size like \"64MiB\"", parse: |t| parse_size(t).map(Size) })
+        from.deserialize_any(TextVisitor {
+            expected: "a size like \"64MiB\"",
+            parse: |t| parse_size(t).map(SizeValue),
+        })
     }
 }
 
-impl<'de> Deserialize<'de> for Window {
+impl<'de> Deserialize<'de> for OptionalDuration {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let parse = |t: &str| match t {
-            "off" => Ok(Window(None)),
-            text => parse_duration(text).map(|d| Window(Some(d))),
+            "off" => Ok(OptionalDuration(None)),
+            text => parse_duration(text).map(|d| OptionalDuration(Some(d))),
         };
-        from.deserialize_any(Text { expected: "a duration like \"5s\", or \"off\"", parse })
+        from.deserialize_any(TextVisitor { expected: "a duration like \"5s\", or \"off\"", parse })
     }
 }
 
@@ -106,7 +113,7 @@ impl<'de> Deserialize<'de> for SecretRef {
 
             fn visit_str<E: Error>(self, _: &str) -> Result<SecretRef, E> {
                 let advice = "a secret is never written down here: write { file = \"…\" } or { env = \"…\" }";
-                Err(E::custom(UNQUOTED.to_owned() + advice))
+                Err(E::custom(NO_EXCERPT.to_owned() + advice))
             }
 
             fn visit_i64<E: Error>(self, _: i64) -> Result<SecretRef, E> {

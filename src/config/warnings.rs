@@ -1,16 +1,19 @@
-//! What is allowed and probably not meant: `sidecache check` says it, and nothing else changes.
+//! Warnings of `sidecache check`: settings that are valid but probably unintended.
+//!
+//! Warnings do not affect anything else.
 
-use super::{Config, Upstream};
-use crate::policy::key::Partition;
-use crate::policy::plan::Plan;
+use super::{Config, UpstreamConfig};
+use crate::policy::routing::cache_key::Partition;
+use crate::policy::routing::rule::Rule;
 
-/// One line for each doubt about a configuration that is otherwise good.
+/// Returns one line for each questionable setting of a valid configuration.
 pub fn warnings(config: &Config) -> Vec<String> {
     config.upstreams.iter().flat_map(|upstream| exposed(upstream).into_iter().chain(rules(upstream))).collect()
 }
 
-/// Whoever reaches the listener may read what `everyone` shares, and spend the upstream's budget.
-fn exposed(upstream: &Upstream) -> Option<String> {
+/// Warns if other machines can reach the listener: their clients may read what `everyone` shares, and spend the
+/// upstream's budget.
+fn exposed(upstream: &UpstreamConfig) -> Option<String> {
     let anyone =
         !upstream.listen.ip().is_loopback() && upstream.listen_tls.as_ref().is_none_or(|tls| tls.client_ca.is_none());
     anyone.then(|| {
@@ -22,8 +25,8 @@ fn exposed(upstream: &Upstream) -> Option<String> {
     })
 }
 
-fn rules(upstream: &Upstream) -> impl Iterator<Item = String> {
-    let own = &upstream.router.plans()[..upstream.own_plans];
+fn rules(upstream: &UpstreamConfig) -> impl Iterator<Item = String> {
+    let own = &upstream.router.rules()[..upstream.own_plans];
     let unreachable = own.iter().enumerate().filter_map(move |(at, rule)| {
         let before = own[..at].iter().find(|before| covers(before, rule))?;
         Some(format!(
@@ -32,7 +35,7 @@ fn rules(upstream: &Upstream) -> impl Iterator<Item = String> {
             upstream.name, rule.name, rule.path, before.name, before.path
         ))
     });
-    // Shopify's Admin API answers nobody without a token, and each token may see something else.
+    // Shopify's Admin API requires a token, and its responses may differ from one token to another.
     let shared = own
         .iter()
         .filter(|rule| upstream.profile == "shopify" && rule.key.partition == Partition::Everyone)
@@ -47,8 +50,8 @@ fn rules(upstream: &Upstream) -> impl Iterator<Item = String> {
     unreachable.chain(shared)
 }
 
-/// Does `wide` match whatever `narrow` matches?
-fn covers(wide: &Plan, narrow: &Plan) -> bool {
+/// Returns true if `wide` matches every request that `narrow` matches.
+fn covers(wide: &Rule, narrow: &Rule) -> bool {
     let unconditional = wide.when.query.is_empty() && wide.when.headers.is_empty();
     unconditional && narrow.methods.0.iter().all(|m| wide.methods.0.contains(m)) && wide.path.covers(&narrow.path)
 }

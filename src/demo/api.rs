@@ -16,15 +16,15 @@ const MAX_LIMIT: usize = 250;
 
 /// What both shops have on their shelves.
 #[derive(Debug)]
-pub(super) struct Shelves {
+pub(super) struct Catalogue {
     products: [Vec<Value>; 2],
     /// Products made by requests.
     made: u64,
 }
 
-impl Shelves {
-    pub(super) fn new(products: usize) -> Shelves {
-        Shelves { products: [0, 1].map(|shop| catalogue::products(shop, products)), made: 0 }
+impl Catalogue {
+    pub(super) fn new(products: usize) -> Catalogue {
+        Catalogue { products: [0, 1].map(|shop| catalogue::products(shop, products)), made: 0 }
     }
 
     /// Answers a request that has paid for itself.

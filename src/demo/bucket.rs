@@ -4,37 +4,37 @@ use std::time::Instant;
 
 /// One token's bucket.
 #[derive(Debug, Clone, Copy)]
-pub struct Bucket {
+pub struct LeakyBucket {
     level: f64,
     at: Instant,
 }
 
 /// What became of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Poured {
+pub enum BucketResult {
     /// It fits; so many are in the bucket now.
     Fits(u32),
     /// It does not; wait so many seconds.
     Full(f64),
 }
 
-impl Bucket {
+impl LeakyBucket {
     /// An empty one.
-    pub fn new(at: Instant) -> Bucket {
-        Bucket { level: 0.0, at }
+    pub fn new(at: Instant) -> LeakyBucket {
+        LeakyBucket { level: 0.0, at }
     }
 
     /// One call at `now`.
-    pub fn pour(&mut self, now: Instant, size: u32, leak: f64) -> Poured {
+    pub fn pour(&mut self, now: Instant, size: u32, leak: f64) -> BucketResult {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.level = (self.level - passed * leak).max(0.0);
         self.at = now;
         if self.level + 1.0 > f64::from(size) {
-            return Poured::Full(((self.level + 1.0 - f64::from(size)) / leak).ceil().max(1.0));
+            return BucketResult::Full(((self.level + 1.0 - f64::from(size)) / leak).ceil().max(1.0));
         }
         self.level += 1.0;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // between 0 and size
-        Poured::Fits(self.level.ceil() as u32)
+        BucketResult::Fits(self.level.ceil() as u32)
     }
 }
 
@@ -46,10 +46,10 @@ mod tests {
     #[test]
     fn it_fills_and_leaks() {
         let start = crate::clock::Clock::start().instant();
-        let mut bucket = Bucket::new(start);
-        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Fits(1));
-        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Fits(2));
-        assert_eq!(bucket.pour(start, 2, 2.0), Poured::Full(1.0));
-        assert_eq!(bucket.pour(start + Duration::from_millis(500), 2, 2.0), Poured::Fits(2));
+        let mut bucket = LeakyBucket::new(start);
+        assert_eq!(bucket.pour(start, 2, 2.0), BucketResult::Fits(1));
+        assert_eq!(bucket.pour(start, 2, 2.0), BucketResult::Fits(2));
+        assert_eq!(bucket.pour(start, 2, 2.0), BucketResult::Full(1.0));
+        assert_eq!(bucket.pour(start + Duration::from_millis(500), 2, 2.0), BucketResult::Fits(2));
     }
 }

@@ -14,9 +14,9 @@ use super::catalogue::product_id;
 use super::shop::{Shop, TOKENS};
 use crate::body::Body;
 use crate::clock::Clock;
-use crate::config::Timeouts;
-use crate::upstream::Upstream;
-use crate::upstream::http::HttpUpstream;
+use crate::upstream::Timeouts;
+use crate::upstream::UpstreamClient;
+use crate::upstream::client::PooledClient;
 
 /// Applications at once.
 const WORKERS: usize = 8;
@@ -35,7 +35,7 @@ pub(super) struct Target {
 
 /// What was seen.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct LoadResult {
     /// Latencies of all product reads that succeeded.
     pub(super) latencies: Vec<Duration>,
     pub(super) failures: usize,
@@ -56,10 +56,10 @@ pub(super) struct Load<'a> {
 
 impl Load<'_> {
     /// Drives one target, with a progress bar.
-    pub(super) async fn drive(&self, target: &Target) -> Result<Seen, String> {
+    pub(super) async fn drive(&self, target: &Target) -> Result<LoadResult, String> {
         let limit = Duration::from_secs(30);
         let timeouts = Timeouts { connect: limit, first_byte: limit, idle: limit, fetch: limit };
-        let client = Arc::new(HttpUpstream::plain(timeouts, self.clock.clone())?);
+        let client = Arc::new(PooledClient::plain(timeouts, self.clock.clone())?);
         let (calls_before, start) = (self.shop.requests(), self.clock.instant());
         let until = start + self.lasting;
         let turn = Arc::new(AtomicUsize::new(0));
@@ -75,7 +75,7 @@ impl Load<'_> {
         let worker = Worker { client, clock: self.clock.clone(), base, until };
         workers.spawn(worker.check_health(path));
         let bar = self.bar(target.name);
-        let mut seen = Seen::default();
+        let mut seen = LoadResult::default();
         let mut stop = self.stop.clone();
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         loop {
@@ -107,8 +107,8 @@ impl Load<'_> {
     }
 }
 
-impl Seen {
-    fn add(&mut self, other: Seen) {
+impl LoadResult {
+    fn add(&mut self, other: LoadResult) {
         self.latencies.extend(other.latencies);
         self.health.extend(other.health);
         self.failures += other.failures;
@@ -117,16 +117,16 @@ impl Seen {
 }
 
 struct Worker {
-    client: Arc<HttpUpstream>,
+    client: Arc<PooledClient>,
     clock: Clock,
     base: SocketAddr,
     until: Instant,
 }
 
 impl Worker {
-    async fn read_products(self, turn: Arc<AtomicUsize>) -> Seen {
+    async fn read_products(self, turn: Arc<AtomicUsize>) -> LoadResult {
         let paths = paths();
-        let mut seen = Seen::default();
+        let mut seen = LoadResult::default();
         while self.clock.instant() < self.until {
             let path = &paths[turn.fetch_add(1, Ordering::Relaxed) % paths.len()];
             let begun = self.clock.instant();
@@ -143,8 +143,8 @@ impl Worker {
         seen
     }
 
-    async fn check_health(self, path: &'static str) -> Seen {
-        let mut seen = Seen::default();
+    async fn check_health(self, path: &'static str) -> LoadResult {
+        let mut seen = LoadResult::default();
         while self.clock.instant() < self.until {
             let begun = self.clock.instant();
             let _ = self.get(path).await;

@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use super::api::{Shelves, json, set};
-use super::bucket::{Bucket, Poured};
+use super::api::{Catalogue, json, set};
+use super::bucket::{BucketResult, LeakyBucket};
 use crate::clock::Clock;
 
 /// Tokens and their shops: two apps in the first shop, one in the second.
@@ -97,39 +97,39 @@ enum Fault {
 pub struct Shop {
     options: Options,
     clock: Clock,
-    state: Mutex<State>,
+    state: Mutex<ShopState>,
     requests: AtomicU64,
     throttled: AtomicU64,
 }
 
 #[derive(Debug)]
-struct State {
-    shelves: Shelves,
-    buckets: HashMap<String, Bucket>,
+struct ShopState {
+    shelves: Catalogue,
+    buckets: HashMap<String, LeakyBucket>,
     faults: Faults,
     /// How often each target was asked for.
-    asked: HashMap<String, u32>,
+    attempts: HashMap<String, u32>,
 }
 
-type Answer = Response<UnsyncBoxBody<Bytes, Cut>>;
+type ShopResponse = Response<UnsyncBoxBody<Bytes, ConnectionAborted>>;
 
 /// The connection ends here, on purpose.
 #[derive(Debug)]
-struct Cut;
+struct ConnectionAborted;
 
-impl std::fmt::Display for Cut {
+impl std::fmt::Display for ConnectionAborted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("cut on purpose")
     }
 }
 
-impl std::error::Error for Cut {}
+impl std::error::Error for ConnectionAborted {}
 
 impl Shop {
     /// Two shops with full shelves.
     pub fn new(options: Options, clock: Clock) -> Shop {
-        let shelves = Shelves::new(options.products);
-        let state = State { shelves, buckets: HashMap::new(), faults: options.faults, asked: HashMap::new() };
+        let shelves = Catalogue::new(options.products);
+        let state = ShopState { shelves, buckets: HashMap::new(), faults: options.faults, attempts: HashMap::new() };
         Shop { options, clock, state: Mutex::new(state), requests: AtomicU64::new(0), throttled: AtomicU64::new(0) }
     }
 
@@ -143,13 +143,13 @@ impl Shop {
         self.lock().buckets.clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ShopState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Result<Answer, Cut> {
+    async fn answer(&self, request: Request<Incoming>) -> Result<ShopResponse, ConnectionAborted> {
         let (parts, body) = request.into_parts();
-        let body = body.collect().await.map_err(|_| Cut)?.to_bytes();
+        let body = body.collect().await.map_err(|_| ConnectionAborted)?.to_bytes();
         match parts.uri.path() {
             "/__stats" => return Ok(full(json(StatusCode::OK, &self.stats()))),
             "/__faults" => return Ok(full(self.set_faults(&body))),
@@ -179,7 +179,7 @@ impl Shop {
             }
             Fault::Hang => std::future::pending().await,
             Fault::Truncate => Ok(truncated(response)),
-            Fault::Reset => Err(Cut),
+            Fault::Reset => Err(ConnectionAborted),
         }
     }
 
@@ -190,7 +190,7 @@ impl Shop {
         let mut state = self.lock();
         let faults = state.faults;
         let start = f64::from(blake3::hash(target.as_bytes()).as_bytes()[0]) / 256.0;
-        let turn = state.asked.entry(target).or_default();
+        let turn = state.attempts.entry(target).or_default();
         *turn = turn.wrapping_add(1);
         let roll = (start + f64::from(*turn) * GOLDEN).fract();
         drop(state);
@@ -234,10 +234,10 @@ impl Shop {
         };
         let (size, leak, now) = (self.options.bucket, self.options.leak, self.clock.instant());
         let mut state = self.lock();
-        let bucket = state.buckets.entry(token.to_owned()).or_insert_with(|| Bucket::new(now));
+        let bucket = state.buckets.entry(token.to_owned()).or_insert_with(|| LeakyBucket::new(now));
         match bucket.pour(now, size, leak) {
-            Poured::Fits(used) => Ok((SHOP_OF[app], used)),
-            Poured::Full(seconds) => {
+            BucketResult::Fits(used) => Ok((SHOP_OF[app], used)),
+            BucketResult::Full(seconds) => {
                 self.throttled.fetch_add(1, Ordering::Relaxed);
                 let message = format!(
                     "Exceeded {leak} calls per second for api client. Reduce request rates to resume uninterrupted service."
@@ -251,34 +251,37 @@ impl Shop {
     }
 }
 
-fn full(response: Response<Bytes>) -> Answer {
+fn full(response: Response<Bytes>) -> ShopResponse {
     response.map(|body| Full::new(body).map_err(|never| match never {}).boxed_unsync())
 }
 
 /// Announces the whole body and sends half of it.
-fn truncated(response: Response<Bytes>) -> Answer {
+fn truncated(response: Response<Bytes>) -> ShopResponse {
     let (mut parts, body) = response.into_parts();
     parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
     let half = body.slice(..body.len() / 2);
-    Response::from_parts(parts, Broken { first: Some(half), paused: false }.boxed_unsync())
+    Response::from_parts(parts, TruncatedBody { first: Some(half), paused: false }.boxed_unsync())
 }
 
 /// A body that ends in an error, after what came before it has left.
-struct Broken {
+struct TruncatedBody {
     first: Option<Bytes>,
     paused: bool,
 }
 
-impl HttpBody for Broken {
+impl HttpBody for TruncatedBody {
     type Data = Bytes;
-    type Error = Cut;
+    type Error = ConnectionAborted;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ConnectionAborted>>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }
         if std::mem::replace(&mut self.paused, true) {
-            return Poll::Ready(Some(Err(Cut)));
+            return Poll::Ready(Some(Err(ConnectionAborted)));
         }
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -311,7 +314,7 @@ async fn connection(stream: TcpStream, shop: Arc<Shop>) {
         let (shop, handle) = (shop.clone(), handle.clone());
         async move {
             match shop.answer(request).await {
-                Ok(answer) => Ok::<_, Cut>(answer),
+                Ok(answer) => Ok::<_, ConnectionAborted>(answer),
                 Err(cut) => {
                     // Closing with nothing to linger for sends a reset.
                     let _ = socket2::SockRef::from(&*handle).set_linger(Some(Duration::ZERO));

@@ -3,9 +3,9 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::load::Seen;
+use super::load::LoadResult;
 
-struct Row {
+struct TableRow {
     name: &'static str,
     before: String,
     after: String,
@@ -14,8 +14,13 @@ struct Row {
 }
 
 /// The table.
-pub(super) fn render(before: &Seen, after: &Seen) -> String {
-    let row = |name, of: &dyn Fn(&Seen) -> String, target| Row { name, before: of(before), after: of(after), target };
+pub(super) fn render(before: &LoadResult, after: &LoadResult) -> String {
+    let row = |name, of: &dyn Fn(&LoadResult) -> String, target| TableRow {
+        name,
+        before: of(before),
+        after: of(after),
+        target,
+    };
     let rows = [
         row("requests answered well", &|s| s.latencies.len().to_string(), None),
         row("products p50", &|s| duration(quantile(&s.latencies, 0.5)), None),
@@ -35,7 +40,7 @@ pub(super) fn render(before: &Seen, after: &Seen) -> String {
         ),
     ];
     let mut text = format!("{:<24}{:>14}{:>14}   {}\n", "", "direct", "sidecar", "target");
-    for Row { name, before, after, target } in rows {
+    for TableRow { name, before, after, target } in rows {
         let target =
             target.map_or(String::new(), |(target, met)| format!("{target} {}", if met { "✓" } else { "✗" }));
         let _ = writeln!(text, "{name:<24}{before:>14}{after:>14}   {target}");
@@ -52,17 +57,17 @@ fn quantile(latencies: &[Duration], part: f64) -> Option<Duration> {
 }
 
 #[allow(clippy::cast_precision_loss)]
-fn failures(seen: &Seen) -> f64 {
+fn failures(seen: &LoadResult) -> f64 {
     seen.failures as f64 / (seen.failures + seen.latencies.len()).max(1) as f64
 }
 
 #[allow(clippy::cast_precision_loss)]
-fn hit_ratio(seen: &Seen) -> f64 {
+fn hit_ratio(seen: &LoadResult) -> f64 {
     seen.hits as f64 / (seen.failures + seen.latencies.len()).max(1) as f64
 }
 
 #[allow(clippy::cast_precision_loss)]
-fn rate(seen: &Seen) -> f64 {
+fn rate(seen: &LoadResult) -> f64 {
     seen.latencies.len() as f64 / seen.lasted.as_secs_f64().max(0.001)
 }
 

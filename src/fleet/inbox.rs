@@ -1,4 +1,4 @@
-//! Who waits for which message. One connection reads the inbox of this sidecar ([`super::log`]); here the messages find
+//! Who waits for which message. One connection reads the inbox of this sidecar ([`super::invalidation_log`]); here the messages find
 //! those who wait for them.
 
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ pub struct Inbox(Mutex<HashMap<Box<str>, mpsc::Sender<Bytes>>>);
 
 /// One who waits for messages about a subject. Dropping it ends that.
 #[derive(Debug)]
-pub struct Expecting<'i> {
+pub struct Subscription<'i> {
     inbox: &'i Inbox,
     subject: Box<str>,
     sender: mpsc::Sender<Bytes>,
@@ -29,10 +29,10 @@ impl Inbox {
     }
 
     /// From now on messages about this subject are kept for the caller.
-    pub fn expect(&self, subject: &str) -> Expecting<'_> {
+    pub fn subscribe(&self, subject: &str) -> Subscription<'_> {
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         self.lock().insert(subject.into(), sender.clone());
-        Expecting { inbox: self, subject: subject.into(), sender, messages }
+        Subscription { inbox: self, subject: subject.into(), sender, messages }
     }
 
     /// A message came: `subject`, a space, and what it says. What nobody waits for is dropped.
@@ -46,15 +46,15 @@ impl Inbox {
     }
 }
 
-impl Expecting<'_> {
+impl Subscription<'_> {
     /// The next message.
-    pub async fn message(&mut self) -> Bytes {
+    pub async fn next_message(&mut self) -> Bytes {
         // It can't end, as one of its senders is here.
         self.messages.recv().await.unwrap_or_default()
     }
 }
 
-impl Drop for Expecting<'_> {
+impl Drop for Subscription<'_> {
     fn drop(&mut self) {
         let mut waiting = self.inbox.lock();
         if waiting.get(&self.subject).is_some_and(|sender| sender.same_channel(&self.sender)) {

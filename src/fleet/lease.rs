@@ -12,22 +12,22 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::SidecarId;
-use crate::policy::chain::LogId;
-use crate::policy::variant::Variant;
-use crate::redis::{Claim, Redis, Trouble};
+use crate::policy::http::vary::Variant;
+use crate::policy::invalidation::log_position::LogId;
+use crate::redis::{LeaseClaim, Redis, RedisError};
 
 /// How long a lease lives unless renewed: how long a fleet waits for a sidecar that was killed.
-pub const TTL: Duration = Duration::from_millis(1500);
+pub const LEASE_TTL: Duration = Duration::from_millis(1500);
 
 /// How often it is renewed.
-const RENEW: Duration = Duration::from_millis(500);
+const RENEW_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long its end waits for the record to be written.
-const WRITING: Duration = Duration::from_secs(2);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How the holder of a lease fared: what those who wait are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
+pub enum LeaseMessage {
     /// There is a record: look.
     Stored,
     /// The answer is not to be shared: fetch for yourself.
@@ -36,47 +36,47 @@ pub enum Word {
     Nothing,
 }
 
-impl Word {
+impl LeaseMessage {
     fn token(self) -> &'static str {
         match self {
-            Word::Stored => "stored",
-            Word::Unshared => "unshared",
-            Word::Nothing => "nothing",
+            LeaseMessage::Stored => "stored",
+            LeaseMessage::Unshared => "unshared",
+            LeaseMessage::Nothing => "nothing",
         }
     }
 
     /// From a message.
-    pub fn read(message: &[u8]) -> Word {
-        let all = [Word::Stored, Word::Unshared, Word::Nothing];
-        all.into_iter().find(|word| word.token().as_bytes() == message).unwrap_or(Word::Nothing)
+    pub fn read(message: &[u8]) -> LeaseMessage {
+        let all = [LeaseMessage::Stored, LeaseMessage::Unshared, LeaseMessage::Nothing];
+        all.into_iter().find(|word| word.token().as_bytes() == message).unwrap_or(LeaseMessage::Nothing)
     }
 }
 
 /// How a fetch ended: says when a record is written, if one is.
 #[derive(Debug)]
-enum End {
+enum LeaseEnd {
     Stored(oneshot::Receiver<()>),
     Unshared,
 }
 
 /// A lease that is ours. Dropping it gives it back, with nothing to show.
 #[derive(Debug)]
-pub struct Lease(Option<oneshot::Sender<End>>);
+pub struct Lease(Option<oneshot::Sender<LeaseEnd>>);
 
 /// Who has a lease.
 #[derive(Debug, Clone)]
-pub struct Holder(String);
+pub struct LeaseHolder(String);
 
-impl Holder {
+impl LeaseHolder {
     /// The last log entry that it had seen when it began.
-    pub fn seen(&self) -> LogId {
+    pub fn log_seen(&self) -> LogId {
         self.0.rsplit(' ').next().and_then(LogId::parse).unwrap_or_default()
     }
 }
 
 /// What comes of asking for one.
 #[derive(Debug)]
-pub enum Claimed {
+pub enum ClaimResult {
     /// It is ours.
     Ours(Lease),
     /// Somebody has it. There will be a message.
@@ -84,7 +84,7 @@ pub enum Claimed {
         /// For so long, unless it is kept.
         left: Duration,
         /// Its holder.
-        holder: Holder,
+        holder: LeaseHolder,
     },
 }
 
@@ -93,32 +93,32 @@ pub async fn claim(
     redis: &Arc<Redis>,
     name: &str,
     me: SidecarId,
-    seen: LogId,
-    instead_of: Option<&Holder>,
-) -> Result<Claimed, Trouble> {
-    let token = format!("{me} {:016x} {seen}", getrandom::u64().unwrap_or(0));
-    match redis.claim(name, &token, TTL, &me.to_string(), instead_of.map(|holder| holder.0.as_str())).await? {
-        Claim::Theirs { left, holder } => Ok(Claimed::Theirs { left, holder: Holder(holder) }),
-        Claim::Ours => {
+    log_seen: LogId,
+    instead_of: Option<&LeaseHolder>,
+) -> Result<ClaimResult, RedisError> {
+    let token = format!("{me} {:016x} {log_seen}", getrandom::u64().unwrap_or(0));
+    match redis.claim(name, &token, LEASE_TTL, &me.to_string(), instead_of.map(|holder| holder.0.as_str())).await? {
+        LeaseClaim::Theirs { left, holder } => Ok(ClaimResult::Theirs { left, holder: LeaseHolder(holder) }),
+        LeaseClaim::Ours => {
             let (end, ended) = oneshot::channel();
-            tokio::spawn(hold(redis.clone(), name.to_owned(), token, ended));
-            Ok(Claimed::Ours(Lease(Some(end))))
+            tokio::spawn(hold_lease(redis.clone(), name.to_owned(), token, ended));
+            Ok(ClaimResult::Ours(Lease(Some(end))))
         }
     }
 }
 
 impl Lease {
     /// A record is being written; those who wait are told when it is.
-    pub fn stored(&mut self, written: oneshot::Receiver<()>) {
-        self.end(End::Stored(written));
+    pub fn finish_stored(&mut self, written: oneshot::Receiver<()>) {
+        self.end(LeaseEnd::Stored(written));
     }
 
     /// The answer is not for others.
-    pub fn unshared(&mut self) {
-        self.end(End::Unshared);
+    pub fn finish_not_shareable(&mut self) {
+        self.end(LeaseEnd::Unshared);
     }
 
-    fn end(&mut self, end: End) {
+    fn end(&mut self, end: LeaseEnd) {
         if let Some(holder) = self.0.take() {
             // If the holder is gone, the lease is lost.
             let _ = holder.send(end);
@@ -127,12 +127,12 @@ impl Lease {
 }
 
 /// Renews a lease until its end, and gives it back.
-async fn hold(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot::Receiver<End>) {
+async fn hold_lease(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot::Receiver<LeaseEnd>) {
     let end = loop {
-        match timeout(RENEW, &mut ended).await {
+        match timeout(RENEW_INTERVAL, &mut ended).await {
             Ok(end) => break end,
             Err(_elapsed) => {
-                if let Ok(false) = redis.renew(&name, &token, TTL).await {
+                if let Ok(false) = redis.renew(&name, &token, LEASE_TTL).await {
                     debug!("a lease was lost: another sidecar may fetch the same");
                     return;
                 }
@@ -140,16 +140,16 @@ async fn hold(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot
         }
     };
     let word = match end {
-        Ok(End::Stored(written)) => match timeout(WRITING, written).await {
-            Ok(Ok(())) => Word::Stored,
-            Ok(Err(_)) | Err(_) => Word::Nothing,
+        Ok(LeaseEnd::Stored(written)) => match timeout(WRITE_TIMEOUT, written).await {
+            Ok(Ok(())) => LeaseMessage::Stored,
+            Ok(Err(_)) | Err(_) => LeaseMessage::Nothing,
         },
-        Ok(End::Unshared) => Word::Unshared,
-        Err(_dropped) => Word::Nothing,
+        Ok(LeaseEnd::Unshared) => LeaseMessage::Unshared,
+        Err(_dropped) => LeaseMessage::Nothing,
     };
     let message = Bytes::from(format!("{} {}", subject(&name), word.token()));
-    if let Err(trouble) = redis.release(&name, &token, message).await {
-        debug!(%trouble, "a lease could not be given back: it lapses");
+    if let Err(error) = redis.release(&name, &token, message).await {
+        debug!(%error, "a lease could not be given back: it lapses");
     }
 }
 

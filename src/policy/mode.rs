@@ -40,7 +40,7 @@ impl Mode {
 
 /// Who says which mode it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Source {
+pub enum ModeSource {
     /// A person, on this sidecar.
     Local,
     /// A person, for all sidecars that share a Redis.
@@ -54,69 +54,70 @@ pub enum Source {
     Default,
 }
 
-impl Source {
-    const ALL: [Source; 5] = [Source::Local, Source::Fleet, Source::Environment, Source::File, Source::Default];
+impl ModeSource {
+    const ALL: [ModeSource; 5] =
+        [ModeSource::Local, ModeSource::Fleet, ModeSource::Environment, ModeSource::File, ModeSource::Default];
 
     /// Its word.
     pub fn token(self) -> &'static str {
         match self {
-            Source::Local => "local",
-            Source::Fleet => "fleet",
-            Source::Environment => "environment",
-            Source::File => "file",
-            Source::Default => "default",
+            ModeSource::Local => "local",
+            ModeSource::Fleet => "fleet",
+            ModeSource::Environment => "environment",
+            ModeSource::File => "file",
+            ModeSource::Default => "default",
         }
     }
 }
 
 /// The mode, and what it comes from.
 #[derive(Debug, Default)]
-pub struct Switch {
-    local: Slot,
-    fleet: Slot,
-    configured: Slot,
+pub struct ModeSwitch {
+    local: ModeSlot,
+    fleet: ModeSlot,
+    configured: ModeSlot,
 }
 
 /// The mode now, for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct State {
+pub struct ModeState {
     /// The mode.
     pub mode: Mode,
     /// Who says so.
-    pub source: Source,
+    pub source: ModeSource,
     /// Milliseconds until somebody else counts again, if it was set for a time.
     pub for_ms: Option<u64>,
 }
 
-impl Switch {
+impl ModeSwitch {
     /// As configured.
-    pub fn new(configured: Mode, source: Source) -> Switch {
-        let switch = Switch::default();
+    pub fn new(configured: Mode, source: ModeSource) -> ModeSwitch {
+        let switch = ModeSwitch::default();
         switch.configure(configured, source);
         switch
     }
 
     /// The configuration says so now.
-    pub fn configure(&self, configured: Mode, source: Source) {
+    pub fn configure(&self, configured: Mode, source: ModeSource) {
         self.configured.set(configured, source, FOR_EVER);
     }
 
     /// A person says so; for a time, or until it is said again. `source`: local or fleet.
-    pub fn set(&self, mode: Mode, source: Source, now: Tick, time: Option<Duration>) {
+    pub fn set(&self, mode: Mode, source: ModeSource, now: Tick, time: Option<Duration>) {
         let until = time.map_or(FOR_EVER, |time| now.plus(time).0.min(FOR_EVER));
         self.slot(source).set(mode, source, until);
     }
 
     /// From now on that one says nothing.
-    pub fn clear(&self, source: Source) {
+    pub fn clear(&self, source: ModeSource) {
         self.slot(source).0.store(0, Ordering::Relaxed);
     }
 
-    fn slot(&self, source: Source) -> &Slot {
+    fn slot(&self, source: ModeSource) -> &ModeSlot {
         match source {
-            Source::Local => &self.local,
-            Source::Fleet => &self.fleet,
-            Source::Environment | Source::File | Source::Default => &self.configured,
+            ModeSource::Local => &self.local,
+            ModeSource::Fleet => &self.fleet,
+            ModeSource::Environment | ModeSource::File | ModeSource::Default => &self.configured,
         }
     }
 
@@ -126,12 +127,12 @@ impl Switch {
     }
 
     /// The mode, and why.
-    pub fn state(&self, now: Tick) -> State {
-        let (mode, source, until) = self.in_force(now).unwrap_or((Mode::Normal, Source::Default, FOR_EVER));
-        State { mode, source, for_ms: (until != FOR_EVER).then(|| until.saturating_sub(now.0)) }
+    pub fn state(&self, now: Tick) -> ModeState {
+        let (mode, source, until) = self.in_force(now).unwrap_or((Mode::Normal, ModeSource::Default, FOR_EVER));
+        ModeState { mode, source, for_ms: (until != FOR_EVER).then(|| until.saturating_sub(now.0)) }
     }
 
-    fn in_force(&self, now: Tick) -> Option<(Mode, Source, u64)> {
+    fn in_force(&self, now: Tick) -> Option<(Mode, ModeSource, u64)> {
         self.local.get(now).or_else(|| self.fleet.get(now)).or_else(|| self.configured.get(now))
     }
 }
@@ -141,21 +142,21 @@ const FOR_EVER: u64 = u64::MAX >> 5;
 
 /// What one of them says: `until << 5 | source << 2 | mode + 1`, `until` in ticks; 0: nothing.
 #[derive(Debug, Default)]
-struct Slot(AtomicU64);
+struct ModeSlot(AtomicU64);
 
-impl Slot {
-    fn set(&self, mode: Mode, source: Source, until: u64) {
+impl ModeSlot {
+    fn set(&self, mode: Mode, source: ModeSource, until: u64) {
         self.0.store(until << 5 | (source as u64) << 2 | (mode as u64 + 1), Ordering::Relaxed);
     }
 
-    fn get(&self, now: Tick) -> Option<(Mode, Source, u64)> {
+    fn get(&self, now: Tick) -> Option<(Mode, ModeSource, u64)> {
         let said = self.0.load(Ordering::Relaxed);
         if said == 0 {
             return None;
         }
         let until = said >> 5;
         let mode = *Mode::ALL.get(usize::try_from((said & 3) - 1).unwrap_or(0))?;
-        let source = *Source::ALL.get(usize::try_from(said >> 2 & 7).unwrap_or(0))?;
+        let source = *ModeSource::ALL.get(usize::try_from(said >> 2 & 7).unwrap_or(0))?;
         (now.0 < until).then_some((mode, source, until))
     }
 }
@@ -166,29 +167,29 @@ mod tests {
 
     #[test]
     fn what_is_set_by_hand_counts_for_its_time() {
-        let switch = Switch::new(Mode::Normal, Source::Default);
+        let switch = ModeSwitch::new(Mode::Normal, ModeSource::Default);
         assert_eq!(switch.mode(Tick(0)), Mode::Normal);
-        switch.set(Mode::Bypass, Source::Local, Tick(1000), Some(Duration::from_secs(5)));
+        switch.set(Mode::Bypass, ModeSource::Local, Tick(1000), Some(Duration::from_secs(5)));
         assert_eq!((switch.mode(Tick(5999)), switch.mode(Tick(6000))), (Mode::Bypass, Mode::Normal));
-        let state = State { mode: Mode::Bypass, source: Source::Local, for_ms: Some(4000) };
+        let state = ModeState { mode: Mode::Bypass, source: ModeSource::Local, for_ms: Some(4000) };
         assert_eq!(switch.state(Tick(2000)), state);
-        switch.set(Mode::Shadow, Source::Local, Tick(1000), None);
+        switch.set(Mode::Shadow, ModeSource::Local, Tick(1000), None);
         assert_eq!(switch.mode(Tick(u64::MAX >> 6)), Mode::Shadow);
-        switch.clear(Source::Local);
+        switch.clear(ModeSource::Local);
         assert_eq!(switch.mode(Tick(1000)), Mode::Normal);
     }
 
     #[test]
     fn this_sidecar_counts_before_the_fleet_and_both_before_the_configuration() {
-        let switch = Switch::new(Mode::Shadow, Source::Environment);
-        let state = |mode, source| State { mode, source, for_ms: None };
-        assert_eq!(switch.state(Tick(0)), state(Mode::Shadow, Source::Environment));
-        switch.set(Mode::Bypass, Source::Fleet, Tick(0), None);
-        assert_eq!(switch.state(Tick(1)), state(Mode::Bypass, Source::Fleet));
-        switch.set(Mode::Normal, Source::Local, Tick(0), None);
-        assert_eq!(switch.state(Tick(1)), state(Mode::Normal, Source::Local));
-        switch.clear(Source::Local);
-        switch.clear(Source::Fleet);
-        assert_eq!(switch.state(Tick(1)), state(Mode::Shadow, Source::Environment));
+        let switch = ModeSwitch::new(Mode::Shadow, ModeSource::Environment);
+        let state = |mode, source| ModeState { mode, source, for_ms: None };
+        assert_eq!(switch.state(Tick(0)), state(Mode::Shadow, ModeSource::Environment));
+        switch.set(Mode::Bypass, ModeSource::Fleet, Tick(0), None);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Bypass, ModeSource::Fleet));
+        switch.set(Mode::Normal, ModeSource::Local, Tick(0), None);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Normal, ModeSource::Local));
+        switch.clear(ModeSource::Local);
+        switch.clear(ModeSource::Fleet);
+        assert_eq!(switch.state(Tick(1)), state(Mode::Shadow, ModeSource::Environment));
     }
 }

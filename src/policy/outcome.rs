@@ -6,11 +6,11 @@ use std::fmt::{self, Write};
 
 use http::StatusCode;
 
-pub use super::failure::Failure;
+pub use crate::policy::resilience::failure::Failure;
 
 /// Why a request was not looked up in the cache at all (`fwd=bypass` or `fwd=method`'s detail).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Bypass {
+pub enum BypassReason {
     /// The method is neither GET nor HEAD.
     Method,
     /// A GET or HEAD that carries a body: its meaning is undefined (RFC 9110 §9.3.1).
@@ -33,32 +33,32 @@ pub enum Bypass {
     Upgrade,
 }
 
-impl Bypass {
+impl BypassReason {
     /// The word for it in `Cache-Status: …; detail=`, logs and counters.
     pub fn token(self) -> &'static str {
         match self {
-            Bypass::Method => "method",
-            Bypass::RequestBody => "request-body",
-            Bypass::Off => "rule-off",
-            Bypass::AmbiguousTarget => "ambiguous-target",
-            Bypass::UnkeyedCredential => "unkeyed-credential",
-            Bypass::Range => "range",
-            Bypass::Mode => "mode",
-            Bypass::Shadow => "shadow",
-            Bypass::NoStoreRequest => "no-store-request",
-            Bypass::Upgrade => "upgrade",
+            BypassReason::Method => "method",
+            BypassReason::RequestBody => "request-body",
+            BypassReason::Off => "rule-off",
+            BypassReason::AmbiguousTarget => "ambiguous-target",
+            BypassReason::UnkeyedCredential => "unkeyed-credential",
+            BypassReason::Range => "range",
+            BypassReason::Mode => "mode",
+            BypassReason::Shadow => "shadow",
+            BypassReason::NoStoreRequest => "no-store-request",
+            BypassReason::Upgrade => "upgrade",
         }
     }
 
     /// Does it go to the upstream as it is: no pacing, no breaker, no deadline?
-    pub fn hands_through(self) -> bool {
-        matches!(self, Bypass::Mode | Bypass::Shadow)
+    pub fn is_passthrough_mode(self) -> bool {
+        matches!(self, BypassReason::Mode | BypassReason::Shadow)
     }
 }
 
 /// What a rehearsal has shown of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rehearsed {
+pub enum ShadowResult {
     /// The cache would have answered what the upstream did (or kept a failure from the client).
     Hit,
     /// The cache would have answered something else.
@@ -69,24 +69,25 @@ pub enum Rehearsed {
     Miss,
 }
 
-impl Rehearsed {
+impl ShadowResult {
     /// All of them.
-    pub const ALL: [Rehearsed; 4] = [Rehearsed::Hit, Rehearsed::WrongHit, Rehearsed::NotCompared, Rehearsed::Miss];
+    pub const ALL: [ShadowResult; 4] =
+        [ShadowResult::Hit, ShadowResult::WrongHit, ShadowResult::NotCompared, ShadowResult::Miss];
 
     /// Its word in metrics.
     pub fn token(self) -> &'static str {
         match self {
-            Rehearsed::Hit => "hit",
-            Rehearsed::WrongHit => "wrong_hit",
-            Rehearsed::NotCompared => "not_compared",
-            Rehearsed::Miss => "miss",
+            ShadowResult::Hit => "hit",
+            ShadowResult::WrongHit => "wrong_hit",
+            ShadowResult::NotCompared => "not_compared",
+            ShadowResult::Miss => "miss",
         }
     }
 }
 
 /// Why an answer was not stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Skip {
+pub enum NotStored {
     /// No explicit lifetime, and no heuristic applies (RFC 9111 §4.2.2).
     NoFreshness,
     /// `Cache-Control: no-store`.
@@ -105,33 +106,27 @@ pub enum Skip {
     Head,
     /// Larger than `memory.max_entry_bytes`.
     TooLarge,
-    /// `memory.max_inflight_bytes` was used up.
-    InflightFull,
-    /// The body ended early.
-    Incomplete,
     /// A purge or a write came after the fetch began.
     Invalidated,
     /// Server-sent events: they end when somebody leaves.
     EventStream,
 }
 
-impl Skip {
+impl NotStored {
     /// The word for it in `Cache-Status: …; detail=`, logs and counters.
     pub fn token(self) -> &'static str {
         match self {
-            Skip::NoFreshness => "no-freshness",
-            Skip::NoStore => "no-store",
-            Skip::Private => "private",
-            Skip::Authorization => "authorization",
-            Skip::VaryStar => "vary-star",
-            Skip::Status => "status",
-            Skip::Partial => "partial",
-            Skip::Head => "head",
-            Skip::TooLarge => "too-large",
-            Skip::InflightFull => "inflight-full",
-            Skip::Incomplete => "incomplete",
-            Skip::Invalidated => "invalidated",
-            Skip::EventStream => "event-stream",
+            NotStored::NoFreshness => "no-freshness",
+            NotStored::NoStore => "no-store",
+            NotStored::Private => "private",
+            NotStored::Authorization => "authorization",
+            NotStored::VaryStar => "vary-star",
+            NotStored::Status => "status",
+            NotStored::Partial => "partial",
+            NotStored::Head => "head",
+            NotStored::TooLarge => "too-large",
+            NotStored::Invalidated => "invalidated",
+            NotStored::EventStream => "event-stream",
         }
     }
 }
@@ -168,9 +163,9 @@ impl StaleReason {
 
 /// Why a request went upstream: RFC 9211 §2.2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Forward {
+pub enum ForwardReason {
     /// The cache was not asked.
-    Bypass(Bypass),
+    Bypass(BypassReason),
     /// Nothing is stored for this URL.
     UriMiss,
     /// Something is stored for this URL, but not for these request headers.
@@ -181,30 +176,30 @@ pub enum Forward {
     Request,
 }
 
-impl Forward {
+impl ForwardReason {
     /// The value of `fwd=`.
     pub fn token(self) -> &'static str {
         match self {
-            Forward::Bypass(_) => "bypass",
-            Forward::UriMiss => "uri-miss",
-            Forward::VaryMiss => "vary-miss",
-            Forward::Stale => "stale",
-            Forward::Request => "request",
+            ForwardReason::Bypass(_) => "bypass",
+            ForwardReason::UriMiss => "uri-miss",
+            ForwardReason::VaryMiss => "vary-miss",
+            ForwardReason::Stale => "stale",
+            ForwardReason::Request => "request",
         }
     }
 }
 
 /// What became of a fetch, seen from one request that waited for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fetched {
+pub struct FetchSummary {
     /// Why it was made.
-    pub forward: Forward,
+    pub forward: ForwardReason,
     /// The status the upstream gave, where it gave one.
     pub status: Option<StatusCode>,
     /// This request shared a fetch that another had begun.
     pub collapsed: bool,
     /// `Ok`: stored (or being stored as it streams). `Err`: why not.
-    pub stored: Result<(), Option<Skip>>,
+    pub stored: Result<(), Option<NotStored>>,
 }
 
 /// What the client got.
@@ -225,21 +220,21 @@ pub enum Outcome {
     /// The upstream's answer.
     Relayed {
         /// How it came.
-        fetched: Fetched,
+        fetched: FetchSummary,
         /// Set if that answer is a failure that nothing replaced.
         failure: Option<Failure>,
     },
     /// A configured payload in place of a failure.
     Fallback {
         /// How it came to this.
-        fetched: Fetched,
+        fetched: FetchSummary,
         /// Which failure.
         failure: Failure,
     },
     /// A JSON error of ours in place of a failure.
     Failed {
         /// How it came to this.
-        fetched: Fetched,
+        fetched: FetchSummary,
         /// Which failure.
         failure: Failure,
     },
@@ -263,8 +258,8 @@ impl Outcome {
             Outcome::Hit { .. } => "hit",
             Outcome::Stale { .. } => "stale",
             Outcome::Relayed { fetched, .. } => match fetched.forward {
-                Forward::Bypass(_) => "bypass",
-                Forward::UriMiss | Forward::VaryMiss | Forward::Stale | Forward::Request => {
+                ForwardReason::Bypass(_) => "bypass",
+                ForwardReason::UriMiss | ForwardReason::VaryMiss | ForwardReason::Stale | ForwardReason::Request => {
                     if fetched.collapsed {
                         "collapsed"
                     } else {
@@ -303,15 +298,15 @@ impl Outcome {
     }
 }
 
-impl Fetched {
+impl FetchSummary {
     /// A request that never asked the cache.
-    pub fn bypass(reason: Bypass, status: Option<StatusCode>) -> Fetched {
-        Fetched { forward: Forward::Bypass(reason), status, collapsed: false, stored: Err(None) }
+    pub fn bypass(reason: BypassReason, status: Option<StatusCode>) -> FetchSummary {
+        FetchSummary { forward: ForwardReason::Bypass(reason), status, collapsed: false, stored: Err(None) }
     }
 
     fn detail(self) -> Option<&'static str> {
         match (self.forward, self.stored) {
-            (Forward::Bypass(reason), _) => Some(reason.token()),
+            (ForwardReason::Bypass(reason), _) => Some(reason.token()),
             (_, Err(Some(skip))) => Some(skip.token()),
             (_, Ok(()) | Err(None)) => None,
         }
@@ -355,7 +350,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-fn forward(f: &mut fmt::Formatter<'_>, fetched: Fetched) -> fmt::Result {
+fn forward(f: &mut fmt::Formatter<'_>, fetched: FetchSummary) -> fmt::Result {
     write!(f, "; fwd={}", fetched.forward.token())?;
     match fetched.status {
         Some(status) if !status.is_success() => write!(f, "; fwd-status={}", status.as_u16()),
@@ -374,8 +369,8 @@ fn cause(f: &mut fmt::Formatter<'_>, failure: Failure) -> fmt::Result {
 mod tests {
     use super::*;
 
-    fn miss(stored: Result<(), Option<Skip>>, collapsed: bool, status: u16) -> Fetched {
-        Fetched { forward: Forward::UriMiss, status: StatusCode::from_u16(status).ok(), collapsed, stored }
+    fn miss(stored: Result<(), Option<NotStored>>, collapsed: bool, status: u16) -> FetchSummary {
+        FetchSummary { forward: ForwardReason::UriMiss, status: StatusCode::from_u16(status).ok(), collapsed, stored }
     }
 
     #[test]
@@ -406,11 +401,11 @@ mod tests {
                 "sidecache; fwd=uri-miss; fwd-status=503; detail=fallback; cause=\"5xx\"",
             ),
             (
-                Outcome::Relayed { fetched: miss(Err(Some(Skip::NoFreshness)), false, 200), failure: None },
+                Outcome::Relayed { fetched: miss(Err(Some(NotStored::NoFreshness)), false, 200), failure: None },
                 "sidecache; fwd=uri-miss; detail=no-freshness",
             ),
             (
-                Outcome::Relayed { fetched: Fetched::bypass(Bypass::Method, None), failure: None },
+                Outcome::Relayed { fetched: FetchSummary::bypass(BypassReason::Method, None), failure: None },
                 "sidecache; fwd=bypass; detail=method",
             ),
         ];

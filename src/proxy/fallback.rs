@@ -1,78 +1,95 @@
-//! The ladder: what a client gets when a fetch failed or took too long. Stale, then last known good, then the
-//! configured payload, then what the upstream did say, then a clear error of ours.
+//! Fallback when a fetch failed or took too long: stale entry, last known good, configured payload, the upstream's own
+//! response, error.
 
 use std::sync::Arc;
 
 use http::{Response, StatusCode};
 
-use super::Proxy;
-use super::flights::Arrival;
-use super::visit::Quest;
+use super::exchange::MissContext;
+use super::fetch::coalesce::SharedResponse;
+use super::lookup::Lookup;
+use super::respond::Responder;
 use crate::body::Body;
 use crate::policy::entry::Entry;
-use crate::policy::freshness::stands_in;
-use crate::policy::outcome::{Failure, Fetched, Outcome};
+use crate::policy::http::freshness::stale_on_failure;
+use crate::policy::outcome::{Failure, FetchSummary, Outcome};
 
-/// The failing answer itself, relayed if no rung holds.
+/// Picks the best response after a failure.
 #[derive(Debug)]
-pub(super) enum Instead {
-    /// One that others got too.
-    Shared(Arc<Arrival>, Body),
-    /// One for this request alone.
-    Private(Response<Body>),
+pub(crate) struct Fallback {
+    pub(crate) lookup: Arc<Lookup>,
+    pub(crate) responder: Arc<Responder>,
+    /// Whether a fleet's store may have filled memory while a request waited.
+    pub(crate) has_fleet: bool,
 }
 
-impl Instead {
+/// The upstream's response that is a failure, passed on if there is nothing better.
+#[derive(Debug)]
+pub(crate) enum FailedResponse {
+    /// Shared with other requests.
+    Shared(Arc<SharedResponse>, Body),
+    /// For this request only.
+    Unshared(Response<Body>),
+}
+
+impl FailedResponse {
     fn status(&self) -> StatusCode {
         match self {
-            Instead::Shared(arrival, _) => arrival.status,
-            Instead::Private(response) => response.status(),
+            FailedResponse::Shared(shared, _) => shared.status,
+            FailedResponse::Unshared(response) => response.status(),
         }
     }
 }
 
-impl Proxy {
-    /// What the flight may have found in the fleet's store while this request waited.
-    fn found_since(&self, quest: &Quest<'_>) -> Option<Arc<Entry>> {
-        self.commons.fleet.as_ref()?;
-        self.commons.memory.get(&quest.key)?.select(&quest.asked.headers).cloned()
+impl Fallback {
+    /// Returns what the fetch has found in the fleet's store while this request waited.
+    fn found_since(&self, context: &MissContext) -> Option<Arc<Entry>> {
+        let request = &context.request;
+        let variants = self.lookup.memory.get(&request.key).filter(|_| self.has_fleet)?;
+        variants.select(&request.parts.headers).cloned()
     }
 
-    /// While the upstream wants to hear nothing, what is stale stands in for it at once.
-    pub(super) fn stale_while_closed(&self, quest: &Quest<'_>) -> Option<Response<Body>> {
-        let entry = quest.miss.stale.as_ref()?;
-        self.closed_for(quest.place, &quest.asked.headers)?;
-        let now = quest.visit.now;
-        let reason = stands_in(entry, self.commons.invalidations.standing(entry, now), Failure::Throttled, now)?;
-        Some(self.stale(&*quest.asked, entry, reason, quest.plan, quest.visit))
+    /// While the upstream's `Retry-After` is in force, a stale entry is served at once, without a request.
+    pub(crate) fn stale_while_throttled(&self, context: &MissContext) -> Option<Response<Body>> {
+        let entry = context.miss.stale.as_ref()?;
+        let request = &context.request;
+        self.responder.upstream.budget_closed_for(&request.destination, &request.parts.headers)?;
+        let now = context.exchange.now;
+        let state = self.lookup.invalidations.state_of(entry, now);
+        let reason = stale_on_failure(entry, state, Failure::Throttled, now)?;
+        Some(self.responder.stale(&context.response(), entry, reason))
     }
 
-    /// Down the ladder.
-    pub(super) fn ladder(
+    /// Responds after a failure; `failed` is the upstream's own response, if there is one.
+    pub(crate) fn respond(
         &self,
-        quest: &Quest<'_>,
+        context: &MissContext,
         failure: Failure,
-        instead: Option<Instead>,
+        failed: Option<FailedResponse>,
         collapsed: bool,
     ) -> Response<Body> {
-        let (asked, plan, visit) = (&*quest.asked, quest.plan, quest.visit);
-        if let Some(entry) = quest.miss.stale.clone().or_else(|| self.found_since(quest)) {
-            let now = visit.later();
-            let standing = self.commons.invalidations.standing(&entry, now);
-            if let Some(reason) = stands_in(&entry, standing, failure, now) {
-                return self.stale(asked, &entry, reason, plan, visit);
+        let response_context = context.response();
+        if let Some(entry) = context.miss.stale.clone().or_else(|| self.found_since(context)) {
+            let now = context.exchange.current_time();
+            let state = self.lookup.invalidations.state_of(&entry, now);
+            if let Some(reason) = stale_on_failure(&entry, state, failure, now) {
+                return self.responder.stale(&response_context, &entry, reason);
             }
         }
-        let status = instead.as_ref().map(Instead::status);
-        let fetched = Fetched { forward: quest.miss.forward, status, collapsed, stored: Err(None) };
-        if let Some(payload) = plan.fallback.as_ref().filter(|payload| payload.covers(failure)) {
-            return self.payload(asked, payload, &Outcome::Fallback { fetched, failure }, plan, visit);
+        let status = failed.as_ref().map(FailedResponse::status);
+        let fetched = FetchSummary { forward: context.miss.reason, status, collapsed, stored: Err(None) };
+        let payload = context.request.rule.fallback.as_ref();
+        if let Some(payload) = payload.filter(|payload| payload.covers(failure)) {
+            let outcome = Outcome::Fallback { fetched, failure };
+            return self.responder.payload(&response_context, payload, &outcome);
         }
         let outcome = Outcome::Relayed { fetched, failure: Some(failure) };
-        match instead {
-            Some(Instead::Shared(arrival, body)) => self.shared(asked, &arrival, body, &outcome, plan, visit),
-            Some(Instead::Private(response)) => self.relayed(asked, response, &outcome, Some(plan), visit),
-            None => self.failure(asked, &Outcome::Failed { fetched, failure }, failure, Some(plan), visit),
+        match failed {
+            Some(FailedResponse::Shared(shared, body)) => {
+                self.responder.shared(&response_context, &shared, body, &outcome)
+            }
+            Some(FailedResponse::Unshared(response)) => self.responder.relayed(&response_context, response, &outcome),
+            None => self.responder.failure(&response_context, &Outcome::Failed { fetched, failure }, failure),
         }
     }
 }

@@ -1,382 +1,241 @@
-//! A flight: sends the request, decides whether the answer may be stored, and brings it home.
+//! The fetch task of a cache key: sends the request upstream, decides whether the response may be stored, and delivers
+//! it to all waiting requests.
+
+pub(crate) mod body;
+pub mod coalesce;
+pub(crate) mod fleet;
+pub(crate) mod incomplete;
+pub(crate) mod opportunistic;
+pub(crate) mod spec;
+pub(crate) mod store;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::header::{AGE, CONTENT_LENGTH, HeaderMap};
+use http::header::{AGE, HeaderMap};
 use http::{Method, Response, StatusCode};
-use http_body::Body as _;
-use tokio::time::{Instant, timeout, timeout_at};
-use tracing::debug;
+use tokio::time::Instant;
+use tracing::Instrument;
 
-use super::Proxy;
-use super::fleet::Next;
-use super::flights::{Arrival, Content, Landing, Lead};
-use super::job::Job;
-use super::site::tags;
-use crate::body::fanout::{Ending, Fanout, Held};
-use crate::body::{Body, BodyError};
-use crate::policy::Tick;
-use crate::policy::asked::Asked;
-use crate::policy::entry::{About, Entry, Terms};
-use crate::policy::freshness::{Demands, Verdict, judge, stands_in};
-use crate::policy::head::{Casing, Head};
-use crate::policy::headers::{add_date, only, strip_hop_by_hop};
-use crate::policy::inspect::is_empty_at;
-use crate::policy::invalidation::Standing;
-use crate::policy::key::short_name;
-use crate::policy::links;
-use crate::policy::outcome::{Failure, Skip};
-use crate::policy::plan::CacheMode;
-use crate::policy::revalidate::{Heads, freshen, heads, of_another};
-use crate::policy::storage::{Answered, Store, decide, failure_vary, initial_age};
-use crate::policy::variant::Variant;
+use crate::body::Body;
+use crate::body::fanout::{Fanout, InflightBudget};
+use crate::clock::Clock;
+use crate::policy::entry::{Entry, Lifetimes};
+use crate::policy::http::conditional::{HeadComparison, compare_head, freshen_head, is_other_representation};
+use crate::policy::http::hop_by_hop::{pick, strip_hop_by_hop};
+use crate::policy::http::request_view::RequestView;
+use crate::policy::http::storage::{ResponseView, StorePlan, decide, failure_vary, initial_age};
+use crate::policy::http::vary::Variant;
+use crate::policy::outcome::{Failure, NotStored};
+use crate::proxy::send::Sender;
+use crate::proxy::upstream_state::UpstreamState;
+use crate::store::IncompleteResponses;
+use crate::telemetry::spans;
+use coalesce::{FetchResult, Leader, SharedBody, SharedResponse};
+use fleet::{FleetLookup, LeaseOutcome};
+use spec::FetchSpec;
+use store::{ResponseStore, UpstreamResponse, declared_length, stored_head};
 
-/// An answer's head, with the time of its arrival.
-pub(super) struct Came {
-    pub(super) response: Response<Body>,
-    pub(super) born: Tick,
-    pub(super) at: std::time::SystemTime,
-    pub(super) delay: Duration,
+/// Runs fetches.
+#[derive(Debug)]
+pub(crate) struct Fetcher {
+    pub(crate) upstream: Arc<UpstreamState>,
+    pub(crate) clock: Clock,
+    pub(crate) fleet: Arc<FleetLookup>,
+    pub(crate) sender: Arc<Sender>,
+    pub(crate) store: Arc<ResponseStore>,
+    pub(crate) incomplete: Arc<IncompleteResponses>,
+    pub(crate) inflight: Arc<InflightBudget>,
+    pub(crate) max_entry_bytes: u64,
+    pub(crate) shared_write_stall: Duration,
 }
 
-impl Came {
-    pub(super) fn answered(&self) -> Answered<'_> {
-        Answered { status: self.response.status(), headers: self.response.headers(), at: self.at, delay: self.delay }
+/// A response that is about to be delivered: whether it is stored, and whether it is a failure.
+struct Delivery {
+    response: UpstreamResponse,
+    plan: StorePlan,
+    failure: Option<Failure>,
+    /// The fetch must be complete by then.
+    by: Instant,
+}
+
+impl Fetcher {
+    /// Runs a fetch as a task of its own, which no client's disconnect ends.
+    pub(crate) fn spawn(self: &Arc<Self>, leader: Leader, spec: FetchSpec) {
+        tokio::spawn(self.clone().run(leader, spec).instrument(spans::fetch()));
     }
-}
 
-impl Proxy {
-    /// The whole flight. Ends when the answer is stored, passed on, or known not to come.
-    pub(super) async fn fly(self: Arc<Self>, mut lead: Lead, mut job: Job) {
-        let by = Instant::now() + self.site.timeouts.fetch;
-        match self.ask_fleet(&mut lead, &mut job, by).await {
-            Next::Found(entry) => return lead.land(Landing::Found(entry)),
-            Next::Fetch(lease) => *job.lease() = lease,
+    /// Runs a fetch until the response is stored, delivered, or known not to arrive.
+    async fn run(self: Arc<Self>, mut leader: Leader, mut spec: FetchSpec) {
+        let by = Instant::now() + self.upstream.timeouts.fetch;
+        match self.fleet.find_or_claim(&mut leader, &mut spec, by).await {
+            LeaseOutcome::Found(entry) => return leader.complete(FetchResult::FoundInFleet(entry)),
+            LeaseOutcome::Fetch(lease) => *spec.lease() = lease,
         }
-        // What is purged from here on is later than this fetch.
-        job.position = self.commons.invalidations.position();
-        let sending = self.send_for(&job);
-        let sent = if job.asked.method == Method::HEAD {
-            // It can't be stored: when nobody waits any more, nobody needs it.
+        // A purge from here on is later than this fetch.
+        spec.position = self.fleet.invalidations.position();
+        let sending = self.send(&spec);
+        let attempt = if spec.request.parts.method == Method::HEAD {
+            // The response can't be stored: without a client it is not needed.
             tokio::select! {
-                sent = sending => sent,
-                () = lead.left_alone() => return,
+                attempt = sending => attempt,
+                () = leader.wait_disconnected() => return,
             }
         } else {
             sending.await
         };
-        let delay = self.commons.clock.instant().saturating_duration_since(sent.at);
-        let by = Instant::from_std(sent.at) + self.site.timeouts.fetch;
-        match sent.answer {
+        let delay = self.clock.instant().saturating_duration_since(attempt.sent_at);
+        let by = Instant::from_std(attempt.sent_at) + self.upstream.timeouts.fetch;
+        match attempt.response {
             Err(error) => {
-                if error.was_tried() {
-                    self.upstream_ended(Some(error.failure), delay, &error.message);
-                }
-                lead.land(Landing::Failed(error.failure));
+                self.sender.record_error(&error, delay);
+                leader.complete(FetchResult::Failed(error.failure));
             }
             Ok(mut response) => {
                 strip_hop_by_hop(response.headers_mut());
-                let failure = Failure::from_status(response.status());
-                self.upstream_ended(failure, delay, response.status().as_str());
-                let (born, at) = (self.commons.clock.now(), self.commons.clock.wall());
-                self.came(lead, &job, Came { response, born, at, delay }, by).await;
+                self.sender.record_response(&response, delay);
+                let response = self.store.received(response, delay);
+                self.on_response(leader, &spec, response, by).await;
             }
         }
     }
 
-    /// An answer's head is here: what is it good for?
-    async fn came(&self, lead: Lead, job: &Job, came: Came, by: Instant) {
-        if came.response.status() == StatusCode::NOT_MODIFIED
-            && let Some(stale) = job.stale.as_ref().filter(|_| job.asked.method == Method::GET)
+    /// Decides what a response is used for.
+    async fn on_response(&self, leader: Leader, spec: &FetchSpec, response: UpstreamResponse, by: Instant) {
+        let is_get = spec.request.parts.method == Method::GET;
+        if response.response.status() == StatusCode::NOT_MODIFIED
+            && let Some(stale) = spec.stale.as_ref().filter(|_| is_get)
         {
-            if of_another(&stale.head.headers(), came.response.headers()) {
-                return lead.land(Landing::Failed(Failure::Malformed));
+            if is_other_representation(&stale.head.headers(), response.response.headers()) {
+                return leader.complete(FetchResult::Failed(Failure::Malformed));
             }
-            return self.validated(lead, job, stale, &came);
+            return self.on_not_modified(leader, spec, stale, &response);
         }
-        let failure = Failure::from_status(came.response.status());
-        if let Some(failure) = failure.filter(|failure| !self.may_store_failure(job, &came, *failure)) {
-            let shared = failure_vary(&came.answered(), &job.plan).filter(|_| job.asked.method == Method::GET);
-            let Some(vary) = shared else { return self.released(lead, job, came.response, Skip::Status) };
-            let store = Store { terms: Terms::default(), vary, drop: Vec::new() };
-            return self.stream(lead, job, came, store, Some(failure), by).await;
+        let failure = Failure::from_status(response.response.status());
+        let unstorable = |failure: &Failure| !self.store.may_store_failure(spec, &response.view(), *failure);
+        if let Some(failure) = failure.filter(unstorable) {
+            let vary = failure_vary(&response.view(), &spec.request.rule).filter(|_| is_get);
+            let Some(vary) = vary else {
+                return self.deliver_unshared(leader, spec, response.response, NotStored::Status);
+            };
+            let plan = StorePlan { lifetimes: Lifetimes::default(), vary, drop: Vec::new() };
+            return self.deliver(leader, spec, Delivery { response, plan, failure: Some(failure), by }).await;
         }
-        let asked = Asked::from(&*job.asked);
-        if *asked.method == Method::HEAD
-            && came.response.status() == StatusCode::OK
-            && let Some(stored) = &job.stale
+        let is_head = spec.request.parts.method == Method::HEAD;
+        if is_head
+            && response.response.status() == StatusCode::OK
+            && let Some(stored) = &spec.stale
         {
-            self.headed(job, stored, &came);
+            self.on_head_response(spec, stored, &response);
         }
-        match decide(&asked, &came.answered(), &job.plan) {
-            Err(skip) => self.released(lead, job, came.response, skip),
-            Ok(_) if declared_length(&came.response) > Some(self.commons.max_entry_bytes) => {
-                self.released(lead, job, came.response, Skip::TooLarge);
+        match decide(&spec.view(), &response.view(), &spec.request.rule) {
+            Err(reason) => self.deliver_unshared(leader, spec, response.response, reason),
+            Ok(_) if declared_length(response.response.headers()) > Some(self.max_entry_bytes) => {
+                self.deliver_unshared(leader, spec, response.response, NotStored::TooLarge);
             }
-            Ok(store) if job.plan.reject_empty.is_some() && came.response.status().is_success() => {
-                self.inspect(lead, job, came, store, by).await;
-            }
-            Ok(store) => self.stream(lead, job, came, store, None, by).await,
-        }
-    }
-
-    /// Does the upstream itself say for how long its failure is good (RFC 9111 §3), and is there nothing better?
-    pub(super) fn may_store_failure(&self, job: &Job, came: &Came, failure: Failure) -> bool {
-        let now = self.commons.clock.now();
-        let better = |stored: &Arc<Entry>| {
-            let standing = self.commons.invalidations.standing(stored, now);
-            self.is_fresh(stored) || stands_in(stored, standing, failure, now).is_some()
-        };
-        let covered = job.plan.fallback.as_ref().is_some_and(|payload| payload.covers(failure));
-        matches!(failure, Failure::Status(_))
-            && job.plan.mode == CacheMode::Http
-            && !covered
-            && !job.stale.as_ref().is_some_and(better)
-            && decide(&Asked::from(&*job.asked), &came.answered(), &job.plan)
-                .is_ok_and(|store| store.terms.fresh_for > 0)
-    }
-
-    /// Not for sharing. Next time nobody waits for it.
-    fn released(&self, lead: Lead, job: &Job, mut response: Response<Body>, skip: Skip) {
-        // A failure says nothing about what the next answer will be.
-        if job.asked.method == Method::GET && Failure::from_status(response.status()).is_none() {
-            self.commons.flights.mark_hit_for_miss(&job.key, self.commons.clock.now(), Some(skip));
-            self.displace(job);
-        }
-        response.extensions_mut().insert(skip);
-        lead.release(response);
-    }
-
-    /// The answer to a HEAD freshens what is stored, or shows that it is no longer current (RFC 9111 §4.3.5).
-    fn headed(&self, job: &Job, stored: &Arc<Entry>, came: &Came) {
-        let headers = stored.head.headers();
-        match heads(&headers, stored.body.len(), came.response.headers()) {
-            Heads::Unknown => {}
-            // What is stale already will be validated.
-            Heads::Another if self.is_fresh(stored) => self.displace(job),
-            Heads::Another => {}
-            Heads::Same => {
-                let headers = freshen(&headers, came.response.headers());
-                let answered = Answered { status: stored.head.status, headers: &headers, ..came.answered() };
-                let asked = Asked { method: &Method::GET, ..Asked::from(&*job.asked) };
-                if let Ok(store) = decide(&asked, &answered, &job.plan) {
-                    let casing = stored.head.casing().cloned();
-                    let head = head(stored.head.status, &headers, casing, job, &store, came);
-                    self.keep(job, &self.entry(job, head, stored.body.clone(), &store, came.born));
+            Ok(plan) => {
+                let inspect = spec.request.rule.reject_empty.is_some() && response.response.status().is_success();
+                let delivery = Delivery { response, plan, failure: None, by };
+                if inspect {
+                    self.inspect(leader, spec, delivery).await;
+                } else {
+                    self.deliver(leader, spec, delivery).await;
                 }
             }
         }
     }
 
-    /// Would it be served to a request that makes no demands?
-    fn is_fresh(&self, entry: &Entry) -> bool {
-        let now = self.commons.clock.now();
-        let standing = self.commons.invalidations.standing(entry, now);
-        let verdict = judge(entry, standing, &Demands::default(), now);
-        matches!(verdict, Verdict::Fresh | Verdict::WhileRevalidate)
+    /// Delivers a response to the leader only. The next requests for the key don't wait for each other.
+    fn deliver_unshared(&self, leader: Leader, spec: &FetchSpec, mut response: Response<Body>, reason: NotStored) {
+        // A failure says nothing about the next response.
+        if spec.request.parts.method == Method::GET && Failure::from_status(response.status()).is_none() {
+            self.store.mark_hit_for_miss(spec, Some(reason));
+            self.store.remove_stored(spec);
+        }
+        response.extensions_mut().insert(reason);
+        leader.complete_unshared(response);
     }
 
-    /// 304: what is stored is good for another while (RFC 9111 §4.3.4).
-    fn validated(&self, lead: Lead, job: &Job, stale: &Arc<Entry>, came: &Came) {
-        let headers = freshen(&stale.head.headers(), came.response.headers());
-        let answered = Answered { status: stale.head.status, headers: &headers, at: came.at, delay: came.delay };
-        let asked = Asked::from(&*job.asked);
-        let (store, stored) = match decide(&asked, &answered, &job.plan) {
-            Ok(store) => (store, Ok(())),
-            // The upstream has taken its leave to store back: good for those who wait, and for nobody else.
-            Err(skip) => {
-                self.displace(job);
-                (Store { terms: Terms::default(), vary: Vec::new(), drop: Vec::new() }, Err(skip))
+    /// Freshens the stored response with the response to a HEAD, or removes it if it is outdated (RFC 9111 §4.3.5).
+    fn on_head_response(&self, spec: &FetchSpec, stored: &Arc<Entry>, response: &UpstreamResponse) {
+        let headers = stored.head.headers();
+        match compare_head(&headers, stored.body.len(), response.response.headers()) {
+            HeadComparison::Unknown => {}
+            // A stale entry will be validated.
+            HeadComparison::Another if self.store.lookup.is_servable(stored, self.clock.now()) => {
+                self.store.remove_stored(spec);
+            }
+            HeadComparison::Another => {}
+            HeadComparison::Same => {
+                let headers = freshen_head(&headers, response.response.headers());
+                let view = ResponseView { status: stored.head.status, headers: &headers, ..response.view() };
+                let request = RequestView { method: &Method::GET, ..spec.view() };
+                if let Ok(plan) = decide(&request, &view, &spec.request.rule) {
+                    let head = stored_head(&view, stored.head.header_case().cloned(), spec, &plan.drop);
+                    let content = (head, stored.body.clone());
+                    let entry = self.store.entry(spec, &plan, content, response.received_at);
+                    self.store.store_if_valid(spec, &entry);
+                }
+            }
+        }
+    }
+
+    /// Freshens the stored response with a 304 (RFC 9111 §4.3.4).
+    fn on_not_modified(&self, leader: Leader, spec: &FetchSpec, stale: &Arc<Entry>, response: &UpstreamResponse) {
+        let headers = freshen_head(&stale.head.headers(), response.response.headers());
+        let view = ResponseView { status: stale.head.status, headers: &headers, ..response.view() };
+        let (plan, stored) = match decide(&spec.view(), &view, &spec.request.rule) {
+            Ok(plan) => (plan, Ok(())),
+            // The 304 made the response uncacheable: deliver it to waiting requests, but do not keep it.
+            Err(reason) => {
+                self.store.remove_stored(spec);
+                (StorePlan { lifetimes: Lifetimes::default(), vary: Vec::new(), drop: Vec::new() }, Err(reason))
             }
         };
-        let head = head(stale.head.status, &headers, stale.head.casing().cloned(), job, &store, came);
-        let entry = self.entry(job, head.clone(), stale.body.clone(), &store, came.born);
+        let head = stored_head(&view, stale.head.header_case().cloned(), spec, &plan.drop);
+        let entry = self.store.entry(spec, &plan, (head.clone(), stale.body.clone()), response.received_at);
         if stored.is_ok() {
-            self.keep(job, &entry);
+            self.store.store_if_valid(spec, &entry);
         }
-        let arrival = Arrival {
+        let shared = SharedResponse {
             head,
             status: StatusCode::NOT_MODIFIED,
             failure: None,
             stored,
             variant: entry.variant.clone(),
-            for_others: store.terms.for_others(),
-            first_hand: HeaderMap::new(),
-            born: came.born,
-            initial_age: Some(initial_age(&answered)),
-            content: Content::Stored(entry),
+            shareable: plan.lifetimes.is_shareable(),
+            unstored_fields: HeaderMap::new(),
+            received_at: response.received_at,
+            initial_age: Some(initial_age(&view)),
+            body: SharedBody::Stored(entry),
         };
-        lead.land(Landing::Shared(Arc::new(arrival)));
+        leader.complete(FetchResult::Shared(Arc::new(shared)));
     }
 
-    /// Reads the whole body first, because the rule looks into it. One that is too large to look into is not
-    /// empty, and streams on.
-    async fn inspect(&self, lead: Lead, job: &Job, mut came: Came, store: Store, by: Instant) {
-        let max = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
-        let mut held = Held::of(&self.commons.purse);
-        let mut whole = Vec::new();
-        loop {
-            match timeout_at(by, came.response.body_mut().next()).await {
-                Ok(None) => break,
-                Ok(Some(Ok(chunk))) if whole.len() + chunk.len() <= max && held.take(chunk.len() as u64) => {
-                    whole.extend_from_slice(&chunk);
-                }
-                Ok(Some(Ok(chunk))) => {
-                    whole.extend_from_slice(&chunk);
-                    let rest = std::mem::replace(came.response.body_mut(), Body::Empty);
-                    *came.response.body_mut() = Body::prefixed(Bytes::from(whole), rest);
-                    return self.released(lead, job, came.response, Skip::TooLarge);
-                }
-                Ok(Some(Err(BodyError::Upstream(failure)))) => return lead.land(Landing::Failed(failure)),
-                Ok(Some(Err(_))) => return lead.land(Landing::Failed(Failure::Connect)),
-                Err(_elapsed) => return lead.land(Landing::Failed(Failure::Timeout)),
-            }
-        }
-        let pointer = job.plan.reject_empty.as_deref().unwrap_or_default();
-        let empty = is_empty_at(pointer, came.response.headers(), &whole, max);
-        *came.response.body_mut() = Body::Full(Bytes::from(whole));
-        drop(held);
-        self.stream(lead, job, came, store, empty.then_some(Failure::Empty), by).await;
-    }
-
-    /// Lands, streams the body to all who came, and stores it when it is whole.
-    async fn stream(
-        &self,
-        mut lead: Lead,
-        job: &Job,
-        came: Came,
-        store: Store,
-        failure: Option<Failure>,
-        by: Instant,
-    ) {
-        let casing = came.response.extensions().get::<Casing>().cloned();
-        let status = came.response.status();
-        let head = head(status, came.response.headers(), casing, job, &store, &came);
-        let length = declared_length(&came.response);
-        let (purse, stall) = (&self.commons.purse, self.commons.shared_write_stall);
-        let fanout = Fanout::new(purse, self.commons.max_entry_bytes, stall, length);
-        let arrival = Arrival {
+    /// Announces a response, streams its body to all who joined, and stores it when it is complete.
+    async fn deliver(&self, mut leader: Leader, spec: &FetchSpec, delivery: Delivery) {
+        let Delivery { response, plan, failure, by } = delivery;
+        let head = response.head(spec, &plan);
+        let (received_at, headers) = (response.received_at, response.response.headers());
+        let length = declared_length(headers);
+        let fanout = Fanout::new(&self.inflight, self.max_entry_bytes, self.shared_write_stall, length);
+        let shared = SharedResponse {
             head: head.clone(),
-            status,
+            status: response.response.status(),
             failure,
-            stored: if failure.is_some() { Err(Skip::Status) } else { Ok(()) },
-            variant: Variant::of(store.vary.clone(), &job.asked.headers),
-            for_others: failure.is_some() || store.terms.for_others(),
-            first_hand: only(&store.drop, came.response.headers()),
-            born: came.born,
-            initial_age: came.response.headers().contains_key(AGE).then_some(store.terms.initial_age),
-            content: Content::Coming(fanout.clone()),
+            stored: if failure.is_some() { Err(NotStored::Status) } else { Ok(()) },
+            variant: Variant::of(plan.vary.clone(), &spec.request.parts.headers),
+            shareable: failure.is_some() || plan.lifetimes.is_shareable(),
+            unstored_fields: pick(&plan.drop, headers),
+            received_at,
+            initial_age: headers.contains_key(AGE).then_some(plan.lifetimes.initial_age),
+            body: SharedBody::Streaming(fanout.clone()),
         };
-        if !arrival.for_others {
-            self.commons.flights.mark_hit_for_miss(&job.key, came.born, None);
+        if !shared.shareable {
+            self.store.mark_hit_for_miss(spec, None);
         }
-        lead.announce(Arc::new(arrival), &fanout);
-        let _ending = Ending(&fanout);
-        let born = came.born;
-        let keep = |whole: Option<Bytes>| {
-            if let (Some(body), None) = (whole, failure) {
-                let entry = self.entry(job, head.clone(), body, &store, born);
-                fanout.settle(&entry.body);
-                self.keep(job, &entry);
-            }
-        };
-        self.pump(&mut lead, job, came.response.into_body(), &fanout, by, &keep).await;
+        leader.announce(Arc::new(shared), &fanout);
+        let storing = body::Storing { spec, plan: &plan, head, received_at, stores: failure.is_none() };
+        self.copy_body(&mut leader, response.response.into_body(), &fanout, by, &storing).await;
     }
-
-    /// Moves the body over. It is stored, and the flight left, before the last of it goes out: a client that has
-    /// the whole answer finds it in the cache.
-    async fn pump(
-        &self,
-        lead: &mut Lead,
-        job: &Job,
-        mut body: Body,
-        fanout: &Fanout,
-        by: Instant,
-        keep: &(dyn Fn(Option<Bytes>) + Sync),
-    ) {
-        loop {
-            // Once it is too large to be stored, only standing still ends it.
-            let next = if fanout.outgrown() {
-                lead.leave();
-                self.outgrown(job);
-                timeout(self.site.timeouts.idle, body.next()).await
-            } else {
-                timeout_at(by, body.next()).await
-            };
-            let end = match next {
-                Ok(Some(Ok(chunk))) => {
-                    let last = body.is_end_stream();
-                    if last {
-                        keep(fanout.whole_with(&chunk));
-                        lead.leave();
-                    }
-                    match fanout.push(chunk).await {
-                        Ok(()) if last => Ok(()),
-                        Ok(()) => continue,
-                        Err(_abandoned) => return,
-                    }
-                }
-                Ok(None) => {
-                    keep(fanout.whole_with(b""));
-                    Ok(())
-                }
-                Ok(Some(Err(error))) => Err(error),
-                Err(_elapsed) => Err(BodyError::Upstream(Failure::Timeout)),
-            };
-            if let Err(error) = end {
-                debug!(upstream = &*self.site.name, %error, "the answer ended early");
-            }
-            lead.leave();
-            return fanout.finish(end);
-        }
-    }
-
-    /// Stores an entry, unless it was purged while it was fetched.
-    pub(super) fn keep(&self, job: &Job, entry: &Arc<Entry>) {
-        if self.commons.invalidations.standing(entry, self.commons.clock.now()) == Standing::Valid {
-            self.store(job, entry);
-            if entry.terms.for_others() {
-                self.commons.flights.unmark_hit_for_miss(&job.key);
-            }
-            self.commons.telemetry.stored();
-        } else {
-            debug!(upstream = &*self.site.name, "not stored: {}", Skip::Invalidated.token());
-        }
-    }
-
-    /// What is stored.
-    pub(super) fn entry(&self, job: &Job, head: Head, body: Bytes, store: &Store, born: Tick) -> Arc<Entry> {
-        let about = About {
-            key_name: short_name(&job.key),
-            tags: tags(&job.plan, job.asked.uri.path()).into(),
-            rule: job.plan.name.clone(),
-        };
-        let variant = Variant::of(store.vary.clone(), &job.asked.headers);
-        let (address, position) = (job.address.clone(), job.position);
-        self.commons.memory.pack(Entry::new(head, body, variant, born, store.terms, address, position, about))
-    }
-}
-
-/// A head made ready to be sent many times.
-pub(super) fn head(
-    status: StatusCode,
-    headers: &HeaderMap,
-    casing: Option<Casing>,
-    job: &Job,
-    store: &Store,
-    came: &Came,
-) -> Head {
-    let mut headers = headers.clone();
-    for name in store.drop.iter().chain([&AGE]) {
-        headers.remove(name);
-    }
-    add_date(&mut headers, came.at);
-    let links = links::find(&headers, &job.place.host);
-    Head::new(status, &headers, casing, links)
-}
-
-pub(super) fn declared_length(response: &Response<Body>) -> Option<u64> {
-    response.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -1,184 +1,236 @@
-//! The way to the upstream: the budget's turn, the breaker's leave, the request; and once more where that is safe,
-//! or where the upstream asked us to wait.
+//! Sending upstream: the budget, the circuit breaker, the request; and safe retries.
+
+pub mod breakers;
+pub mod budget;
+pub mod outgoing;
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::header::HeaderMap;
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode};
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, debug, info, warn};
 
-use super::Proxy;
-use super::budget::Bucket;
-use super::forward::outgoing;
-use super::site::Place;
+use super::upstream_state::{Destination, UpstreamState};
 use crate::body::Body;
-use crate::policy::mode::Mode;
+use crate::clock::Clock;
+use crate::policy::mode::{Mode, ModeSwitch};
 use crate::policy::outcome::Failure;
-use crate::policy::quota::retry_after;
-use crate::policy::retry::{Ended, RetryBudget};
-use crate::telemetry::spans;
+use crate::policy::resilience::budget::retry_after;
+use crate::policy::resilience::retry::{RetryBudget, RetrySafety};
+use crate::telemetry::{HealthTransition, Telemetry, spans};
 use crate::upstream::SendError;
+use outgoing::outgoing;
 
-/// What came of sending a request, and when the request went out that it answers.
-pub(super) struct Sent {
-    pub(super) answer: Result<Response<Body>, SendError>,
-    pub(super) at: Instant,
-    /// The upstream wants to hear nothing for so long.
-    pub(super) wait: Option<Duration>,
+/// Sends requests to one upstream.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    pub(crate) upstream: Arc<UpstreamState>,
+    pub(crate) clock: Clock,
+    pub(crate) mode: Arc<ModeSwitch>,
+    pub(crate) telemetry: Arc<Telemetry>,
 }
 
-/// An upstream that says "again, at once" is asked again after this.
-const LEAST_WAIT: Duration = Duration::from_millis(100);
+/// A client's request, and where it goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UpstreamRequest<'r> {
+    pub(crate) parts: &'r Parts,
+    pub(crate) destination: &'r Destination,
+}
 
-impl Proxy {
-    /// Sends what was asked when it is its turn, `shape` having made of it what the occasion needs. All waiting for
-    /// turns together is bounded by the budget's `max_wait`.
-    pub(super) async fn send(
+/// The result of sending a request.
+pub(crate) struct Attempt {
+    pub(crate) response: Result<Response<Body>, SendError>,
+    /// When the request was sent that was answered.
+    pub(crate) sent_at: Instant,
+    /// Set if the upstream asked for a pause (`Retry-After`).
+    pub(crate) retry_after: Option<Duration>,
+}
+
+/// `Retry-After: 0` is retried after this.
+const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
+
+impl Sender {
+    /// Sends a request within the upstream's budget; `shape` changes what is sent. A 429 is waited for and the request
+    /// sent again if it is safe. All waiting together is bounded by the budget's `max_wait`.
+    pub(crate) async fn send(
         &self,
-        asked: &Parts,
-        place: &Place,
+        request: UpstreamRequest<'_>,
         mut body: Body,
         shape: impl Fn(&mut Request<Body>),
-    ) -> Sent {
-        let begun = self.commons.clock.instant();
+    ) -> Attempt {
+        let begun = self.clock.instant();
         loop {
-            if let Err(late) = self.turn(asked, place, begun).await {
-                return Sent { answer: Err(late), at: self.commons.clock.instant(), wait: None };
+            if let Err(error) = self.wait_for_budget(request, begun).await {
+                return self.not_sent(error);
             }
-            let copy = body.try_clone().filter(|_| asked.method.is_safe());
-            let sent = self.send_now(asked, place, body, &shape).await;
-            let in_time = sent.wait.is_some_and(|wait| wait <= self.patience(begun));
-            let throttled = sent.answer.as_ref().is_ok_and(|answer| answer.status() == StatusCode::TOO_MANY_REQUESTS);
+            let copy = body.try_clone().filter(|_| request.parts.method.is_safe());
+            let attempt = self.send_now(request, body, &shape).await;
+            let in_time = attempt.retry_after.is_some_and(|wait| wait <= self.wait_left(begun));
+            let throttled = attempt.response.as_ref().is_ok_and(|r| r.status() == StatusCode::TOO_MANY_REQUESTS);
             let Some(copy) = copy.filter(|_| in_time) else {
                 if throttled {
-                    self.site.meter.throttled(false);
+                    self.upstream.metrics.throttled(false);
                 }
-                return sent;
+                return attempt;
             };
-            self.commons.telemetry.absorbed();
-            self.site.meter.throttled(true);
+            self.telemetry.absorbed();
+            self.upstream.metrics.throttled(true);
             body = copy;
         }
     }
 
-    /// Sends what has had its turn, again only where nothing of it can have been done. A 429 closes its bucket for as
-    /// long as it says.
-    pub(super) async fn send_now(
+    /// Sends a request without waiting for the budget; again only where it is safe. A 429 closes its bucket for its
+    /// `Retry-After`.
+    pub(crate) async fn send_now(
         &self,
-        asked: &Parts,
-        place: &Place,
+        request: UpstreamRequest<'_>,
         mut body: Body,
         shape: &impl Fn(&mut Request<Body>),
-    ) -> Sent {
-        let mut made = 0;
+    ) -> Attempt {
+        let mut attempts = 0;
         loop {
             let copy = body.try_clone();
-            let mut request = outgoing(asked, place, body);
-            shape(&mut request);
-            let at = self.commons.clock.instant();
-            let answer = self.through_breaker(request, place).await;
-            made += 1;
-            let pause = answer.as_ref().err().and_then(|error| self.retry_pause(&asked.method, error, made));
+            let mut outgoing = outgoing(request.parts, request.destination, body);
+            shape(&mut outgoing);
+            let sent_at = self.clock.instant();
+            let response = self.send_through_breaker(outgoing, request.destination).await;
+            attempts += 1;
+            let error = response.as_ref().err();
+            let pause = error.and_then(|error| self.retry_pause(&request.parts.method, error, attempts));
             if let (Some(pause), Some(copy)) = (pause, copy) {
                 tokio::time::sleep(pause).await;
                 body = copy;
                 continue;
             }
-            let wait = answer.as_ref().ok().and_then(|answer| self.obey(answer, asked, place));
-            return Sent { answer, at, wait };
+            let retry_after = response.as_ref().ok().and_then(|response| self.apply_retry_after(response, request));
+            return Attempt { response, sent_at, retry_after };
         }
     }
 
-    /// Waits for a turn, as long as the budget lets a request wait that came at `begun`.
-    pub(super) async fn turn(&self, asked: &Parts, place: &Place, begun: Instant) -> Result<(), SendError> {
-        let budgets = &self.site.budgets;
-        let Some(bucket) = budgets.in_the_way(|| self.bucket(place, &asked.headers)) else { return Ok(()) };
-        let came = self.commons.clock.instant();
-        let admitted = bucket.admit(self.patience(begun)).await;
-        let meter = &self.site.meter;
-        let waited = if asked.method.is_safe() { &meter.reads_waited } else { &meter.writes_waited };
-        waited.add(self.commons.clock.instant().saturating_duration_since(came));
-        admitted.map_err(|late| {
-            self.commons.telemetry.refused_by_budget();
-            unsent(Failure::Throttled, format!("no turn within max_wait: the next is in {:?}", late.0))
+    /// An attempt that ended before anything was sent.
+    pub(crate) fn not_sent(&self, error: SendError) -> Attempt {
+        Attempt { response: Err(error), sent_at: self.clock.instant(), retry_after: None }
+    }
+
+    /// Waits for the budget, at most as long as it lets a request wait that began at `begun`.
+    pub(crate) async fn wait_for_budget(
+        &self,
+        request: UpstreamRequest<'_>,
+        begun: Instant,
+    ) -> Result<(), SendError> {
+        let (headers, destination) = (&request.parts.headers, request.destination);
+        let Some(bucket) = self.upstream.limiting_bucket(destination, headers) else { return Ok(()) };
+        let waits_since = self.clock.instant();
+        let admitted = bucket.admit(self.wait_left(begun)).await;
+        let metrics = &self.upstream.metrics;
+        let waited = if request.parts.method.is_safe() { &metrics.reads_waited } else { &metrics.writes_waited };
+        waited.add(self.clock.instant().saturating_duration_since(waits_since));
+        admitted.map_err(|exceeded| {
+            self.telemetry.refused_by_budget();
+            let message = format!("the budget allows the next request in {:?}, later than max_wait", exceeded.0);
+            unsent(Failure::Throttled, message)
         })
     }
 
-    fn patience(&self, begun: Instant) -> Duration {
-        let waited = self.commons.clock.instant().saturating_duration_since(begun);
-        self.site.budgets.max_wait().saturating_sub(waited)
+    fn wait_left(&self, begun: Instant) -> Duration {
+        let waited = self.clock.instant().saturating_duration_since(begun);
+        self.upstream.budgets.max_wait().saturating_sub(waited)
     }
 
-    /// Closes the bucket for as long as a 429 says.
-    fn obey(&self, answer: &Response<Body>, asked: &Parts, place: &Place) -> Option<Duration> {
-        if answer.status() != StatusCode::TOO_MANY_REQUESTS {
+    /// Closes the bucket of a request for the `Retry-After` of a 429.
+    fn apply_retry_after(&self, response: &Response<Body>, request: UpstreamRequest<'_>) -> Option<Duration> {
+        if response.status() != StatusCode::TOO_MANY_REQUESTS {
             return None;
         }
-        self.commons.telemetry.throttled();
-        let bucket = self.bucket(place, &asked.headers)?;
-        let wait = retry_after(answer.headers(), self.commons.clock.wall())?.max(LEAST_WAIT);
-        self.site.budgets.close(&bucket, wait);
+        self.telemetry.throttled();
+        let bucket = self.upstream.bucket(request.destination, &request.parts.headers)?;
+        let wait = retry_after(response.headers(), self.clock.wall())?.max(MIN_RETRY_AFTER);
+        self.upstream.budgets.close(&bucket, wait);
         Some(wait)
     }
 
-    /// How long to wait before the one retry that is safe, if this is one and there is some left to spend.
-    fn retry_pause(&self, method: &Method, error: &SendError, made: u32) -> Option<Duration> {
+    /// Returns the pause before a retry, if it is safe and the retry budget allows it.
+    fn retry_pause(&self, method: &Method, error: &SendError, attempts: u32) -> Option<Duration> {
         let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
-        let pause = self.site.retry.pause(method, error.ended, made, jitter)?;
-        (error.was_tried() && self.retries().withdraw()).then_some(pause)
+        let pause = self.upstream.retry.pause(method, error.retry_safety, attempts, jitter)?;
+        (error.was_tried() && self.retry_budget().withdraw()).then_some(pause)
     }
 
-    fn retries(&self) -> MutexGuard<'_, RetryBudget> {
-        self.site.retries.lock().unwrap_or_else(PoisonError::into_inner)
+    fn retry_budget(&self) -> MutexGuard<'_, RetryBudget> {
+        self.upstream.retry_budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn through_breaker(&self, mut request: Request<Body>, place: &Place) -> Result<Response<Body>, SendError> {
-        let (upstream, host) = (&*self.site.name, place.connect.as_str());
-        let (breakers, tolerance, clock) = (&self.site.breakers, self.site.tolerance, &self.commons.clock);
-        // Handing everything through, we refuse nothing; what happens is counted.
-        let bypasses = self.commons.mode.mode(clock.now()) != Mode::Normal;
-        if let Some(wait) = breakers.admits(host, tolerance, clock.now()).err().filter(|_| !bypasses) {
-            let message = format!("the breaker is open: the next try is in {wait:?}");
+    async fn send_through_breaker(
+        &self,
+        mut request: Request<Body>,
+        destination: &Destination,
+    ) -> Result<Response<Body>, SendError> {
+        let host = destination.authority.as_str();
+        let (breakers, config) = (&self.upstream.breakers, &self.upstream.breaker_config);
+        // In a pass-through mode nothing is refused; results are still counted.
+        let refuses = self.mode.mode(self.clock.now()) == Mode::Normal;
+        let admitted = breakers.admit(host, config, self.clock.now());
+        if let Some(wait) = admitted.err().filter(|_| refuses) {
+            let message = format!("the circuit breaker of {host} is open: next attempt in {wait:?}");
             return Err(unsent(Failure::Unavailable, message));
         }
-        self.retries().deposit();
+        self.retry_budget().deposit();
         let span = spans::upstream(&request.method().clone(), host, request.headers_mut());
-        let answer = self.site.upstream.send(request).instrument(span.clone()).await;
-        match &answer {
+        let response = self.upstream.client.send(request).instrument(span.clone()).await;
+        match &response {
             Ok(response) => span.record("http.response.status_code", response.status().as_u16()),
             Err(error) => span.record("error.type", error.failure.cause()),
         };
-        let now = clock.now();
-        match &answer {
-            // The client's fault says nothing about the upstream.
+        self.record_in_breaker(host, &response);
+        response
+    }
+
+    fn record_in_breaker(&self, host: &str, response: &Result<Response<Body>, SendError>) {
+        let (upstream, breakers) = (&*self.upstream.name, &self.upstream.breakers);
+        let (config, now) = (&self.upstream.breaker_config, self.clock.now());
+        match response {
+            // A fault of the client says nothing about the upstream.
             Err(error) if error.client.is_some() => {}
-            Err(error) if error.silent => {
-                if breakers.with(host, |circuit| circuit.failed(tolerance, now)) {
-                    warn!(upstream, host, "the breaker opens: nobody answers there");
+            Err(error) if error.unreachable => {
+                if breakers.with(host, |breaker| breaker.failed(config, now)) {
+                    warn!(upstream, host, "circuit breaker opened: {error}");
                 }
             }
             Ok(_) | Err(_) => {
-                if breakers.with(host, |circuit| circuit.succeeded(now)) {
-                    info!(upstream, host, "the breaker closes");
+                if breakers.with(host, |breaker| breaker.succeeded(now)) {
+                    info!(upstream, host, "circuit breaker closed");
                 }
             }
         }
-        answer
     }
 
-    fn bucket(&self, place: &Place, headers: &HeaderMap) -> Option<Arc<Bucket>> {
-        self.site.budgets.bucket(&place.host, headers, |name| self.site.is_credential(name))
+    /// Counts a response of the upstream.
+    pub(crate) fn record_response(&self, response: &Response<Body>, took: Duration) {
+        self.record(Failure::from_status(response.status()), took, response.status().as_str());
     }
 
-    /// How long the upstream wants to hear nothing of those who ask with these headers.
-    pub(super) fn closed_for(&self, place: &Place, headers: &HeaderMap) -> Option<Duration> {
-        self.site.budgets.in_the_way(|| self.bucket(place, headers))?.closed_for()
+    /// Counts an attempt without a response, if it was one.
+    pub(crate) fn record_error(&self, error: &SendError, took: Duration) {
+        if error.was_tried() {
+            self.record(Some(error.failure), took, &error.message);
+        }
+    }
+
+    /// Counts the end of a request to the upstream. Logs the first failure, and the first success after it.
+    fn record(&self, failure: Option<Failure>, took: Duration, result: &str) {
+        self.telemetry.upstream(failure, took);
+        self.upstream.metrics.record_upstream(failure, took);
+        let (upstream, cause) = (&*self.upstream.name, failure.map_or("", Failure::cause));
+        match self.upstream.health.record(failure, self.clock.now()) {
+            HealthTransition::Fails => warn!(upstream, cause, "the upstream fails: {result}"),
+            HealthTransition::IsBack => info!(upstream, "the upstream responds again"),
+            HealthTransition::None => debug!(upstream, cause, result, "request to the upstream ended"),
+        }
     }
 }
 
-/// No request was sent.
+/// The error of a request that was not sent.
 fn unsent(failure: Failure, message: String) -> SendError {
-    SendError { ended: Ended::Unsent, ..SendError::unanswered(failure, message) }
+    SendError { retry_safety: RetrySafety::Unsent, ..SendError::unanswered(failure, message) }
 }

@@ -1,167 +1,205 @@
-//! The rehearsal, `mode = "shadow"`: every request is handed through, and what the cache would have answered is compared
-//! with what the upstream did. What a fetch would have stored is stored, so that the next one would have been a hit.
+//! Shadow mode: every request is passed through, and what the cache would have answered is compared with what the
+//! upstream did. What a fetch would have stored is stored, so that the next request can be a hit.
 
 use std::sync::Arc;
 
-use http::header::ETAG;
-use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use bytes::Bytes;
+use http::header::{ETAG, HeaderMap};
+use http::{Method, Request, Response, StatusCode};
 use tracing::warn;
 
-use super::Proxy;
-use super::fetch::{declared_length, head};
-use super::job::Job;
-use super::lookup::Lookup;
-use super::site::Place;
-use super::visit::Visit;
+use super::admission::Admission;
+use super::exchange::{CacheRequest, Exchange};
+use super::fetch::opportunistic::get_of;
+use super::fetch::spec::FetchSpec;
+use super::fetch::store::{ResponseStore, UpstreamResponse, declared_length};
+use super::lookup::{Lookup, LookupResult};
+use super::send::UpstreamRequest;
+use super::upstream_state::{Destination, UpstreamState};
 use crate::body::Body;
-use crate::body::overheard::overheard;
-use crate::policy::asked::Asked;
+use crate::body::fanout::InflightBudget;
+use crate::body::tee::tee;
+use crate::policy::Tick;
+use crate::policy::body_inspection::{ComparedResponse, Comparison, compare, is_empty_at};
 use crate::policy::entry::Entry;
-use crate::policy::head::Casing;
-use crate::policy::inspect::{Answer, Comparison, compare, is_empty_at};
-use crate::policy::invalidation::Position;
-use crate::policy::outcome::{Failure, Rehearsed};
-use crate::policy::plan::Plan;
-use crate::policy::storage::decide;
+use crate::policy::http::storage::decide;
+use crate::policy::invalidation::ledger::Position;
+use crate::policy::outcome::{Failure, ShadowResult};
+use crate::policy::routing::cache_key::CacheKey;
+use crate::policy::routing::rule::Rule;
 
-/// Larger answers are not compared, plain or unfolded, in bytes.
+/// Larger responses are not compared, as received or decompressed, in bytes.
 const MAX_COMPARED: usize = 1 << 20;
 
-/// What would have become of a request.
-pub(super) struct Rehearsal {
-    plan: Arc<Plan>,
-    key: Box<[u8]>,
-    /// What would have been served.
+/// Compares, and stores.
+#[derive(Debug)]
+pub(crate) struct Shadow {
+    pub(crate) upstream: Arc<UpstreamState>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) lookup: Arc<Lookup>,
+    pub(crate) store: Arc<ResponseStore>,
+    pub(crate) inflight: Arc<InflightBudget>,
+    pub(crate) max_entry_bytes: u64,
+}
+
+/// What the cache would have done with a request.
+pub(crate) struct ShadowLookup {
+    rule: Arc<Rule>,
+    key: CacheKey,
+    /// The entry that would have been served.
     served: Option<Arc<Entry>>,
-    /// Would the upstream have been asked, now or behind the answer?
+    /// Whether the upstream would have been asked, now or in the background.
     fetches: bool,
-    /// Before the request went out.
+    /// The ledger's position before the request was sent.
     position: Position,
 }
 
-impl Proxy {
-    /// Looks what the cache would do with a request; none: it would hand it through.
-    pub(super) fn rehearse(&self, request: &Request<Body>, place: &Place, visit: &Visit) -> Option<Rehearsal> {
-        let (plan, demands, key) = self.cacheable(request, place).ok()?;
-        let position = self.commons.invalidations.position();
-        let (served, fetches) = match self.look_up(&key, request.headers(), &demands, visit.now) {
-            Lookup::Fresh(entry) => (Some(entry), false),
-            Lookup::WhileRevalidate(entry) => (Some(entry), true),
-            Lookup::Fetch(_) => (None, true),
+/// A passed response that is compared with an entry.
+struct PassedResponse {
+    rule: Arc<Rule>,
+    path: String,
+    headers: HeaderMap,
+    body: Bytes,
+    now: Tick,
+}
+
+impl Shadow {
+    /// Looks up what the cache would do with a request. `None` if it would pass it through.
+    pub(crate) fn look_up(
+        &self,
+        request: &Request<Body>,
+        destination: &Destination,
+        exchange: &Exchange,
+    ) -> Option<ShadowLookup> {
+        let admitted = self.admission.admit_in_normal_mode(request, destination).ok()?;
+        let position = self.lookup.invalidations.position();
+        let found = self.lookup.find(&admitted.key, request.headers(), &admitted.directives, exchange.now);
+        let (served, fetches) = match found {
+            LookupResult::Fresh(entry) => (Some(entry), false),
+            LookupResult::WhileRevalidate(entry) => (Some(entry), true),
+            LookupResult::Miss(_) => (None, true),
         };
-        Some(Rehearsal { plan: plan.clone(), key: key.to_vec().into(), served, fetches, position })
+        Some(ShadowLookup { rule: admitted.rule.clone(), key: admitted.key, served, fetches, position })
     }
 
-    /// Lets the upstream's answer pass, and compares it with what would have been served.
-    pub(super) fn compared(
+    /// Returns the upstream's response, with a copy of its body on the way to being compared and stored.
+    pub(crate) fn observe(
         self: &Arc<Self>,
-        rehearsal: Rehearsal,
-        asked: &Parts,
-        place: &Place,
-        visit: &Visit,
+        looked_up: ShadowLookup,
+        request: UpstreamRequest<'_>,
+        exchange: &Exchange,
         response: Response<Body>,
     ) -> Response<Body> {
-        let judged = match &rehearsal.served {
-            None => Some(Rehearsed::Miss),
-            // A failure that the cache would have kept from the client.
-            Some(_) if Failure::from_status(response.status()).is_some() => Some(Rehearsed::Hit),
-            Some(served) if asked.method != Method::GET || response.status() != StatusCode::OK => {
-                Some(by_head(served, &response))
+        let is_get = request.parts.method == Method::GET;
+        let result = match &looked_up.served {
+            None => Some(ShadowResult::Miss),
+            // The cache would have kept this failure from the client.
+            Some(_) if Failure::from_status(response.status()).is_some() => Some(ShadowResult::Hit),
+            Some(served) if !is_get || response.status() != StatusCode::OK => Some(compare_heads(served, &response)),
+            Some(served) if served.body.len().max(length_of(&response)) > MAX_COMPARED => {
+                Some(ShadowResult::NotCompared)
             }
-            Some(served) if served.body.len().max(declared(&response)) > MAX_COMPARED => Some(Rehearsed::NotCompared),
             Some(_) => None,
         };
-        if let Some(judged) = judged {
-            self.site.meter.rehearsed(&rehearsal.plan.name, judged);
+        if let Some(result) = result {
+            self.upstream.metrics.record_shadow(&looked_up.rule.name, result);
         }
-        let storing = rehearsal.fetches && asked.method == Method::GET;
-        if judged.is_some() && !storing {
+        let stores = looked_up.fetches && is_get;
+        if result.is_some() && !stores {
             return response;
         }
         let (parts, body) = response.into_parts();
-        let (proxy, asked, place, visit) = (self.clone(), asked.clone(), place.clone(), visit.clone());
-        let came = Response::from_parts(parts.clone(), Body::Empty);
-        let most = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
-        let heard = move |whole: bytes::Bytes| {
-            if let (Some(served), None) = (rehearsal.served.clone(), judged) {
-                let (proxy, plan, visit) = (proxy.clone(), rehearsal.plan.clone(), visit.clone());
-                let (path, fresh, whole) = (asked.uri.path().to_owned(), came.headers().clone(), whole.clone());
-                // It may take milliseconds, which nobody's requests should wait for.
-                tokio::task::spawn_blocking(move || proxy.judge(&plan, &path, &served, (&fresh, &whole), &visit));
+        let compared = looked_up.served.clone().filter(|_| result.is_none());
+        let (path, now) = (request.parts.uri.path().to_owned(), exchange.now);
+        let passed = PassedResponse {
+            rule: looked_up.rule.clone(),
+            path,
+            headers: parts.headers.clone(),
+            body: Bytes::new(),
+            now,
+        };
+        let received = self.store.received(Response::from_parts(parts.clone(), Body::Empty), exchange.elapsed());
+        let spec = stores.then(|| self.spec(looked_up, request));
+        let max = usize::try_from(self.max_entry_bytes).unwrap_or(usize::MAX);
+        let shadow = self.clone();
+        let on_complete = move |body: Bytes| {
+            if let Some(served) = compared {
+                let (shadow, passed) = (shadow.clone(), PassedResponse { body: body.clone(), ..passed });
+                // Comparing may take milliseconds, which must not delay requests.
+                tokio::task::spawn_blocking(move || shadow.compare(&served, &passed));
             }
-            if storing {
-                proxy.store_rehearsed(rehearsal, &asked, &place, &visit, came, whole);
+            if let Some(spec) = spec {
+                shadow.store(&spec, &received, body);
             }
         };
-        Response::from_parts(parts, overheard(body, most, &self.commons.purse, heard))
+        Response::from_parts(parts, tee(body, max, &self.inflight, on_complete))
     }
 
-    /// Compares a whole answer with what would have been served, and counts.
-    fn judge(&self, plan: &Plan, path: &str, served: &Entry, fresh: (&HeaderMap, &[u8]), visit: &Visit) {
-        let stored = served.head.headers();
-        let (stored, fresh) =
-            (Answer { headers: &stored, body: &served.body }, Answer { headers: fresh.0, body: fresh.1 });
-        let judged = match compare(stored, fresh, &plan.volatile, MAX_COMPARED) {
-            Comparison::Same => Rehearsed::Hit,
-            Comparison::Unreadable => Rehearsed::NotCompared,
-            Comparison::Differ(at) => {
-                self.tell_of_wrong_hit(plan, path, served, &at, visit);
-                Rehearsed::WrongHit
+    fn spec(&self, looked_up: ShadowLookup, request: UpstreamRequest<'_>) -> FetchSpec {
+        let ShadowLookup { rule, key, served, position, .. } = looked_up;
+        let parts = get_of(request.parts);
+        let request = CacheRequest { parts, destination: request.destination.clone(), rule, key };
+        let mut spec = FetchSpec::for_copy(&self.upstream, request, position);
+        spec.stale = served;
+        spec
+    }
+
+    /// Compares a complete response with the entry that would have been served, and counts the result.
+    fn compare(&self, served: &Entry, passed: &PassedResponse) {
+        let headers = served.head.headers();
+        let stored = ComparedResponse { headers: &headers, body: &served.body };
+        let fresh = ComparedResponse { headers: &passed.headers, body: &passed.body };
+        let result = match compare(stored, fresh, &passed.rule.volatile, MAX_COMPARED) {
+            Comparison::Same => ShadowResult::Hit,
+            Comparison::Unreadable => ShadowResult::NotCompared,
+            Comparison::Differ(pointer) => {
+                self.log_wrong_hit(served, passed, &pointer);
+                ShadowResult::WrongHit
             }
         };
-        self.site.meter.rehearsed(&plan.name, judged);
+        self.upstream.metrics.record_shadow(&passed.rule.name, result);
     }
 
-    fn tell_of_wrong_hit(&self, plan: &Plan, path: &str, served: &Entry, at: &str, visit: &Visit) {
-        if self.site.meter.may_tell_of_wrong_hit(visit.now) {
-            let (upstream, rule, age) = (&*self.site.name, &*plan.name, served.age(visit.now));
-            warn!(upstream, rule, path, differs_at = at, age, "a hit would have been wrong");
+    fn log_wrong_hit(&self, served: &Entry, passed: &PassedResponse, differs_at: &str) {
+        if self.upstream.metrics.may_log_wrong_hit(passed.now) {
+            let (upstream, rule) = (&*self.upstream.name, &*passed.rule.name);
+            let (path, age) = (&passed.path, served.age(passed.now));
+            warn!(upstream, rule, path, differs_at, age, "shadow mode: a hit would have differed from the upstream");
         }
     }
 
-    fn store_rehearsed(
-        &self,
-        rehearsal: Rehearsal,
-        asked: &Parts,
-        place: &Place,
-        visit: &Visit,
-        came: Response<Body>,
-        body: bytes::Bytes,
-    ) {
-        let Rehearsal { plan, key, position, served, .. } = rehearsal;
-        let job = Job { stale: served, ..self.job_beside(asked, place, plan, key, position) };
-        let came = self.came_beside(came, visit);
-        let (status, headers) = (came.response.status(), came.response.headers());
-        // As a fetch does it: a failure only if it says for how long and nothing is better, an empty list never.
-        let failure = Failure::from_status(status);
-        let max = usize::try_from(self.commons.max_entry_bytes).unwrap_or(usize::MAX);
-        let empty = |pointer: &str| status.is_success() && is_empty_at(pointer, headers, &body, max);
-        if failure.is_some_and(|failure| !self.may_store_failure(&job, &came, failure))
-            || job.plan.reject_empty.as_deref().is_some_and(empty)
+    /// Stores a complete response as a fetch would: a failure only if the upstream says for how long and nothing is
+    /// better, an empty list never.
+    fn store(&self, spec: &FetchSpec, received: &UpstreamResponse, body: Bytes) {
+        let (view, rule) = (received.view(), &spec.request.rule);
+        let max = usize::try_from(self.max_entry_bytes).unwrap_or(usize::MAX);
+        let is_empty = |pointer: &str| view.status.is_success() && is_empty_at(pointer, view.headers, &body, max);
+        let failure = Failure::from_status(view.status);
+        if failure.is_some_and(|failure| !self.store.may_store_failure(spec, &view, failure))
+            || rule.reject_empty.as_deref().is_some_and(is_empty)
         {
             return;
         }
-        if let Ok(store) = decide(&Asked::from(&*job.asked), &came.answered(), &job.plan) {
-            let casing = came.response.extensions().get::<Casing>().cloned();
-            let head = head(came.response.status(), came.response.headers(), casing, &job, &store, &came);
-            self.keep(&job, &self.entry(&job, head, body, &store, came.born));
+        if let Ok(plan) = decide(&spec.view(), &view, rule) {
+            let head = received.head(spec, &plan);
+            let entry = self.store.entry(spec, &plan, (head, body), received.received_at);
+            self.store.store_if_valid(spec, &entry);
         }
     }
 }
 
-/// Bytes that an answer says it has.
-fn declared(response: &Response<Body>) -> usize {
-    declared_length(response).map_or(0, |length| usize::try_from(length).unwrap_or(usize::MAX))
+/// Returns the Content-Length of a response; 0 if it has none.
+fn length_of(response: &Response<Body>) -> usize {
+    declared_length(response.headers()).map_or(0, |length| usize::try_from(length).unwrap_or(usize::MAX))
 }
 
-/// No body to compare: the validators tell, or nobody does.
-fn by_head(served: &Entry, response: &Response<Body>) -> Rehearsed {
+/// Compares without a body: by status and entity tags.
+fn compare_heads(served: &Entry, response: &Response<Body>) -> ShadowResult {
     let stored = served.head.headers();
     match (stored.get(ETAG), response.headers().get(ETAG)) {
-        _ if !response.status().is_redirection() && response.status() != served.head.status => Rehearsed::WrongHit,
-        (Some(stored), Some(fresh)) if stored == fresh => Rehearsed::Hit,
-        (Some(_), Some(_)) => Rehearsed::WrongHit,
-        _ => Rehearsed::NotCompared,
+        _ if !response.status().is_redirection() && response.status() != served.head.status => ShadowResult::WrongHit,
+        (Some(stored), Some(fresh)) if stored == fresh => ShadowResult::Hit,
+        (Some(_), Some(_)) => ShadowResult::WrongHit,
+        _ => ShadowResult::NotCompared,
     }
 }

@@ -1,7 +1,8 @@
-//! One connection to Redis, as the configuration says, or one clear line why there is none.
+//! Connecting to Redis as configured. Errors are one line.
 //!
-//! fred is told to connect once and to fail then. Connecting again is the supervisor's business ([`super::link`]): with
-//! a new client each time, because one that was lost still says it is connected, and with credentials read anew.
+//! fred is configured to connect once and then to fail. The supervisor reconnects ([`super::connection`]), each time
+//! with a new client, because one that lost its connection still reports that it is connected, and with credentials
+//! read again.
 
 use std::time::Duration;
 
@@ -14,31 +15,32 @@ use fred::types::config::{
 };
 use tokio::task::JoinHandle;
 
-use crate::config::{Redis, SecretSource, Topology};
+use super::config::{RedisConfig, RedisTopology};
+use crate::secret::SecretSource;
 use crate::tls;
 
-/// How long connecting may take: name, TCP, TLS, HELLO, SELECT; in a cluster, all of its masters.
-const CONNECT: Duration = Duration::from_secs(2);
+/// Timeout of connecting: DNS, TCP, TLS, HELLO, SELECT; in a cluster, to all of its masters.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between looks at whether a client has connected.
-const LOOK: Duration = Duration::from_millis(1);
+/// Interval between checks whether a client has connected.
+const CONNECT_POLL: Duration = Duration::from_millis(1);
 
-/// The kernel gives up on what it can't deliver for so long.
+/// The kernel closes the connection when sent data is not acknowledged for this long (TCP user timeout).
 const USER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A client, and the task that drives its socket: dropping a client does not end that.
+/// A client and the task that drives its socket, which does not end when the client is dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) client: Client,
     pub(super) driver: Driver,
 }
 
-/// Ends when the connection does, and ends the connection when dropped.
+/// The task that drives a connection. Dropping it closes the connection.
 #[derive(Debug)]
 pub(super) struct Driver(JoinHandle<FredResult<()>>);
 
 impl Driver {
-    /// Waits for the connection's end: why it ended.
+    /// Waits until the connection ends, and returns the reason.
     pub(super) async fn ended(&mut self) -> String {
         match (&mut self.0).await {
             Ok(Ok(())) => "the connection was closed".to_owned(),
@@ -54,27 +56,32 @@ impl Drop for Driver {
     }
 }
 
-/// Connects to one database. The error is one clear line.
-pub(super) async fn connect(config: &Redis, database: u8) -> Result<Connection, String> {
-    let client = Client::new(settings(config, database)?, Some(PerformanceConfig::default()), Some(limits()), None);
+/// Connects to one database. The error is one line.
+pub(super) async fn connect(config: &RedisConfig, database: u8) -> Result<Connection, String> {
+    let client = Client::new(
+        client_config(config, database)?,
+        Some(PerformanceConfig::default()),
+        Some(connection_config()),
+        None,
+    );
     let mut driver = Driver(client.connect());
     tokio::select! {
         biased;
         why = driver.ended() => Err(why),
-        () = connected(&client) => Ok(Connection { client, driver }),
-        () = tokio::time::sleep(CONNECT) => Err(format!("no answer within {} s", CONNECT.as_secs())),
+        () = wait_connected(&client) => Ok(Connection { client, driver }),
+        () = tokio::time::sleep(CONNECT_TIMEOUT) => Err(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())),
     }
 }
 
-/// Until the client has connected. fred's own `wait_for_connect` misses it, for ever, if that happens between its look at
-/// the state and its subscription.
-async fn connected(client: &Client) {
+/// Waits until the client has connected. fred's own `wait_for_connect` waits forever if that happens between its check
+/// of the state and its subscription.
+async fn wait_connected(client: &Client) {
     while !client.is_connected() {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(CONNECT_POLL).await;
     }
 }
 
-fn settings(config: &Redis, database: u8) -> Result<Config, String> {
+fn client_config(config: &RedisConfig, database: u8) -> Result<Config, String> {
     let password = config.password.as_ref().map(SecretSource::read).transpose()?;
     let password = password.map(|secret| secret.reveal().to_owned());
     let tls = match &config.tls {
@@ -84,12 +91,12 @@ fn settings(config: &Redis, database: u8) -> Result<Config, String> {
     let servers =
         |nodes: &[(String, u16)]| nodes.iter().map(|(host, port)| Server::new(host.as_str(), *port)).collect();
     let server = match &config.topology {
-        Topology::Single((host, port)) => ServerConfig::new_centralized(host.as_str(), *port),
-        Topology::Unix(path) => ServerConfig::Unix { path: path.clone() },
-        Topology::Cluster(nodes) => {
+        RedisTopology::Single((host, port)) => ServerConfig::new_centralized(host.as_str(), *port),
+        RedisTopology::Unix(path) => ServerConfig::Unix { path: path.clone() },
+        RedisTopology::Cluster(nodes) => {
             ServerConfig::Clustered { hosts: servers(nodes), policy: ClusterDiscoveryPolicy::UseCache }
         }
-        Topology::Sentinel { nodes, service } => ServerConfig::Sentinel {
+        RedisTopology::Sentinel { nodes, service } => ServerConfig::Sentinel {
             hosts: servers(nodes),
             service_name: service.clone(),
             username: None,
@@ -108,11 +115,11 @@ fn settings(config: &Redis, database: u8) -> Result<Config, String> {
     })
 }
 
-fn limits() -> ConnectionConfig {
+fn connection_config() -> ConnectionConfig {
     ConnectionConfig {
-        connection_timeout: CONNECT,
-        internal_command_timeout: CONNECT,
-        // What answers with READONLY, LOADING and the like is our business to judge.
+        connection_timeout: CONNECT_TIMEOUT,
+        internal_command_timeout: CONNECT_TIMEOUT,
+        // Replies like READONLY and LOADING are handled in `errors.rs`, not by fred.
         reconnect_errors: Vec::new(),
         tcp: TcpConfig { nodelay: Some(true), user_timeout: Some(USER_TIMEOUT), ..TcpConfig::default() },
         ..ConnectionConfig::default()

@@ -1,4 +1,4 @@
-//! What sidecars say to each other: the invalidation log, leases, inboxes, the common secret.
+//! Coordination between sidecars: the invalidation log, leases, inboxes, presence, the mode and the shared secret.
 
 use std::time::Duration;
 
@@ -6,51 +6,51 @@ use bytes::Bytes;
 use fred::interfaces::{KeysInterface, StreamsInterface};
 use fred::types::{Expiration, SetOptions, Value};
 
-use super::link::Asking;
+use super::connection::TimedClient;
 use super::scripts::{APPEND, CLAIM, PRESENT, RELEASE, RENEW};
-use super::{Redis, Trouble, Why};
-use crate::policy::chain::LogId;
+use super::{Redis, RedisError, RedisErrorKind};
+use crate::policy::invalidation::log_position::LogId;
 
-/// The log keeps about so many entries.
+/// Approximate number of entries that the log keeps.
 const LOG_LENGTH: usize = 50_000;
 
 /// An entry of the invalidation log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogEntry {
-    /// Its id.
+    /// Its ID.
     pub id: LogId,
-    /// The id of the entry before it.
+    /// The ID of the entry before it.
     pub previous: LogId,
-    /// What it says.
+    /// Its content.
     pub body: Bytes,
 }
 
-/// Something for this sidecar alone.
+/// A message to this sidecar, or an entry of the refresh queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// Its id in the inbox.
+pub struct InboxMessage {
+    /// Its ID in the stream.
     pub id: LogId,
-    /// What it says.
+    /// Its content.
     pub body: Bytes,
 }
 
-/// What came since.
+/// New entries of the streams that a sidecar follows.
 #[derive(Debug, Default)]
-pub struct News {
-    /// In the log.
+pub struct StreamUpdate {
+    /// New entries of the invalidation log.
     pub log: Vec<LogEntry>,
-    /// In the inbox.
-    pub inbox: Vec<Message>,
+    /// New messages in the inbox.
+    pub inbox: Vec<InboxMessage>,
 }
 
-/// What comes of asking for a lease.
+/// The result of claiming a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Claim {
-    /// It is ours.
+pub enum LeaseClaim {
+    /// This sidecar holds the lease.
     Ours,
-    /// Somebody has it. There will be a message at its end.
+    /// Another sidecar holds it. When it is released, a message is sent to the inbox.
     Theirs {
-        /// For so long, unless it is kept.
+        /// Time until it expires, unless it is renewed.
         left: Duration,
         /// Its holder's token.
         holder: String,
@@ -62,19 +62,19 @@ pub(super) type Rows = Vec<(String, Fields)>;
 
 impl Redis {
     pub(super) fn at(&self, name: &str) -> String {
-        format!("{}:{name}", self.coordinates)
+        format!("{}:{name}", self.coordination_prefix)
     }
 
-    /// Appends to the log; nothing only makes sure that there is a log. The id of the last entry.
-    pub async fn append(&self, body: Bytes) -> Result<LogId, Trouble> {
+    /// Appends to the log and returns the ID of the last entry. An empty `body` only makes sure that the log exists.
+    pub async fn append(&self, body: Bytes) -> Result<LogId, RedisError> {
         let arguments = vec![Value::from(i64::try_from(LOG_LENGTH).unwrap_or(i64::MAX)), Value::Bytes(body)];
         let id: String =
             self.coordination.script(self.command_timeout, APPEND, vec![self.at("log")], arguments).await?;
         parse(&id)
     }
 
-    /// The last entry's id.
-    pub async fn log_end(&self) -> Result<Option<LogId>, Trouble> {
+    /// Returns the ID of the last log entry.
+    pub async fn log_end(&self) -> Result<Option<LogId>, RedisError> {
         let key = self.at("log");
         let rows: Rows = self
             .follower
@@ -83,11 +83,11 @@ impl Redis {
         rows.first().map(|(id, _)| parse(id)).transpose()
     }
 
-    /// Entries after an id, from the log's beginning if there is none; at most so many.
-    pub async fn log_after(&self, after: Option<LogId>, count: u64) -> Result<Vec<LogEntry>, Trouble> {
+    /// Returns at most `count` log entries after an ID, or from the log's beginning.
+    pub async fn log_after(&self, after: Option<LogId>, count: u64) -> Result<Vec<LogEntry>, RedisError> {
         let key = self.at("log");
         let from = after.map_or_else(|| "-".to_owned(), |id| format!("({id}"));
-        // A log may be long, and a server may be just back.
+        // Longer than for other commands: the log may be long, and the server may have just restarted.
         let deadline = self.command_timeout * 10;
         let rows: Rows = self
             .follower
@@ -96,8 +96,13 @@ impl Redis {
         rows.into_iter().map(entry).collect()
     }
 
-    /// Waits at the server, for at most so long, for the log or the inbox to go on.
-    pub async fn news(&self, log: LogId, inbox: (&str, LogId), wait: Duration) -> Result<News, Trouble> {
+    /// Waits at the server for up to `wait` for new entries in the log or the inbox, and returns them.
+    pub async fn read_streams(
+        &self,
+        log: LogId,
+        inbox: (&str, LogId),
+        wait: Duration,
+    ) -> Result<StreamUpdate, RedisError> {
         let keys = vec![self.at("log"), self.inbox(inbox.0)];
         let ids = vec![log.to_string(), inbox.1.to_string()];
         let block = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1);
@@ -106,7 +111,7 @@ impl Redis {
             .follower
             .run(deadline, |client| async move { client.xread(Some(1000), Some(block), keys, ids).await })
             .await?;
-        let mut news = News::default();
+        let mut news = StreamUpdate::default();
         for (key, rows) in streams.unwrap_or_default() {
             if key.ends_with(":log") {
                 news.log = rows.into_iter().map(entry).collect::<Result<_, _>>()?;
@@ -117,19 +122,19 @@ impl Redis {
         Ok(news)
     }
 
-    /// Waits until the log can be asked.
+    /// Waits until the connection that follows the log is there.
     pub async fn follower_connected(&self) {
         self.follower.connected().await;
     }
 
     fn inbox(&self, name: &str) -> String {
-        format!("{}:inbox:{name}", self.coordinates)
+        format!("{}:inbox:{name}", self.coordination_prefix)
     }
 
-    /// Leaves a message for another sidecar.
-    pub async fn send(&self, inbox: &str, body: Bytes) -> Result<(), Trouble> {
+    /// Sends a message to the inbox of another sidecar.
+    pub async fn send(&self, inbox: &str, body: Bytes) -> Result<(), RedisError> {
         let key = self.inbox(inbox);
-        let command = |client: Asking| async move {
+        let command = |client: TimedClient| async move {
             let kept = (fred::types::streams::XCapKind::MaxLen, fred::types::streams::XCapTrim::AlmostExact, 1000);
             client.xadd::<(), _, _, _, _>(&key, false, kept, "*", vec![("m", body)]).await?;
             client.pexpire::<(), _>(key, 60_000, None).await
@@ -137,7 +142,7 @@ impl Redis {
         self.coordination.run(self.command_timeout, command).await
     }
 
-    /// Asks for the lease of a name, also if this holder still has it.
+    /// Claims the lease `name`, also if the holder with the token `instead_of` still has it.
     pub async fn claim(
         &self,
         name: &str,
@@ -145,27 +150,27 @@ impl Redis {
         ttl: Duration,
         inbox: &str,
         instead_of: Option<&str>,
-    ) -> Result<Claim, Trouble> {
+    ) -> Result<LeaseClaim, RedisError> {
         let arguments =
             vec![Value::from(token), millis(ttl), Value::from(inbox), instead_of.unwrap_or_default().into()];
         let (left, holder): (i64, String) =
             self.coordination.script(self.command_timeout, CLAIM, self.lease_keys(name), arguments).await?;
         Ok(match u64::try_from(left) {
-            Ok(0) | Err(_) => Claim::Ours,
-            Ok(left) => Claim::Theirs { left: Duration::from_millis(left), holder },
+            Ok(0) | Err(_) => LeaseClaim::Ours,
+            Ok(left) => LeaseClaim::Theirs { left: Duration::from_millis(left), holder },
         })
     }
 
-    /// Keeps a lease; false if it is no longer ours.
-    pub async fn renew(&self, name: &str, token: &str, ttl: Duration) -> Result<bool, Trouble> {
+    /// Renews a lease. Returns false if this sidecar no longer holds it.
+    pub async fn renew(&self, name: &str, token: &str, ttl: Duration) -> Result<bool, RedisError> {
         let keys = vec![self.at(&format!("lease:{name}"))];
         let arguments = vec![Value::from(token), millis(ttl)];
         let kept: i64 = self.coordination.script(self.command_timeout, RENEW, keys, arguments).await?;
         Ok(kept > 0)
     }
 
-    /// Gives a lease back, and tells all who wait.
-    pub async fn release(&self, name: &str, token: &str, message: Bytes) -> Result<(), Trouble> {
+    /// Releases a lease, and sends `message` to all sidecars that wait for it.
+    pub async fn release(&self, name: &str, token: &str, message: Bytes) -> Result<(), RedisError> {
         let arguments = vec![Value::from(token), Value::Bytes(message), Value::from(self.inbox(""))];
         let _told: i64 =
             self.coordination.script(self.command_timeout, RELEASE, self.lease_keys(name), arguments).await?;
@@ -176,37 +181,37 @@ impl Redis {
         vec![self.at(&format!("lease:{name}")), self.at(&format!("line:{name}"))]
     }
 
-    /// Says that a sidecar is there, if one is named, and counts those that said so within this time.
-    pub async fn present(&self, me: Option<&str>, within: Duration) -> Result<u64, Trouble> {
+    /// Announces the sidecar `me`, if given, and returns the number of sidecars announced within this time.
+    pub async fn announce(&self, me: Option<&str>, within: Duration) -> Result<u64, RedisError> {
         let seconds = i64::try_from(within.as_secs()).unwrap_or(i64::MAX);
         let arguments = vec![Value::from(me.unwrap_or_default()), Value::from(seconds)];
         self.coordination.script(self.command_timeout, PRESENT, vec![self.at("sidecars")], arguments).await
     }
 
-    /// The mode that was set for the fleet, and for how much longer it counts; none: nobody has set one.
-    pub async fn common_mode(&self) -> Result<Option<(String, Option<Duration>)>, Trouble> {
+    /// Returns the mode that was set for the fleet, and the time until it expires. `None` if no mode is set.
+    pub async fn mode(&self) -> Result<Option<(String, Option<Duration>)>, RedisError> {
         let key = self.at("mode");
-        let command = |client: Asking| async move { client.get::<Option<String>, _>(&key).await };
+        let command = |client: TimedClient| async move { client.get::<Option<String>, _>(&key).await };
         let kept = self.coordination.run(self.command_timeout, command).await?;
         Ok(kept.map(|kept| match kept.split_once(' ') {
             None => (kept, None),
             Some((mode, until)) => {
                 let left =
-                    until.parse::<u64>().ok().zip(self.time.now()).map(|(until, now)| until.saturating_sub(now));
+                    until.parse::<u64>().ok().zip(self.clock.now()).map(|(until, now)| until.saturating_sub(now));
                 (mode.to_owned(), left.map(Duration::from_millis))
             }
         }))
     }
 
-    /// Keeps a mode for the fleet, for a time or until another is kept; none: from now on nobody has set one.
-    pub async fn keep_mode(&self, mode: Option<(&'static str, Option<Duration>)>) -> Result<(), Trouble> {
+    /// Sets the mode of the fleet, for a time or until another is set. `None` clears it.
+    pub async fn set_mode(&self, mode: Option<(&'static str, Option<Duration>)>) -> Result<(), RedisError> {
         let key = self.at("mode");
-        let now = self.time.now();
-        let command = |client: Asking| async move {
+        let now = self.clock.now();
+        let command = |client: TimedClient| async move {
             let Some((mode, time)) = mode else { return client.del::<(), _>(&key).await };
             let Some(time) = time else { return client.set::<(), _, _>(&key, mode, None, None, false).await };
             let time = i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1);
-            // Until when, by the server's clock: each reader knows how long it may trust what it has read last.
+            // The value contains its expiry by the server's clock: readers know how long the last value is valid.
             let kept =
                 now.map_or_else(|| mode.to_owned(), |now| format!("{mode} {}", now.saturating_add_signed(time)));
             client.set::<(), _, _>(&key, kept, Some(Expiration::PX(time)), None, false).await
@@ -214,10 +219,10 @@ impl Redis {
         self.coordination.run(self.command_timeout, command).await
     }
 
-    /// The secret that the fleet shares: what is there already, or `mine`.
-    pub async fn common_secret(&self, mine: &[u8]) -> Result<Bytes, Trouble> {
+    /// Returns the shared secret of the fleet: the existing one, or else `mine`, which is then stored.
+    pub async fn shared_secret(&self, mine: &[u8]) -> Result<Bytes, RedisError> {
         let (key, mine) = (self.at("secret"), Bytes::copy_from_slice(mine));
-        let command = |client: Asking| async move {
+        let command = |client: TimedClient| async move {
             let ours = mine.clone();
             let before: Option<Bytes> = client.set(&key, mine, None, Some(SetOptions::NX), true).await?;
             Ok(before.unwrap_or(ours))
@@ -230,8 +235,9 @@ fn millis(duration: Duration) -> Value {
     Value::from(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
-fn parse(id: &str) -> Result<LogId, Trouble> {
-    LogId::parse(id).ok_or_else(|| Trouble { why: Why::Refused, message: format!("{id:?} is no stream id") })
+fn parse(id: &str) -> Result<LogId, RedisError> {
+    LogId::parse(id)
+        .ok_or_else(|| RedisError { why: RedisErrorKind::Refused, message: format!("{id:?} is no stream id") })
 }
 
 fn field(fields: &Fields, name: &str) -> Bytes {
@@ -239,12 +245,12 @@ fn field(fields: &Fields, name: &str) -> Bytes {
     found.map_or_else(Bytes::new, |(_, value)| Bytes::copy_from_slice(value))
 }
 
-fn entry((id, fields): (String, Fields)) -> Result<LogEntry, Trouble> {
+fn entry((id, fields): (String, Fields)) -> Result<LogEntry, RedisError> {
     let previous = field(&fields, "p");
     let previous = parse(std::str::from_utf8(&previous).unwrap_or_default())?;
     Ok(LogEntry { id: parse(&id)?, previous, body: field(&fields, "b") })
 }
 
-pub(super) fn message((id, fields): (String, Fields)) -> Result<Message, Trouble> {
-    Ok(Message { id: parse(&id)?, body: field(&fields, "m") })
+pub(super) fn message((id, fields): (String, Fields)) -> Result<InboxMessage, RedisError> {
+    Ok(InboxMessage { id: parse(&id)?, body: field(&fields, "m") })
 }

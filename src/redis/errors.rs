@@ -1,25 +1,26 @@
-//! What Redis and its driver say when something is wrong, and what to make of it.
+//! Classification of the errors of Redis and its driver.
 
 use fred::error::{Error, ErrorKind};
 
-/// Did a server say this? It begins with a word in capitals.
-pub(super) fn is_answer(text: &str) -> bool {
+/// Returns true if the text is an error reply of a server: it begins with a word in capitals.
+pub(super) fn is_server_reply(text: &str) -> bool {
     let word = text.split([' ', '\n']).next().unwrap_or_default();
     word.len() > 1 && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
 }
 
-/// Is the connection gone? fred tells of that with several kinds of errors.
-pub(super) fn is_lost(error: &Error) -> bool {
+/// Returns true if the connection was lost, which fred reports with several kinds of errors.
+pub(super) fn is_connection_lost(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::IO | ErrorKind::Canceled)
-        || *error.kind() == ErrorKind::Unknown && !is_answer(error.details())
+        || *error.kind() == ErrorKind::Unknown && !is_server_reply(error.details())
 }
 
-/// Errors of a server that is no longer the right one, or of credentials that may have changed.
+/// Returns true if the error says that the server is no longer the right one, or that credentials may have changed.
 pub(super) fn must_reconnect(message: &str) -> bool {
     ["READONLY", "NOAUTH", "WRONGPASS", "MASTERDOWN", "CLUSTERDOWN"].iter().any(|word| message.starts_with(word))
 }
 
-/// The driver writes the system's errors as Rust does: `Os { …, message: "Connection refused" }`. People read the message.
+/// Returns the first line of an error, or only the message of a system error, which the driver formats with `Debug`:
+/// `Os { …, message: "Connection refused" }`.
 pub(super) fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let printed = line.starts_with("Os {") || line.starts_with("Custom {");

@@ -22,43 +22,43 @@ use tokio::time::{Instant, interval, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
-use super::crowd::Seat;
-use super::frames::{Meter, PREFACE};
-use super::framing::Scanner;
-use super::receive::{Desk, Meeting, tunnel};
-use super::stalls::{Stalls, Watched};
-use super::wire::{Speech, Wire};
-use crate::config::Limits;
+use super::connection_limit::ConnectionActivity;
+use super::framing::RequestScanner;
+use super::guarded_stream::{GuardedStream, Protocol};
+use super::h2_flood::{FrameRate, PREFACE};
+use super::h2_stalled_streams::{StalledStreams, WatchedBody};
+use super::service::{RequestHandler, UpgradeSlot, run_tunnel};
+use crate::policy::client_limits::ClientLimits;
 use crate::proxy::Handled;
-use crate::proxy::face::Face;
-use crate::upstream::Ear;
+use crate::proxy::active::ActiveProxy;
+use crate::upstream::InformationalSink;
 
 /// Streams at once on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 100;
 
 /// How often an HTTP/2 connection is looked at.
-const GLANCE: Duration = Duration::from_millis(500);
+const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// For so long the other side may take its leave.
-const GOODBYE: Duration = Duration::from_millis(500);
+const GOAWAY_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a listener knows.
 #[derive(Clone)]
-pub(super) struct Door {
-    pub(super) face: Arc<Face>,
+pub(super) struct ConnectionHandler {
+    pub(super) proxy: Arc<ActiveProxy>,
     /// As they were when the connection came.
-    pub(super) limits: Limits,
+    pub(super) limits: ClientLimits,
     pub(super) tls: Option<TlsAcceptor>,
 }
 
-impl Door {
+impl ConnectionHandler {
     /// Serves a connection to its end.
-    pub(super) async fn connection(self, stream: TcpStream, seat: Arc<Seat>) {
+    pub(super) async fn connection(self, stream: TcpStream, activity: Arc<ConnectionActivity>) {
         let _ = stream.set_nodelay(true);
         let ended = match &self.tls {
-            None => self.plain(stream, &seat).await,
+            None => self.plain(stream, &activity).await,
             Some(tls) => match timeout(self.limits.header_time, tls.accept(stream)).await {
-                Ok(Ok(stream)) => self.plain(stream, &seat).await,
+                Ok(Ok(stream)) => self.plain(stream, &activity).await,
                 Ok(Err(error)) => Err(format!("TLS: {error}")),
                 Err(_elapsed) => Err("TLS: the handshake took too long".into()),
             },
@@ -68,40 +68,46 @@ impl Door {
         }
     }
 
-    async fn plain<S>(&self, mut stream: S, seat: &Arc<Seat>) -> Result<(), String>
+    async fn plain<S>(&self, mut stream: S, activity: &Arc<ConnectionActivity>) -> Result<(), String>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let first = tokio::select! {
             biased;
             first = first_bytes(&mut stream, &self.limits) => first.map_err(|e| e.to_string())?,
-            () = left(seat) => return Ok(()),
+            () = wait_evicted(activity) => return Ok(()),
         };
         if first.starts_with(PREFACE) {
-            self.http2(stream, first, seat).await
+            self.http2(stream, first, activity).await
         } else {
-            self.http1(stream, first, seat).await
+            self.http1(stream, first, activity).await
         }
     }
 
-    async fn http1<S>(&self, stream: S, first: BytesMut, seat: &Arc<Seat>) -> Result<(), String>
+    async fn http1<S>(&self, stream: S, first: BytesMut, activity: &Arc<ConnectionActivity>) -> Result<(), String>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let head = max_head(&self.limits);
-        let (wire, word) = Wire::new(stream, Speech::Http1(Scanner::new(head)), first, &self.limits);
-        let meeting = Meeting::default();
-        let interims = word.interims.clone();
-        let ear: Option<Arc<dyn Ear>> = Some(interims.clone());
-        let desk = Desk { face: self.face.clone(), word: word.clone(), meeting: meeting.clone(), interims: ear };
-        let at = seat.clone();
+        let (wire, word) =
+            GuardedStream::new(stream, Protocol::Http1(RequestScanner::new(head)), first, &self.limits);
+        let meeting = UpgradeSlot::default();
+        let interims = word.informational.clone();
+        let sink: Option<Arc<dyn InformationalSink>> = Some(interims.clone());
+        let handler = RequestHandler {
+            proxy: self.proxy.clone(),
+            flags: word.clone(),
+            upgrade_slot: meeting.clone(),
+            informational: sink,
+        };
+        let at = activity.clone();
         let service = service_fn(move |request: Request<Incoming>| {
-            at.serves();
-            let (handled, interims) = (desk.receive(request), interims.clone());
+            at.count_request();
+            let (handled, interims) = (handler.handle(request), interims.clone());
             async move {
                 Ok::<_, Infallible>(match handled {
                     Handled::Now(response) => response,
-                    Handled::Later(answer) => interims.before(answer).await,
+                    Handled::Later(answer) => interims.deliver_before(answer).await,
                 })
             }
         });
@@ -120,33 +126,38 @@ impl Door {
         let ended = poll_fn(|cx| {
             // A request that has come is read before it is noticed that it is time to leave.
             let polled = connection.as_mut().poll(cx);
-            if polled.is_ready() || asked || seat.poll_leaving(cx).is_pending() {
+            if polled.is_ready() || asked || activity.poll_evicted(cx).is_pending() {
                 return polled;
             }
             asked = true;
-            word.leaves();
+            word.set_evicted();
             connection.as_mut().graceful_shutdown();
             connection.as_mut().poll(cx)
         });
-        ended.await.map_err(|e| reason(&e))?;
-        tunnel(&meeting).await;
+        ended.await.map_err(|e| error_text(&e))?;
+        run_tunnel(&meeting).await;
         Ok(())
     }
 
-    async fn http2<S>(&self, stream: S, first: BytesMut, seat: &Arc<Seat>) -> Result<(), String>
+    async fn http2<S>(&self, stream: S, first: BytesMut, activity: &Arc<ConnectionActivity>) -> Result<(), String>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (wire, word) = Wire::new(stream, Speech::Http2(Meter::new()), first, &self.limits);
+        let (wire, word) = GuardedStream::new(stream, Protocol::Http2(FrameRate::new()), first, &self.limits);
         // The HTTP library has no way to send interim answers on a stream.
-        let desk = Desk { face: self.face.clone(), word, meeting: Meeting::default(), interims: None };
-        let (at, stalls) = (seat.clone(), Arc::new(Stalls::default()));
+        let handler = RequestHandler {
+            proxy: self.proxy.clone(),
+            flags: word,
+            upgrade_slot: UpgradeSlot::default(),
+            informational: None,
+        };
+        let (at, stalls) = (activity.clone(), Arc::new(StalledStreams::default()));
         let streams = stalls.clone();
         let service = service_fn(move |request: Request<Incoming>| {
-            at.serves();
-            let open = streams.begin();
-            let handled = desk.receive(request);
-            async move { Ok::<_, Infallible>(handled.response().await.map(|body| Watched { body, open })) }
+            at.count_request();
+            let open = streams.open_stream();
+            let handled = handler.handle(request);
+            async move { Ok::<_, Infallible>(handled.response().await.map(|body| WatchedBody { body, open })) }
         });
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -155,17 +166,17 @@ impl Door {
             .max_header_list_size(u32::try_from(max_head(&self.limits)).unwrap_or(u32::MAX))
             .serve_connection(TokioIo::new(wire), service);
         let mut connection = pin!(connection);
-        let mut watch = pin!(self.watch(&stalls, seat));
+        let mut watch = pin!(self.watch(&stalls, activity));
         poll_fn(|cx| {
             // Again at once if it was asked to end: it says goodbye.
             loop {
                 if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-                    return Poll::Ready(ended.map_err(|e| reason(&e)));
+                    return Poll::Ready(ended.map_err(|e| error_text(&e)));
                 }
                 if let Poll::Ready(ended) = watch.as_mut().poll(cx) {
                     return Poll::Ready(ended);
                 }
-                let leaves = stalls.is_idle() || seat.poll_leaving(cx).is_ready();
+                let leaves = stalls.is_idle() || activity.poll_evicted(cx).is_ready();
                 if !leaves || stalls.closing.swap(true, Ordering::Relaxed) {
                     return Poll::Pending;
                 }
@@ -177,19 +188,19 @@ impl Door {
 
     /// Ends a connection that is closing once nothing is asked on it (a client need not answer our goodbye), and one
     /// whose client takes nothing. Notes one on which nothing was asked for `limits.keep_alive`.
-    async fn watch(&self, stalls: &Stalls, seat: &Seat) -> Result<(), String> {
-        let Limits { keep_alive, write_stall, .. } = self.limits;
-        let mut every = interval(GLANCE.min(write_stall / 4).min(keep_alive / 4) + Duration::from_millis(1));
-        let (mut served, mut since) = (seat.served(), Instant::now());
+    async fn watch(&self, stalls: &StalledStreams, activity: &ConnectionActivity) -> Result<(), String> {
+        let ClientLimits { keep_alive, write_stall, .. } = self.limits;
+        let mut every = interval(WATCH_INTERVAL.min(write_stall / 4).min(keep_alive / 4) + Duration::from_millis(1));
+        let (mut served, mut since) = (activity.requests(), Instant::now());
         loop {
             every.tick().await;
-            if stalls.any(write_stall) {
+            if stalls.any_stalled(write_stall) {
                 return Err("the client takes nothing".into());
             }
-            if stalls.busy() || seat.served() != served {
-                (served, since) = (seat.served(), Instant::now());
+            if stalls.has_open_streams() || activity.requests() != served {
+                (served, since) = (activity.requests(), Instant::now());
             } else if stalls.closing.load(Ordering::Relaxed) {
-                if since.elapsed() >= GOODBYE {
+                if since.elapsed() >= GOAWAY_TIMEOUT {
                     return Ok(());
                 }
             } else if since.elapsed() >= keep_alive {
@@ -201,7 +212,7 @@ impl Door {
 }
 
 /// Enough of what comes first to know what is spoken: all of HTTP/2's preface, or something that is not.
-async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &Limits) -> io::Result<BytesMut> {
+async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &ClientLimits) -> io::Result<BytesMut> {
     let mut first = BytesMut::with_capacity(4096);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "nothing came");
     let mut came = timeout(limits.keep_alive, stream.read_buf(&mut first)).await.map_err(late)??;
@@ -216,16 +227,16 @@ async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &Limits) -> i
 }
 
 /// Until the one in the seat is to leave.
-async fn left(seat: &Seat) {
-    poll_fn(|cx| seat.poll_leaving(cx)).await;
+async fn wait_evicted(activity: &ConnectionActivity) {
+    poll_fn(|cx| activity.poll_evicted(cx)).await;
 }
 
 /// The largest head the HTTP library is to read: what is too large is for the guard to say.
-fn max_head(limits: &Limits) -> usize {
+fn max_head(limits: &ClientLimits) -> usize {
     usize::try_from(limits.headers + limits.url).unwrap_or(usize::MAX) + 1024
 }
 
-fn reason(error: &hyper::Error) -> String {
+fn error_text(error: &hyper::Error) -> String {
     use std::error::Error as _;
     error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {source}"))
 }

@@ -1,7 +1,7 @@
 //! Where a client's requests begin and end: RFC 9112 §2 to §7, read strictly, before the HTTP library reads a
 //! byte. What is ambiguous is refused here, so that nobody further on can take it for something else.
 //!
-//! A [`Scanner`] gets the bytes as they come and says how many of them may pass. A line is held back until it is
+//! A [`RequestScanner`] gets the bytes as they come and says how many of them may pass. A line is held back until it is
 //! whole, and a head until all of its lines are. States:
 //!
 //! * **head**: the request line and the fields; ends in one of the others, or in a new head;
@@ -13,7 +13,7 @@ mod extensions;
 use http::StatusCode;
 use memchr::{memchr, memchr3_iter};
 
-use crate::proxy::respond::Rejection;
+use crate::policy::rejection::Rejection;
 use extensions::is_extension;
 
 /// All chunk extensions of a body together: beyond this they are an attack.
@@ -27,12 +27,12 @@ const MAX_EMPTY_LINES: usize = 4;
 
 /// Reads one connection's requests.
 #[derive(Debug)]
-pub struct Scanner {
-    state: State,
+pub struct RequestScanner {
+    state: FramingState,
     /// How far into the bytes that are held back the whole lines reach.
     checked: usize,
     /// What the head said so far.
-    head: Head,
+    head: RequestHead,
     /// Bytes of chunk extensions in this body.
     extensions: usize,
     /// The last head asked for another protocol: what follows is that, or nothing yet.
@@ -41,7 +41,7 @@ pub struct Scanner {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum FramingState {
     Head,
     Length(u64),
     ChunkSize,
@@ -51,7 +51,7 @@ enum State {
 }
 
 #[derive(Debug, Default)]
-struct Head {
+struct RequestHead {
     begun: bool,
     empty_lines: usize,
     http_10: bool,
@@ -62,24 +62,31 @@ struct Head {
 
 /// What came of a look at some bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scanned {
+pub struct ScanResult {
     /// So many of them may pass. What follows is not whole yet, and has to be shown again with what comes next.
     pub passed: usize,
     /// What follows them is refused.
     pub refused: Option<Rejection>,
 }
 
-type Checked<T> = Result<T, Rejection>;
+type FramingResult<T> = Result<T, Rejection>;
 
-impl Scanner {
+impl RequestScanner {
     /// For a new connection. Heads beyond `max_head` bytes are refused.
-    pub fn new(max_head: usize) -> Scanner {
-        Scanner { state: State::Head, checked: 0, head: Head::default(), extensions: 0, waits: false, max_head }
+    pub fn new(max_head: usize) -> RequestScanner {
+        RequestScanner {
+            state: FramingState::Head,
+            checked: 0,
+            head: RequestHead::default(),
+            extensions: 0,
+            waits: false,
+            max_head,
+        }
     }
 
     /// Is a body under way?
     pub fn in_body(&self) -> bool {
-        self.state != State::Head
+        self.state != FramingState::Head
     }
 
     /// Does what follows depend on the answer to the last head, which asked for another protocol?
@@ -93,34 +100,34 @@ impl Scanner {
     }
 
     /// Looks at bytes: all that have come and not passed.
-    pub fn scan(&mut self, bytes: &[u8]) -> Scanned {
+    pub fn scan(&mut self, bytes: &[u8]) -> ScanResult {
         let mut passed = 0;
         loop {
             if self.waits {
-                return Scanned { passed, refused: None };
+                return ScanResult { passed, refused: None };
             }
             let rest = &bytes[passed..];
             let step = match self.state {
-                State::Head => self.read_head(rest),
-                State::Length(left) => Ok(self.read_length(left, rest)),
-                State::ChunkSize => self.read_chunk_size(rest),
-                State::Chunk(left) => self.read_chunk(left, rest),
-                State::Trailers => self.read_trailers(rest),
+                FramingState::Head => self.read_head(rest),
+                FramingState::Length(left) => Ok(self.read_length(left, rest)),
+                FramingState::ChunkSize => self.read_chunk_size(rest),
+                FramingState::Chunk(left) => self.read_chunk(left, rest),
+                FramingState::Trailers => self.read_trailers(rest),
             };
             match step {
                 Ok(Some(taken)) => passed += taken,
-                Ok(None) => return Scanned { passed, refused: None },
-                Err(refused) => return Scanned { passed, refused: Some(refused) },
+                Ok(None) => return ScanResult { passed, refused: None },
+                Err(refused) => return ScanResult { passed, refused: Some(refused) },
             }
             if passed == bytes.len() {
-                return Scanned { passed, refused: None };
+                return ScanResult { passed, refused: None };
             }
         }
     }
 
     /// A whole head, or `None` if it is not whole yet.
-    fn read_head(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
-        let mut lines = Lines::from(bytes, self.checked);
+    fn read_head(&mut self, bytes: &[u8]) -> FramingResult<Option<usize>> {
+        let mut lines = LineReader::from(bytes, self.checked);
         while let Some((line, end)) = lines.next()? {
             self.checked = end;
             if !line.is_empty() {
@@ -130,16 +137,16 @@ impl Scanner {
                 self.checked = 0;
                 self.extensions = 0;
                 self.state = match head.length {
-                    _ if head.chunked => State::ChunkSize,
-                    Some(length) if length > 0 => State::Length(length),
-                    _ => State::Head,
+                    _ if head.chunked => FramingState::ChunkSize,
+                    Some(length) if length > 0 => FramingState::Length(length),
+                    _ => FramingState::Head,
                 };
-                self.waits = head.upgrade && self.state == State::Head;
+                self.waits = head.upgrade && self.state == FramingState::Head;
                 return Ok(Some(end));
             } else {
                 self.head.empty_lines += 1;
                 if self.head.empty_lines > MAX_EMPTY_LINES {
-                    return Err(bad("bad_request_line", "Empty lines stand where a request should."));
+                    return Err(bad_request("bad_request_line", "Empty lines stand where a request should."));
                 }
             }
         }
@@ -150,14 +157,14 @@ impl Scanner {
     }
 
     fn read_length(&mut self, left: u64, bytes: &[u8]) -> Option<usize> {
-        let taken = clamp(left, bytes.len());
+        let taken = min_length(left, bytes.len());
         let left = left - taken as u64;
-        self.state = if left == 0 { State::Head } else { State::Length(left) };
+        self.state = if left == 0 { FramingState::Head } else { FramingState::Length(left) };
         (taken > 0).then_some(taken)
     }
 
-    fn read_chunk_size(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
-        let Some((line, end)) = Lines::from(bytes, 0).next()? else {
+    fn read_chunk_size(&mut self, bytes: &[u8]) -> FramingResult<Option<usize>> {
+        let Some((line, end)) = LineReader::from(bytes, 0).next()? else {
             if bytes.len() > MAX_EXTENSIONS {
                 return Err(EXTENSIONS_TOO_LARGE);
             }
@@ -166,42 +173,45 @@ impl Scanner {
         let digits = line.iter().take_while(|b| b.is_ascii_hexdigit()).count();
         let (size, extension) = line.split_at(digits);
         if digits == 0 || digits > MAX_DIGITS || !is_extension(extension) {
-            return Err(bad("bad_chunk", "A chunk's size is not a hexadecimal number, or its extension is broken."));
+            return Err(bad_request(
+                "bad_chunk",
+                "A chunk's size is not a hexadecimal number, or its extension is broken.",
+            ));
         }
         self.extensions += extension.len();
         if self.extensions > MAX_EXTENSIONS {
             return Err(EXTENSIONS_TOO_LARGE);
         }
         let size = size.iter().fold(0, |sum, digit| sum << 4 | u64::from(hex(*digit)));
-        self.state = if size == 0 { State::Trailers } else { State::Chunk(size + 2) };
+        self.state = if size == 0 { FramingState::Trailers } else { FramingState::Chunk(size + 2) };
         Ok(Some(end))
     }
 
     /// The data, and the line end that closes it.
-    fn read_chunk(&mut self, left: u64, bytes: &[u8]) -> Checked<Option<usize>> {
-        let taken = clamp(left, bytes.len());
+    fn read_chunk(&mut self, left: u64, bytes: &[u8]) -> FramingResult<Option<usize>> {
+        let taken = min_length(left, bytes.len());
         // How far the last two bytes of the chunk are in what came.
         for (expected, from_end) in [(b'\r', 2), (b'\n', 1)] {
             let at = left.checked_sub(from_end).and_then(|at| usize::try_from(at).ok());
             if at.and_then(|at| bytes.get(at)).is_some_and(|byte| *byte != expected) {
-                return Err(bad("bad_chunk", "A chunk is longer than it said."));
+                return Err(bad_request("bad_chunk", "A chunk is longer than it said."));
             }
         }
         let left = left - taken as u64;
-        self.state = if left == 0 { State::ChunkSize } else { State::Chunk(left) };
+        self.state = if left == 0 { FramingState::ChunkSize } else { FramingState::Chunk(left) };
         Ok((taken > 0).then_some(taken))
     }
 
-    fn read_trailers(&mut self, bytes: &[u8]) -> Checked<Option<usize>> {
-        let mut lines = Lines::from(bytes, self.checked);
+    fn read_trailers(&mut self, bytes: &[u8]) -> FramingResult<Option<usize>> {
+        let mut lines = LineReader::from(bytes, self.checked);
         while let Some((line, end)) = lines.next()? {
             self.checked = end;
             if line.is_empty() {
                 self.checked = 0;
-                self.state = State::Head;
+                self.state = FramingState::Head;
                 return Ok(Some(end));
             }
-            field(line)?;
+            parse_field(line)?;
         }
         if bytes.len() > self.max_head {
             return Err(HEADERS_TOO_LARGE);
@@ -210,14 +220,14 @@ impl Scanner {
     }
 }
 
-impl Head {
-    fn take_line(&mut self, line: &[u8]) -> Checked<()> {
+impl RequestHead {
+    fn take_line(&mut self, line: &[u8]) -> FramingResult<()> {
         if !self.begun {
             self.begun = true;
             self.http_10 = line.ends_with(b"HTTP/1.0");
             return request_line(line);
         }
-        let (name, value) = field(line)?;
+        let (name, value) = parse_field(line)?;
         match name.len() {
             7 if name.eq_ignore_ascii_case(b"upgrade") => {
                 self.upgrade = true;
@@ -229,36 +239,36 @@ impl Head {
         }
     }
 
-    fn take_length(&mut self, value: &[u8]) -> Checked<()> {
+    fn take_length(&mut self, value: &[u8]) -> FramingResult<()> {
         let value = trim(value);
         let digits = !value.is_empty() && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
         let twice = self.length.is_some();
         if !digits || twice {
-            return Err(bad("bad_framing", "Content-Length is not one number."));
+            return Err(bad_request("bad_framing", "Content-Length is not one number."));
         }
         self.length = Some(value.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0')));
         self.one_framing()
     }
 
-    fn take_encoding(&mut self, value: &[u8]) -> Checked<()> {
+    fn take_encoding(&mut self, value: &[u8]) -> FramingResult<()> {
         if self.chunked || self.http_10 || !trim(value).eq_ignore_ascii_case(b"chunked") {
-            return Err(bad("bad_framing", "Transfer-Encoding is not exactly chunked."));
+            return Err(bad_request("bad_framing", "Transfer-Encoding is not exactly chunked."));
         }
         self.chunked = true;
         self.one_framing()
     }
 
-    fn one_framing(&self) -> Checked<()> {
+    fn one_framing(&self) -> FramingResult<()> {
         if self.chunked && self.length.is_some() {
-            return Err(bad("bad_framing", "Content-Length stands beside Transfer-Encoding."));
+            return Err(bad_request("bad_framing", "Content-Length stands beside Transfer-Encoding."));
         }
         Ok(())
     }
 }
 
 /// `method SP target SP HTTP/1.x`: RFC 9112 §3. The parts themselves are the guard's and the HTTP library's.
-fn request_line(line: &[u8]) -> Checked<()> {
-    let fault = bad("bad_request_line", "The request line is not method, target and HTTP/1.0 or HTTP/1.1.");
+fn request_line(line: &[u8]) -> FramingResult<()> {
+    let fault = bad_request("bad_request_line", "The request line is not method, target and HTTP/1.0 or HTTP/1.1.");
     let (Some(first), Some(last)) = (memchr(b' ', line), line.len().checked_sub(9)) else { return Err(fault) };
     let version = &line[last..];
     if first >= last || (version != b" HTTP/1.1" && version != b" HTTP/1.0") {
@@ -267,17 +277,17 @@ fn request_line(line: &[u8]) -> Checked<()> {
     let (method, target) = (&line[..first], &line[first + 1..last]);
     let visible = target.iter().all(|b| (0x21..=0x7e).contains(b) && *b != b'#');
     if target.is_empty() || !visible {
-        return Err(bad("bad_target", "The request target has bytes that do not belong there."));
+        return Err(bad_request("bad_target", "The request target has bytes that do not belong there."));
     }
     if is_token(method) { Ok(()) } else { Err(fault) }
 }
 
 /// `name ":" value`: RFC 9112 §5. No space before the colon, no folded line, no field without a name.
-fn field(line: &[u8]) -> Checked<(&[u8], &[u8])> {
+fn parse_field(line: &[u8]) -> FramingResult<(&[u8], &[u8])> {
     let colon = memchr(b':', line).unwrap_or(0);
     let (name, value) = line.split_at(colon);
     if !is_token(name) {
-        return Err(bad("bad_header", "A header line has no proper name, or is folded."));
+        return Err(bad_request("bad_header", "A header line has no proper name, or is folded."));
     }
     Ok((name, value.get(1..).unwrap_or_default()))
 }
@@ -309,15 +319,15 @@ fn hex(digit: u8) -> u8 {
     }
 }
 
-fn clamp(left: u64, have: usize) -> usize {
+fn min_length(left: u64, have: usize) -> usize {
     usize::try_from(left).unwrap_or(usize::MAX).min(have)
 }
 
-const fn bad(code: &'static str, message: &'static str) -> Rejection {
+const fn bad_request(code: &'static str, message: &'static str) -> Rejection {
     Rejection { status: StatusCode::BAD_REQUEST, code, message }
 }
 
-const EXTENSIONS_TOO_LARGE: Rejection = bad("bad_chunk", "The chunk extensions are larger than 4 KiB.");
+const EXTENSIONS_TOO_LARGE: Rejection = bad_request("bad_chunk", "The chunk extensions are larger than 4 KiB.");
 
 const HEADERS_TOO_LARGE: Rejection = Rejection {
     status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -332,21 +342,21 @@ const URL_TOO_LONG: Rejection = Rejection {
 };
 
 /// Whole lines, each ended by CR LF: a CR or LF that stands alone, or a NUL, is an error.
-struct Lines<'b> {
+struct LineReader<'b> {
     bytes: &'b [u8],
     start: usize,
     hits: memchr::Memchr3<'b>,
     offset: usize,
 }
 
-impl<'b> Lines<'b> {
-    fn from(bytes: &'b [u8], start: usize) -> Lines<'b> {
-        Lines { bytes, start, hits: memchr3_iter(b'\r', b'\n', 0, &bytes[start..]), offset: start }
+impl<'b> LineReader<'b> {
+    fn from(bytes: &'b [u8], start: usize) -> LineReader<'b> {
+        LineReader { bytes, start, hits: memchr3_iter(b'\r', b'\n', 0, &bytes[start..]), offset: start }
     }
 
     /// The next whole line without its end, and where the one after it starts.
-    fn next(&mut self) -> Checked<Option<(&'b [u8], usize)>> {
-        let alone = bad("bad_line_end", "A line does not end in CR LF, or holds a CR, LF or NUL.");
+    fn next(&mut self) -> FramingResult<Option<(&'b [u8], usize)>> {
+        let alone = bad_request("bad_line_end", "A line does not end in CR LF, or holds a CR, LF or NUL.");
         let Some(at) = self.hits.next().map(|at| at + self.offset) else { return Ok(None) };
         match (self.bytes[at], self.bytes.get(at + 1)) {
             (b'\r', Some(b'\n')) => {
@@ -367,8 +377,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn scanner() -> Scanner {
-        Scanner::new(64 << 10)
+    fn scanner() -> RequestScanner {
+        RequestScanner::new(64 << 10)
     }
 
     fn code(text: &str) -> Option<&'static str> {
@@ -442,9 +452,9 @@ mod tests {
 
     #[test]
     fn what_never_ends_is_refused() {
-        let mut scanner = Scanner::new(100);
+        let mut scanner = RequestScanner::new(100);
         assert_eq!(scanner.scan(&[b'a'; 101]).refused.map(|r| r.status.as_u16()), Some(414));
-        let mut scanner = Scanner::new(100);
+        let mut scanner = RequestScanner::new(100);
         let head = format!("GET / HTTP/1.1\r\nX: {}", "a".repeat(100));
         assert_eq!(scanner.scan(head.as_bytes()).refused.map(|r| r.status.as_u16()), Some(431));
     }

@@ -11,16 +11,16 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
 /// So much is taken, with no longer pause.
-const BYTES: usize = 64 << 20;
-const PAUSE: Duration = Duration::from_secs(1);
+const MAX_BYTES: usize = 64 << 20;
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// For no longer in all: one that was answered, and one that was refused.
-const ANSWERED: Duration = Duration::from_secs(5);
-const REFUSED: Duration = Duration::from_secs(1);
+const ANSWERED_TIMEOUT: Duration = Duration::from_secs(5);
+const REFUSED_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One that stays for a while after it has said goodbye.
 #[derive(Debug)]
-pub(super) struct Lingering {
+pub(super) struct LingeringClose {
     pause: Pin<Box<Sleep>>,
     until: Instant,
     left: usize,
@@ -28,19 +28,24 @@ pub(super) struct Lingering {
     yields: bool,
 }
 
-impl Lingering {
+impl LingeringClose {
     /// After an answer.
-    pub(super) fn answered() -> Lingering {
-        Lingering { yields: true, ..Self::for_at_most(ANSWERED) }
+    pub(super) fn answered() -> LingeringClose {
+        LingeringClose { yields: true, ..Self::for_at_most(ANSWERED_TIMEOUT) }
     }
 
     /// After a refusal.
-    pub(super) fn refused() -> Lingering {
-        Self::for_at_most(REFUSED)
+    pub(super) fn refused() -> LingeringClose {
+        Self::for_at_most(REFUSED_TIMEOUT)
     }
 
-    fn for_at_most(limit: Duration) -> Lingering {
-        Lingering { pause: Box::pin(sleep(PAUSE)), until: Instant::now() + limit, left: BYTES, yields: false }
+    fn for_at_most(limit: Duration) -> LingeringClose {
+        LingeringClose {
+            pause: Box::pin(sleep(MAX_PAUSE)),
+            until: Instant::now() + limit,
+            left: MAX_BYTES,
+            yields: false,
+        }
     }
 
     /// Until the client has gone too, or has had its time. `wanted`: its place is.
@@ -54,7 +59,7 @@ impl Lingering {
             match Pin::new(&mut *stream).poll_read(cx, &mut came) {
                 Poll::Ready(Ok(())) if !came.filled().is_empty() => {
                     self.left = self.left.saturating_sub(came.filled().len());
-                    self.pause.as_mut().reset(self.until.min(Instant::now() + PAUSE));
+                    self.pause.as_mut().reset(self.until.min(Instant::now() + MAX_PAUSE));
                 }
                 Poll::Ready(_) => return Poll::Ready(()),
                 Poll::Pending => return self.pause.as_mut().poll(cx),
@@ -71,7 +76,7 @@ mod tests {
     use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 
     /// For how long, in milliseconds, it stays with a client that writes so many bytes every 900 ms, so many times.
-    async fn stays(goodbye: fn() -> Lingering, size: usize, times: usize) -> u128 {
+    async fn stays(goodbye: fn() -> LingeringClose, size: usize, times: usize) -> u128 {
         let (mut client, mut ours) = duplex(1 << 20);
         let mut lingering = goodbye();
         let writes = async {
@@ -91,12 +96,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_stays_for_a_pause_and_for_its_limit_in_all() {
-        let table: [(fn() -> Lingering, usize, u128); 5] = [
-            (Lingering::answered, 0, 1000),
-            (Lingering::answered, 3, 2 * 900 + 1000),
-            (Lingering::answered, 100, 5000),
-            (Lingering::refused, 0, 1000),
-            (Lingering::refused, 100, 1000),
+        let table: [(fn() -> LingeringClose, usize, u128); 5] = [
+            (LingeringClose::answered, 0, 1000),
+            (LingeringClose::answered, 3, 2 * 900 + 1000),
+            (LingeringClose::answered, 100, 5000),
+            (LingeringClose::refused, 0, 1000),
+            (LingeringClose::refused, 100, 1000),
         ];
         for (goodbye, times, expected) in table {
             let stayed = stays(goodbye, 1, times).await;
@@ -106,12 +111,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn it_goes_when_the_client_goes_has_sent_too_much_or_its_place_is_wanted() {
-        assert_eq!(stays(Lingering::answered, BYTES, 1).await, 0);
+        assert_eq!(stays(LingeringClose::answered, MAX_BYTES, 1).await, 0);
         let (client, mut ours) = duplex(10);
-        let mut lingering = Lingering::answered();
+        let mut lingering = LingeringClose::answered();
         let wanted = poll_fn(|cx| lingering.poll(&mut ours, true, cx));
         assert!(at_once(wanted).await);
-        let mut lingering = Lingering::refused();
+        let mut lingering = LingeringClose::refused();
         assert!(!at_once(poll_fn(|cx| lingering.poll(&mut ours, true, cx))).await, "its second is short enough");
         drop(client);
         assert!(at_once(poll_fn(|cx| lingering.poll(&mut ours, false, cx))).await);

@@ -1,33 +1,33 @@
-//! The memory tier: entries weighed in bytes under a hard cap, S3-FIFO by `quick_cache`, our own expiry.
+//! The memory tier: entries under a hard limit in bytes, with S3-FIFO eviction by `quick_cache` and expiry of its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use http::HeaderMap;
 use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, Lifecycle, OptionsBuilder, Weighter};
 
-use super::alike::Alike;
-use crate::config;
-use crate::policy::entry::{Entry, Resource};
+use super::intern::Interner;
+use crate::policy::entry::{Entry, VariantSet};
 
-/// What `quick_cache` keeps for each item, measured.
-const SLOT: u64 = 152;
+/// Measured overhead of `quick_cache` per item, in bytes.
+const SLOT_BYTES: u64 = 152;
 
-/// An item above about this part of its shard would be dropped silently.
-const LARGEST_PART: f64 = 0.9;
+/// Maximum fraction of its shard that an item may take: `quick_cache` silently drops larger ones.
+const MAX_SHARD_FRACTION: f64 = 0.9;
 
 type Key = Box<[u8]>;
 
-/// All that is stored, by key.
+/// The memory tier: stored responses by cache key.
 #[derive(Debug)]
 pub struct Memory {
-    cache: Cache<Key, Resource, Bytes, DefaultHashBuilder, Evictions>,
+    cache: Cache<Key, VariantSet, ByteWeighter, DefaultHashBuilder, EvictionCounter>,
     evicted: Arc<AtomicU64>,
-    alike: Alike,
-    /// Writers change a resource by replacing it, one at a time.
+    interner: Interner,
+    /// Serializes writers, which change a set of variants by replacing it.
     writing: Mutex<()>,
-    /// What all variants of a key may take together.
+    /// Maximum size of all variants of a key together, in bytes.
     max_resource: AtomicU64,
     shards: usize,
     stored: AtomicU64,
@@ -35,46 +35,46 @@ pub struct Memory {
 }
 
 #[derive(Debug, Clone)]
-struct Bytes;
+struct ByteWeighter;
 
-/// Counts what makes room.
+/// Counts evictions.
 #[derive(Debug, Clone)]
-struct Evictions(Arc<AtomicU64>);
+struct EvictionCounter(Arc<AtomicU64>);
 
-impl Lifecycle<Key, Resource> for Evictions {
+impl Lifecycle<Key, VariantSet> for EvictionCounter {
     type RequestState = ();
 
-    fn on_evict(&self, (): &mut Self::RequestState, _key: Key, _resource: Resource) {
+    fn on_evict(&self, (): &mut Self::RequestState, _key: Key, _resource: VariantSet) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-impl Weighter<Key, Resource> for Bytes {
-    fn weight(&self, key: &Key, resource: &Resource) -> u64 {
-        key.len() as u64 + SLOT + resource.weight()
+impl Weighter<Key, VariantSet> for ByteWeighter {
+    fn weight(&self, key: &Key, resource: &VariantSet) -> u64 {
+        key.len() as u64 + SLOT_BYTES + resource.weight()
     }
 }
 
-/// How full the tier is.
+/// Size and counters of the memory tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct Usage {
+pub struct MemoryUsage {
     /// Keys.
     pub entries: u64,
-    /// Bytes, overhead counted.
+    /// Size in bytes, including overhead.
     pub bytes: u64,
-    /// The cap.
+    /// Maximum of `bytes`.
     pub max_bytes: u64,
-    /// Answers stored since start.
+    /// Responses stored since start.
     pub stored: u64,
-    /// Keys swept after their last window.
+    /// Keys removed by sweeps: past all of their stale windows, or purged.
     pub swept: u64,
-    /// Keys that made room for others.
+    /// Keys evicted.
     pub evicted: u64,
 }
 
 impl Memory {
-    /// An empty tier.
-    pub fn new(config: &config::Memory) -> Memory {
+    /// Creates an empty tier.
+    pub fn new(config: &MemoryLimits) -> Memory {
         let shards = shards(config);
         let max_resource = AtomicU64::new(max_resource(config.max_bytes, shards));
         let estimated = usize::try_from(config.max_bytes / 4096).unwrap_or(usize::MAX).max(64);
@@ -85,24 +85,24 @@ impl Memory {
             .build()
             .expect("all options are set");
         let evicted = Arc::new(AtomicU64::new(0));
-        let lifecycle = Evictions(evicted.clone());
-        let cache = Cache::with_options(options, Bytes, DefaultHashBuilder::default(), lifecycle);
+        let lifecycle = EvictionCounter(evicted.clone());
+        let cache = Cache::with_options(options, ByteWeighter, DefaultHashBuilder::default(), lifecycle);
         let (stored, swept) = (AtomicU64::new(0), AtomicU64::new(0));
-        let (alike, writing) = (Alike::default(), Mutex::new(()));
-        Memory { cache, evicted, alike, writing, max_resource, shards, stored, swept }
+        let (interner, writing) = (Interner::default(), Mutex::new(()));
+        Memory { cache, evicted, interner, writing, max_resource, shards, stored, swept }
     }
 
-    /// What is stored under a key. One hash, one shard lock for reading, no allocation.
-    pub fn get(&self, key: &[u8]) -> Option<Resource> {
+    /// Returns the variants stored under a key. Costs one hash and one read lock of a shard, and no allocation.
+    pub fn get(&self, key: &[u8]) -> Option<VariantSet> {
         self.cache.get(key)
     }
 
-    /// An entry in as few bytes as can be, ready to be stored.
-    pub fn pack(&self, entry: Entry) -> Arc<Entry> {
-        Arc::new(self.alike.pack(entry))
+    /// Interns the shared values of an entry before it is stored.
+    pub fn intern(&self, entry: Entry) -> Arc<Entry> {
+        Arc::new(self.interner.intern(entry))
     }
 
-    /// Stores an answer beside the other variants of its key.
+    /// Stores an entry along with the other variants of its key.
     pub fn put(&self, key: &[u8], entry: Arc<Entry>) {
         self.stored.fetch_add(1, Ordering::Relaxed);
         if self.cache.capacity() == 0 {
@@ -111,12 +111,12 @@ impl Memory {
         let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let resource = match self.cache.peek(key) {
             Some(others) => others.with(entry, self.max_resource.load(Ordering::Relaxed)),
-            None => Resource::One(entry),
+            None => VariantSet::One(entry),
         };
         self.cache.insert(key.into(), resource);
     }
 
-    /// Removes what a request selects: the upstream has answered it with something that is not stored.
+    /// Removes the variant that a request selects, because the upstream's new response to it is not stored.
     pub fn remove(&self, key: &[u8], request: &HeaderMap) {
         let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(resource) = self.cache.peek(key) else { return };
@@ -127,7 +127,7 @@ impl Memory {
         }
     }
 
-    /// Removes what `keep` does not keep.
+    /// Removes the entries for which `keep` returns false.
     pub fn sweep(&self, keep: impl Fn(&Entry) -> bool) {
         let changed = std::cell::RefCell::new(Vec::new());
         self.cache.retain(|key, resource| {
@@ -147,14 +147,14 @@ impl Memory {
         }
     }
 
-    /// Shows all entries, in no order. What comes or goes meanwhile may be missed.
-    pub fn look_at_all(&self, mut look: impl FnMut(&[u8], &Entry)) {
+    /// Calls `look` with every entry, in no order. Entries added or removed meanwhile may be missed.
+    pub fn for_each(&self, mut look: impl FnMut(&[u8], &Entry)) {
         for (key, resource) in self.cache.iter() {
             resource.variants().iter().for_each(|entry| look(&key, entry));
         }
     }
 
-    /// Another cap: what is beyond it goes at once.
+    /// Changes the limit. Evicts entries beyond it at once.
     pub fn resize(&self, max_bytes: u64) {
         if max_bytes != self.cache.capacity() {
             self.cache.set_capacity(max_bytes);
@@ -162,9 +162,9 @@ impl Memory {
         }
     }
 
-    /// The same entries in a tier of other sizes, if these need another number of parts: else the largest answers that
-    /// are allowed would find no room.
-    pub fn rebuilt(&self, config: &config::Memory) -> Option<Memory> {
+    /// Returns a tier with the same entries, if `config` needs another number of shards. With the present number, the
+    /// largest allowed entries might not fit.
+    pub fn rebuilt(&self, config: &MemoryLimits) -> Option<Memory> {
         if shards(config) == self.shards {
             return None;
         }
@@ -179,15 +179,15 @@ impl Memory {
         Some(next)
     }
 
-    /// Nothing is kept any more, nor will be.
-    pub fn empty(&self) {
+    /// Removes all entries, and stores none from now on.
+    pub fn clear_for_good(&self) {
         self.cache.set_capacity(0);
         self.cache.clear();
     }
 
-    /// How full it is.
-    pub fn usage(&self) -> Usage {
-        Usage {
+    /// Returns the size and counters of the tier.
+    pub fn usage(&self) -> MemoryUsage {
+        MemoryUsage {
             entries: self.cache.len() as u64,
             bytes: self.cache.weight(),
             max_bytes: self.cache.capacity(),
@@ -198,38 +198,44 @@ impl Memory {
     }
 }
 
-/// As many shards as the largest allowed entry leaves room for, at most four a core.
-fn shards(config: &config::Memory) -> usize {
+/// Returns the number of shards: as many as leave room for the largest allowed entry, at most about four per core.
+fn shards(config: &MemoryLimits) -> usize {
     const OVERHEAD: u64 = 64 << 10;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let room = (config.max_bytes as f64 * LARGEST_PART) as u64 / (config.max_entry_bytes + OVERHEAD).max(1);
+    let room = (config.max_bytes as f64 * MAX_SHARD_FRACTION) as u64 / (config.max_entry_bytes + OVERHEAD).max(1);
     let most = usize::try_from(room).unwrap_or(usize::MAX).clamp(1, (cores * 4).next_power_of_two());
     if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
 }
 
-/// What all variants of a key may take together, in bytes.
+/// Returns the maximum size of all variants of a key together, in bytes.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn max_resource(max_bytes: u64, shards: usize) -> u64 {
-    (max_bytes as f64 * LARGEST_PART) as u64 / shards as u64
+    (max_bytes as f64 * MAX_SHARD_FRACTION) as u64 / shards as u64
+}
+
+/// Limits of the memory tier.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryLimits {
+    /// Maximum size of all entries including overhead, in bytes.
+    pub max_bytes: u64,
+    /// Maximum size of one entry, in bytes.
+    pub max_entry_bytes: u64,
+    /// Maximum size of all running fetches together, in bytes.
+    pub max_inflight_bytes: u64,
+    /// How long entries may be used while the invalidation log can't be read.
+    pub max_unverified: Duration,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Tick;
-    use crate::policy::entry::{About, Terms};
-    use crate::policy::head::Head;
-    use crate::policy::invalidation::{Address, Position};
-    use crate::policy::key::KeyName;
-    use crate::policy::tags::UpstreamId;
-    use crate::policy::variant::Variant;
-    use http::StatusCode;
+    use crate::policy::entry::{Lifetimes, testing};
 
     const MIB: u64 = 1 << 20;
 
     fn tier(max_bytes: u64, max_entry_bytes: u64) -> Memory {
-        Memory::new(&config::Memory {
+        Memory::new(&MemoryLimits {
             max_bytes,
             max_entry_bytes,
             max_inflight_bytes: 0,
@@ -238,18 +244,13 @@ mod tests {
     }
 
     fn entry(size: usize) -> Arc<Entry> {
-        let head = Head::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new());
-        let address =
-            Address { upstream: UpstreamId(0), authority: "".into(), target: "/".into(), subjects: Box::default() };
-        let about = About { key_name: KeyName::default(), tags: Box::default(), rule: "".into() };
-        let terms = Terms { fresh_for: 1000, ..Terms::default() };
-        let body = bytes::Bytes::from(vec![0; size]);
-        Arc::new(Entry::new(head, body, Variant::default(), Tick(0), terms, address, Position(0), about))
+        let lifetimes = Lifetimes { fresh_for: 1000, ..Lifetimes::default() };
+        Arc::new(Entry::new(testing::parts(bytes::Bytes::from(vec![0; size]), lifetimes)))
     }
 
     #[test]
     fn other_sizes_keep_what_is_stored() {
-        let sizes = |max_bytes, max_entry_bytes| config::Memory {
+        let sizes = |max_bytes, max_entry_bytes| MemoryLimits {
             max_bytes,
             max_entry_bytes,
             max_inflight_bytes: 1 << 20,
@@ -260,7 +261,7 @@ mod tests {
         assert!(memory.rebuilt(&sizes(32 << 20, 1 << 10)).is_none(), "as many parts");
         let larger = memory.rebuilt(&sizes(64 << 20, 32 << 20)).expect("fewer parts, with room for the largest");
         assert!(larger.get(b"a").is_some() && larger.usage().stored == 1);
-        larger.empty();
+        larger.clear_for_good();
         larger.put(b"b", entry(10));
         assert!(larger.get(b"a").is_none() && larger.get(b"b").is_none());
     }
@@ -290,9 +291,9 @@ mod tests {
     fn a_sweep_takes_what_has_expired() {
         let tier = tier(4 * MIB, MIB);
         tier.put(b"a", entry(10));
-        tier.sweep(|entry| !entry.expired(Tick(1000)));
+        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1000)));
         assert!(tier.get(b"a").is_some());
-        tier.sweep(|entry| !entry.expired(Tick(1001)));
+        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1001)));
         assert!(tier.get(b"a").is_none());
     }
 }

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::latencies::{Latencies, Quantiles};
-use crate::policy::outcome::{Bypass, Failure, Forward, Outcome, Skip};
+use super::histogram::{Histogram, Quantiles};
+use crate::policy::outcome::{BypassReason, Failure, ForwardReason, NotStored, Outcome};
 
-/// Why a GET was not stored: the reasons of [`Skip`] and [`Bypass`] that the hint speaks of, and the rest.
+/// Why a GET was not stored: the reasons of [`NotStored`] and [`BypassReason`] that the hint speaks of, and the rest.
 const REASONS: [&str; 7] =
     ["no-freshness", "no-store", "private", "authorization", "unkeyed-credential", "rule-off", "other"];
 
@@ -24,8 +24,8 @@ pub struct Counters {
     stored: AtomicU64,
     writes: AtomicU64,
     /// Of answers from what is stored, and of all others.
-    hits: Latencies,
-    others: Latencies,
+    hits: Histogram,
+    others: Histogram,
     from_fleet: AtomicU64,
     throttled: AtomicU64,
     absorbed: AtomicU64,
@@ -119,10 +119,18 @@ impl Counters {
             return None;
         }
         let reason = match (fetched.forward, fetched.stored) {
-            (Forward::Bypass(reason @ (Bypass::UnkeyedCredential | Bypass::Off)), _) => reason.token(),
-            (_, Err(Some(skip @ (Skip::NoFreshness | Skip::NoStore | Skip::Private | Skip::Authorization)))) => {
-                skip.token()
+            (ForwardReason::Bypass(reason @ (BypassReason::UnkeyedCredential | BypassReason::Off)), _) => {
+                reason.token()
             }
+            (
+                _,
+                Err(Some(
+                    skip @ (NotStored::NoFreshness
+                    | NotStored::NoStore
+                    | NotStored::Private
+                    | NotStored::Authorization),
+                )),
+            ) => skip.token(),
             (_, Err(_)) => "other",
             (_, Ok(())) => return None,
         };

@@ -14,21 +14,19 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-use crate::config::Log;
-
 /// Who else hears of what happens: the exporter of traces.
-pub type Besides = Option<Box<dyn Layer<Registry> + Send + Sync>>;
+pub type ExtraLayer = Option<Box<dyn Layer<Registry> + Send + Sync>>;
 
-static FILTER: OnceLock<reload::Handle<EnvFilter, Layered<Besides, Registry>>> = OnceLock::new();
+static FILTER: OnceLock<reload::Handle<EnvFilter, Layered<ExtraLayer, Registry>>> = OnceLock::new();
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
 /// Starts logging. `RUST_LOG` beats the configuration. `quiet`: what is said of libraries unless one of them names them.
-pub fn start(config: &Log, quiet: &str, besides: Besides) -> Result<(), String> {
+pub fn start(config: &LogConfig, quiet: &str, besides: ExtraLayer) -> Result<(), String> {
     let (filter, handle) = reload::Layer::new(filter(config, quiet)?);
     AS_JSON.store(config.json, Ordering::Relaxed);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
-        .event_format(Lines { human: Format::default().with_target(false).compact(), json: json() })
+        .event_format(LineFormat { human: Format::default().with_target(false).compact(), json: json() })
         .with_writer(std::io::stderr)
         .with_filter(filter);
     tracing_subscriber::registry().with(besides).with(lines).init();
@@ -41,24 +39,24 @@ fn json() -> Format<Json> {
 }
 
 /// What to log. The error names the filter.
-pub fn filter(config: &Log, quiet: &str) -> Result<EnvFilter, String> {
+pub fn filter(config: &LogConfig, quiet: &str) -> Result<EnvFilter, String> {
     let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| config.filter.clone());
     EnvFilter::try_new(format!("{quiet},{wanted}")).map_err(|e| format!("log filter {wanted:?}: {e}"))
 }
 
 /// Another way of logging, ready to take effect.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct PreparedLog {
     filter: EnvFilter,
     json: bool,
 }
 
 /// Reads another way of logging.
-pub fn prepared(config: &Log, quiet: &str) -> Result<Prepared, String> {
-    Ok(Prepared { filter: filter(config, quiet)?, json: config.json })
+pub fn prepared(config: &LogConfig, quiet: &str) -> Result<PreparedLog, String> {
+    Ok(PreparedLog { filter: filter(config, quiet)?, json: config.json })
 }
 
-impl Prepared {
+impl PreparedLog {
     /// From now on it counts, if this process logs at all.
     pub fn take_effect(self) {
         if let Some(handle) = FILTER.get() {
@@ -69,12 +67,12 @@ impl Prepared {
 }
 
 /// Lines for people, or JSON, whichever is wanted now.
-struct Lines {
+struct LineFormat {
     human: Format<Compact>,
     json: Format<Json>,
 }
 
-impl<S, N> FormatEvent<S, N> for Lines
+impl<S, N> FormatEvent<S, N> for LineFormat
 where
     S: Subscriber + for<'l> LookupSpan<'l>,
     N: for<'w> FormatFields<'w> + 'static,
@@ -86,4 +84,13 @@ where
             self.human.format_event(context, writer, event)
         }
     }
+}
+
+/// How to log.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// A filter like `info` or `sidecache=debug,hyper=warn`.
+    pub filter: String,
+    /// One JSON object a line.
+    pub json: bool,
 }

@@ -26,7 +26,7 @@ pub fn request(method: &Method, path: &str, headers: &HeaderMap) -> Span {
 }
 
 /// What came of a request.
-pub fn answered<B>(span: &Span, response: &Response<B>) {
+pub fn record_response<B>(span: &Span, response: &Response<B>) {
     if span.is_disabled() {
         return;
     }
@@ -46,7 +46,7 @@ pub fn wait() -> Span {
 }
 
 /// A fetch: it may outlast the request it began with.
-pub fn flight() -> Span {
+pub fn fetch() -> Span {
     trace_span!(target: TARGET, "flight")
 }
 

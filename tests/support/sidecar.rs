@@ -8,9 +8,9 @@ use std::time::Duration;
 use sidecache::app::App;
 use sidecache::clock::Clock;
 use sidecache::config;
-use sidecache::proxy::Commons;
-use sidecache::upstream::Upstream;
-use sidecache::upstream::http::HttpUpstream;
+use sidecache::proxy::SharedState;
+use sidecache::upstream::UpstreamClient;
+use sidecache::upstream::client::PooledClient;
 use tokio::sync::watch;
 
 use super::client::{Answer, get, send};
@@ -22,7 +22,7 @@ pub(crate) struct Sidecar {
     pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
     pub(crate) clock: Clock,
-    pub(crate) commons: Arc<Commons>,
+    pub(crate) shared: Arc<SharedState>,
     stop: watch::Sender<bool>,
 }
 
@@ -47,13 +47,14 @@ impl Sidecar {
 
     pub(crate) fn from_text(text: &str) -> Sidecar {
         Self::start(text, &|upstream, clock| {
-            HttpUpstream::new(upstream, clock.clone()).map(|http| Arc::new(http) as Arc<dyn Upstream>)
+            PooledClient::new(&upstream.client_settings(), clock.clone())
+                .map(|http| Arc::new(http) as Arc<dyn UpstreamClient>)
         })
     }
 
     /// With an upstream of the test's own making.
-    pub(crate) fn over(upstream: Arc<impl Upstream>, lines: &str) -> Sidecar {
-        let upstream: Arc<dyn Upstream> = upstream;
+    pub(crate) fn over(upstream: Arc<impl UpstreamClient>, lines: &str) -> Sidecar {
+        let upstream: Arc<dyn UpstreamClient> = upstream;
         let unused = "127.0.0.1:9".parse().expect("an address");
         Self::start(&text(unused, lines, ""), &|_, _| Ok(upstream.clone()))
     }
@@ -65,10 +66,10 @@ impl Sidecar {
         let clock = Clock::start();
         let app = App::bind_with(config, clock.clone(), make).expect("free ports");
         let (address, admin) = (app.addresses()[0], app.admin_address().expect("an admin listener"));
-        let commons = app.commons();
+        let shared = app.shared();
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(app.run(stopped));
-        Sidecar { address, admin, clock, commons, stop }
+        Sidecar { address, admin, clock, shared, stop }
     }
 
     pub(crate) async fn get(&self, target: &str) -> Answer {
@@ -97,7 +98,7 @@ impl Sidecar {
 
     /// Waits until it has read the fleet's log.
     pub(crate) async fn in_fleet(&self) {
-        super::soon("the fleet's log is read", self.commons.invalidations.caught_up()).await;
+        super::soon("the fleet's log is read", self.shared.invalidations.wait_caught_up()).await;
     }
 
     /// Waits until it has read the log to where it ends now.
@@ -109,27 +110,27 @@ impl Sidecar {
                     .expect("it answers");
             last.ids.first().map(|entry| entry.id.clone())
         };
-        let read = || self.commons.invalidations.log_position().map(|id| id.to_string());
+        let read = || self.shared.invalidations.log_position().map(|id| id.to_string());
         super::until("the log is read", || end().filter(|end| read().as_ref() == Some(end))).await;
     }
 
     /// Waits until it has lost Redis.
     pub(crate) async fn lost_redis(&self) {
-        let state = || self.commons.fleet.as_ref().expect("a fleet").redis.state();
+        let state = || self.shared.fleet.as_ref().expect("a fleet").redis.state();
         super::until("it has noticed", || state().connections.values().all(|link| !link.connected).then_some(()))
             .await;
     }
 
     /// Waits until everything stored is written to Redis.
     pub(crate) async fn written(&self) {
-        let queue = || self.commons.fleet.as_ref().expect("a fleet").shared.state().queue;
+        let queue = || self.shared.fleet.as_ref().expect("a fleet").tier.state().queue;
         super::until("everything is written", || (queue().bytes == 0 && queue().waiting == 0).then_some(())).await;
     }
 
     /// Turns its clock, and waits until it has read the fleet's log since.
     pub(crate) async fn turn_in_fleet(&self, seconds: u64) {
         self.turn(seconds);
-        let lag = || self.commons.invalidations.lag(self.clock.now());
+        let lag = || self.shared.invalidations.lag(self.clock.now());
         super::until("the log is read", || lag().filter(|lag| *lag < 3_000)).await;
     }
 

@@ -1,0 +1,175 @@
+//! A purge as it lies in the invalidation log: versioned, and sealed with a MAC. What does not verify, or says
+//! something that this version does not know, makes everything doubtful: better a cold cache than a wrong one.
+
+use serde::{Deserialize, Serialize};
+
+use super::SidecarId;
+use crate::policy::invalidation::ledger::{Matcher, PurgeKind, Selector, TargetMatch};
+use crate::policy::invalidation::tag::{Subject, UpstreamId};
+use crate::policy::routing::pattern::Glob;
+use crate::store::authentication::{KEY_ID, Keyring, SALT, TAG};
+
+const VERSION: u8 = 1;
+
+/// What a log entry is bound to.
+const BOUND_TO: &[u8] = b"invalidation log";
+
+/// A purge, and who made it.
+#[derive(Debug, Clone)]
+pub struct PurgeMessage {
+    /// Which sidecar.
+    pub from: SidecarId,
+    /// Its how many-th.
+    pub number: u64,
+    /// How much it takes away.
+    pub strength: PurgeKind,
+    /// What it names.
+    pub selectors: Vec<Selector>,
+    /// Whoever has applied it should say so, under this name.
+    pub answer: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PurgePayload {
+    from: u64,
+    number: u64,
+    hard: bool,
+    answer: Option<u64>,
+    selectors: Vec<SelectorPayload>,
+}
+
+#[derive(Serialize, Deserialize)]
+enum SelectorPayload {
+    Subject([u8; 16]),
+    Prefix(MatcherPayload),
+    Glob(MatcherPayload),
+    Everything,
+}
+
+#[derive(Serialize, Deserialize)]
+struct MatcherPayload {
+    upstream: Option<u64>,
+    authority: Option<String>,
+    text: String,
+}
+
+impl From<&Selector> for SelectorPayload {
+    fn from(selector: &Selector) -> SelectorPayload {
+        let wire = |matcher: &Matcher, text: String| MatcherPayload {
+            upstream: matcher.upstream.map(|id| id.0),
+            authority: matcher.authority.as_deref().map(str::to_owned),
+            text,
+        };
+        match selector {
+            Selector::Subject(subject) => SelectorPayload::Subject(subject.to_bytes()),
+            Selector::Everything => SelectorPayload::Everything,
+            Selector::Matching(matcher) => match &matcher.target {
+                TargetMatch::Prefix(text) => SelectorPayload::Prefix(wire(matcher, text.to_string())),
+                TargetMatch::Glob(glob) => SelectorPayload::Glob(wire(matcher, glob.to_string())),
+            },
+        }
+    }
+}
+
+impl From<SelectorPayload> for Selector {
+    fn from(wire: SelectorPayload) -> Selector {
+        let matching = |matcher: MatcherPayload, target| {
+            let upstream = matcher.upstream.map(UpstreamId);
+            Selector::Matching(Matcher { upstream, authority: matcher.authority.map(Into::into), target })
+        };
+        match wire {
+            SelectorPayload::Subject(bytes) => Selector::Subject(Subject::from_bytes(bytes)),
+            SelectorPayload::Everything => Selector::Everything,
+            SelectorPayload::Prefix(matcher) => {
+                let target = TargetMatch::Prefix(matcher.text.as_str().into());
+                matching(matcher, target)
+            }
+            SelectorPayload::Glob(matcher) => {
+                let target = TargetMatch::Glob(Glob::new(&matcher.text));
+                matching(matcher, target)
+            }
+        }
+    }
+}
+
+impl PurgeMessage {
+    /// As it goes into the log.
+    pub fn seal(&self, ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
+        let wire = PurgePayload {
+            from: self.from.0,
+            number: self.number,
+            hard: self.strength == PurgeKind::Hard,
+            answer: self.answer,
+            selectors: self.selectors.iter().map(SelectorPayload::from).collect(),
+        };
+        let mut body = vec![VERSION];
+        body.extend_from_slice(&ring.current_id());
+        body.extend_from_slice(&salt);
+        body.extend(postcard::to_allocvec(&wire).unwrap_or_default());
+        // The first key of a ring is always known to it.
+        let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
+        body.extend_from_slice(&tag);
+        body
+    }
+
+    /// From what lies in the log; none if it is not ours to understand.
+    pub fn open(body: &[u8], ring: &Keyring) -> Option<PurgeMessage> {
+        let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
+        let (version, rest) = sealed.split_first()?;
+        let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
+        let (salt, wire) = rest.split_first_chunk::<SALT>()?;
+        if *version != VERSION {
+            return None;
+        }
+        ring.verify(*id, salt, BOUND_TO, &[sealed], tag).ok()?;
+        let wire: PurgePayload = postcard::from_bytes(wire).ok()?;
+        Some(PurgeMessage {
+            from: SidecarId(wire.from),
+            number: wire.number,
+            strength: if wire.hard { PurgeKind::Hard } else { PurgeKind::Soft },
+            selectors: wire.selectors.into_iter().map(Selector::from).collect(),
+            answer: wire.answer,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::invalidation::tag::TagScope;
+
+    #[test]
+    fn a_purge_comes_back_as_it_went_or_not_at_all() {
+        let ring = Keyring::new([&b"secret"[..]]);
+        let scope = TagScope { upstream: UpstreamId(7), authority: None };
+        let matcher = |target| Matcher { upstream: Some(UpstreamId(7)), authority: Some("a.example".into()), target };
+        let purge = PurgeMessage {
+            from: SidecarId(3),
+            number: 9,
+            strength: PurgeKind::Soft,
+            selectors: vec![
+                Selector::Subject(Subject::tag(scope, "products")),
+                Selector::Matching(matcher(TargetMatch::Prefix("/a".into()))),
+                Selector::Matching(matcher(TargetMatch::Glob(Glob::new("*b*")))),
+                Selector::Everything,
+            ],
+            answer: Some(5),
+        };
+        let sealed = purge.seal(&ring, [1; SALT]);
+        let opened = PurgeMessage::open(&sealed, &ring).expect("ours");
+        assert_eq!(format!("{opened:?}"), format!("{purge:?}"));
+        // Other versions of the program read this: a new layout is a new VERSION.
+        let hex = crate::policy::testing::hex(&sealed);
+        assert_eq!(
+            hex,
+            "01347d1312010101010101010101010101010101010309000105040021474a48eaa0072cdee2caacd7832c040101070109612e6578616d706c65022f610201070109612e6578616d706c65032a622a036c759205b12b7315dd07645cfe1cd57c"
+        );
+        assert!(PurgeMessage::open(&sealed, &Keyring::new([&b"other"[..]])).is_none());
+        for at in 0..sealed.len() {
+            let mut broken = sealed.clone();
+            broken[at] ^= 1;
+            assert!(PurgeMessage::open(&broken, &ring).is_none(), "byte {at}");
+            assert!(PurgeMessage::open(&sealed[..at], &ring).is_none(), "cut at {at}");
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! Why wasn't this cached? Here: may this answer be stored, and for how long? (RFC 9111 §3, §4.2)
+
+use std::time::{Duration, SystemTime};
+
+use http::header::{
+    ACCEPT_ENCODING, AGE, AUTHORIZATION, CONTENT_TYPE, DATE, ETAG, EXPIRES, HeaderMap, HeaderName, HeaderValue,
+    LAST_MODIFIED, SET_COOKIE, VARY,
+};
+use http::{Method, StatusCode};
+
+use super::cache_control::{CacheControl, seconds};
+use super::date;
+use super::request_view::RequestView;
+use super::targeted_cache_control;
+use crate::policy::entry::Lifetimes;
+use crate::policy::millis;
+use crate::policy::outcome::NotStored;
+use crate::policy::routing::rule::{CacheMode, Rule};
+
+/// Without a lifetime, a tenth of the time since Last-Modified (RFC 9111 §4.2.2), at most this.
+const HEURISTIC_CAP: Duration = Duration::from_hours(24);
+
+/// How long a stale answer may stand in for an upstream that gives none, where nothing forbids it
+/// (RFC 9111 §4.2.4), and how long one that can be validated is kept for that.
+const DISCONNECTED_WINDOW: Duration = Duration::from_hours(24);
+
+/// A request with a larger head may itself be the reason of a 400, 405 or 414: not stored then.
+const MAX_HEAD_OF_CACHED_ERROR: usize = 4096;
+
+/// An answer's head, and when it came.
+#[derive(Debug, Clone, Copy)]
+pub struct ResponseView<'a> {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+    /// Wall time of its arrival.
+    pub at: SystemTime,
+    /// Time from the request to the head: RFC 9111 §4.2.3 `response_delay`.
+    pub delay: Duration,
+}
+
+impl ResponseView<'_> {
+    fn date(&self, name: &HeaderName) -> Option<SystemTime> {
+        date::parse(self.headers.get(name)?.as_bytes(), self.at)
+    }
+}
+
+/// How a response is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StorePlan {
+    /// For so long.
+    pub lifetimes: Lifetimes,
+    /// Under these request headers: RFC 9111 §4.1.
+    pub vary: Vec<HeaderName>,
+    /// Without these fields.
+    pub drop: Vec<HeaderName>,
+}
+
+/// The decision.
+pub fn decide(request: &RequestView<'_>, response: &ResponseView<'_>, rule: &Rule) -> Result<StorePlan, NotStored> {
+    if response.status == StatusCode::PARTIAL_CONTENT {
+        return Err(NotStored::Partial);
+    }
+    if *request.method == Method::HEAD {
+        return Err(NotStored::Head);
+    }
+    if is_event_stream(response.headers) {
+        return Err(NotStored::EventStream);
+    }
+    let vary = vary(response.headers)?;
+    match rule.mode {
+        CacheMode::Off => Err(NotStored::Status),
+        CacheMode::Override { ttl, negative_ttl } => decide_by_rule(response, rule, ttl, negative_ttl, vary),
+        CacheMode::Http => decide_by_headers(request, response, rule, vary),
+    }
+}
+
+/// May others who asked for the same share even an answer that is not stored, because it is a failure? Then
+/// those with the same values in these request headers.
+pub fn failure_vary(response: &ResponseView<'_>, rule: &Rule) -> Option<Vec<HeaderName>> {
+    let directives = targeted_cache_control::directives(response.headers)
+        .unwrap_or_else(|| CacheControl::of_response(response.headers));
+    let forbidden = rule.mode == CacheMode::Http && (directives.no_store || directives.private);
+    if forbidden || response.headers.contains_key(SET_COOKIE) {
+        return None;
+    }
+    let mut vary = vary(response.headers).ok()?;
+    if !vary.contains(&ACCEPT_ENCODING) {
+        vary.push(ACCEPT_ENCODING);
+    }
+    Some(vary)
+}
+
+/// `text/event-stream`: whatever its headers say, it goes through as it comes.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let essence = |value: &HeaderValue| {
+        value.as_bytes().get(..17).is_some_and(|v| v.eq_ignore_ascii_case(b"text/event-stream"))
+    };
+    headers.get(CONTENT_TYPE).is_some_and(essence)
+}
+
+fn decide_by_rule(
+    response: &ResponseView<'_>,
+    rule: &Rule,
+    ttl: Duration,
+    negative_ttl: Option<Duration>,
+    mut vary: Vec<HeaderName>,
+) -> Result<StorePlan, NotStored> {
+    let fresh = match response.status.as_u16() {
+        200 | 203 | 204 | 301 | 308 => ttl,
+        404 | 410 => negative_ttl.ok_or(NotStored::Status)?,
+        _ => return Err(NotStored::Status),
+    };
+    if !vary.contains(&ACCEPT_ENCODING) {
+        vary.push(ACCEPT_ENCODING);
+    }
+    let negative = response.status.is_client_error();
+    let window = |d: Option<Duration>| if negative { 0 } else { d.map_or(0, millis) };
+    let lifetimes = Lifetimes {
+        initial_age: initial_age(response),
+        fresh_for: signed(millis(fresh)),
+        while_revalidate: window(rule.stale_while_revalidate),
+        if_error: window(rule.stale_if_error),
+        disconnected: window(rule.stale_if_error),
+        last_known_good: window(rule.last_known_good),
+        validation: if has_validator(response.headers) { millis(fresh) } else { 0 },
+        always_validate: false,
+    };
+    Ok(StorePlan { lifetimes, vary, drop: dropped_fields(rule, Vec::new()) })
+}
+
+fn decide_by_headers(
+    request: &RequestView<'_>,
+    response: &ResponseView<'_>,
+    rule: &Rule,
+    vary: Vec<HeaderName>,
+) -> Result<StorePlan, NotStored> {
+    let targeted = targeted_cache_control::directives(response.headers);
+    let for_all = targeted.is_none();
+    let directives = targeted.unwrap_or_else(|| CacheControl::of_response(response.headers));
+    if directives.must_understand && !is_understood(response.status) {
+        return Err(NotStored::Status);
+    }
+    if directives.no_store && !directives.must_understand {
+        return Err(NotStored::NoStore);
+    }
+    if directives.private {
+        return Err(NotStored::Private);
+    }
+    let may_share = directives.public || directives.s_maxage.is_some() || directives.must_revalidate;
+    if request.headers.contains_key(AUTHORIZATION) && !may_share {
+        return Err(NotStored::Authorization);
+    }
+    let head_size: usize = request.headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 4).sum();
+    if is_never_stored(response.status, head_size) {
+        return Err(NotStored::Status);
+    }
+    let age = initial_age(response);
+    let lifetime = lifetime(response, &directives, for_all);
+    let validator = has_validator(response.headers);
+    let fresh_for = match lifetime {
+        Some(lifetime) => signed(lifetime).saturating_sub(signed(age)),
+        None if validator && heuristically_cacheable(response.status) => -1,
+        None if heuristically_cacheable(response.status) => return Err(NotStored::NoFreshness),
+        None => return Err(NotStored::Status),
+    };
+    let never_stale = directives.must_revalidate
+        || directives.proxy_revalidate
+        || directives.s_maxage.is_some()
+        || directives.no_cache
+        // A failure that may be kept for a while stands in for nothing afterwards.
+        || response.status.is_server_error();
+    let window = |said: Option<u64>, configured: Option<Duration>| {
+        if never_stale { 0 } else { said.map_or_else(|| configured.map_or(0, millis), |s| s.saturating_mul(1000)) }
+    };
+    let keep = if never_stale { 0 } else { millis(DISCONNECTED_WINDOW) };
+    let lifetimes = Lifetimes {
+        initial_age: age,
+        fresh_for,
+        while_revalidate: window(directives.stale_while_revalidate, rule.stale_while_revalidate),
+        if_error: window(directives.stale_if_error, rule.stale_if_error),
+        disconnected: keep,
+        last_known_good: window(None, rule.last_known_good),
+        validation: if validator { millis(DISCONNECTED_WINDOW) } else { 0 },
+        always_validate: directives.no_cache,
+    };
+    if fresh_for <= 0 && !validator && lifetimes.while_revalidate == 0 && lifetimes.if_error == 0 && keep == 0 {
+        return Err(NotStored::NoFreshness);
+    }
+    Ok(StorePlan { lifetimes, vary, drop: dropped_fields(rule, directives.drop_fields) })
+}
+
+fn dropped_fields(rule: &Rule, mut drop: Vec<HeaderName>) -> Vec<HeaderName> {
+    if !rule.stores_set_cookie {
+        drop.push(SET_COOKIE);
+    }
+    drop
+}
+
+/// Freshness lifetime in milliseconds: RFC 9111 §4.2.1, then §4.2.2.
+///
+/// `with_expires`: no targeted field has displaced it (RFC 9213 §2.2).
+fn lifetime(response: &ResponseView<'_>, directives: &CacheControl, with_expires: bool) -> Option<u64> {
+    if let Some(seconds) = directives.s_maxage.or(directives.max_age) {
+        return Some(seconds.saturating_mul(1000));
+    }
+    let date = response.date(&DATE).unwrap_or(response.at);
+    if with_expires && response.headers.contains_key(EXPIRES) {
+        let expires = response.date(&EXPIRES);
+        return Some(expires.and_then(|e| e.duration_since(date).ok()).map_or(0, millis));
+    }
+    if !(heuristically_cacheable(response.status) || directives.public) {
+        return None;
+    }
+    let modified = response.date(&LAST_MODIFIED)?;
+    let since = date.duration_since(modified).ok()?;
+    Some(millis((since / 10).min(HEURISTIC_CAP)))
+}
+
+/// Does it say itself how long it is good for (RFC 9111 §4.2.1)?
+pub fn has_explicit_lifetime(response: &ResponseView<'_>) -> bool {
+    let directives = targeted_cache_control::directives(response.headers);
+    let with_expires = directives.is_none() && response.headers.contains_key(EXPIRES);
+    let directives = directives.unwrap_or_else(|| CacheControl::of_response(response.headers));
+    with_expires || directives.max_age.is_some() || directives.s_maxage.is_some()
+}
+
+/// RFC 9111 §4.2.3 `corrected_initial_age`, in milliseconds.
+pub fn initial_age(response: &ResponseView<'_>) -> u64 {
+    let first = response.headers.get(AGE).map(|v| v.as_bytes().split(|b| *b == b',').next().unwrap_or_default());
+    let age = seconds(first.map(<[u8]>::trim_ascii)).unwrap_or(0).saturating_mul(1000);
+    // Date has whole seconds: compare whole seconds, so that a fresh answer is not a second old.
+    let second = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let apparent = response.date(&DATE).map_or(0, |date| second(response.at).saturating_sub(second(date)));
+    age.saturating_add(millis(response.delay)).max(apparent.saturating_mul(1000))
+}
+
+fn has_validator(headers: &HeaderMap) -> bool {
+    headers.contains_key(ETAG) || headers.contains_key(LAST_MODIFIED)
+}
+
+/// The request headers an answer says it depends on: RFC 9111 §4.1, RFC 9110 §12.5.5.
+fn vary(headers: &HeaderMap) -> Result<Vec<HeaderName>, NotStored> {
+    let mut names = Vec::new();
+    let members = headers.get_all(VARY).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+    for member in members.map(<[u8]>::trim_ascii).filter(|m| !m.is_empty()) {
+        let name = HeaderName::from_bytes(member).map_err(|_| NotStored::VaryStar)?;
+        if name.as_str() == "*" {
+            return Err(NotStored::VaryStar);
+        }
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// RFC 9110 §15.1.
+fn heuristically_cacheable(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 200 | 203 | 204 | 300 | 301 | 308 | 404 | 405 | 410 | 414 | 501)
+}
+
+/// Final statuses whose meaning we know, for `must-understand`: those of RFC 9110 §15, but what is about a part or
+/// about nothing (206, 304).
+fn is_understood(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 200..=205 | 300..=303 | 305 | 307 | 308 | 400..=417 | 421 | 422 | 426 | 500..=505)
+}
+
+fn is_never_stored(status: StatusCode, request_head: usize) -> bool {
+    match status.as_u16() {
+        413 | 431 | 304 => true,
+        400 | 405 | 414 => request_head >= MAX_HEAD_OF_CACHED_ERROR,
+        _ => status.is_informational(),
+    }
+}
+
+fn signed(ms: u64) -> i64 {
+    i64::try_from(ms).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::routing::router::testing::rule;
+    use http::HeaderValue;
+
+    const NOW: &str = "Fri, 20 Nov 2026 12:00:00 GMT";
+
+    fn map(lines: &[(&'static str, &str)]) -> HeaderMap {
+        let line =
+            |(n, v): &(&'static str, &str)| (HeaderName::from_static(n), HeaderValue::from_str(v).expect("a value"));
+        HeaderMap::from_iter(lines.iter().map(line))
+    }
+
+    fn decided(
+        mode: CacheMode,
+        status: u16,
+        request_headers: &HeaderMap,
+        headers: &HeaderMap,
+    ) -> Result<StorePlan, NotStored> {
+        let mut rule = rule("x", "/**");
+        rule.mode = mode;
+        let response = ResponseView {
+            status: StatusCode::from_u16(status).expect("a status"),
+            headers,
+            at: httpdate::parse_http_date(NOW).expect("a date"),
+            delay: Duration::ZERO,
+        };
+        let mut request = http::Request::new(());
+        request.headers_mut().clone_from(request_headers);
+        decide(&RequestView::from(&request), &response, &rule)
+    }
+
+    #[test]
+    fn http_lifetimes() {
+        type Lines<'a> = &'a [(&'static str, &'a str)];
+        let table: &[(u16, Lines<'_>, Result<i64, NotStored>)] = &[
+            (200, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (200, &[("cache-control", "max-age=60, s-maxage=10")], Ok(10_000)),
+            (200, &[("cache-control", "max-age=60"), ("age", "20")], Ok(40_000)),
+            (200, &[("cache-control", "max-age=60"), ("date", "Fri, 20 Nov 2026 11:59:50 GMT")], Ok(50_000)),
+            (200, &[("cache-control", "max-age=60"), ("age", "1.5")], Ok(60_000)),
+            (200, &[("expires", "Fri, 20 Nov 2026 12:01:00 GMT"), ("date", NOW)], Ok(60_000)),
+            (200, &[("expires", "0"), ("etag", "\"a\"")], Ok(0)),
+            (200, &[("last-modified", "Fri, 20 Nov 2026 11:00:00 GMT"), ("date", NOW)], Ok(360_000)),
+            (302, &[("last-modified", "Fri, 20 Nov 2026 11:00:00 GMT"), ("date", NOW)], Err(NotStored::Status)),
+            (302, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (404, &[("cache-control", "max-age=60")], Ok(60_000)),
+            (431, &[("cache-control", "max-age=60")], Err(NotStored::Status)),
+            (206, &[("cache-control", "max-age=60")], Err(NotStored::Partial)),
+            (200, &[("etag", "\"a\"")], Ok(-1)),
+            (200, &[], Err(NotStored::NoFreshness)),
+            (200, &[("cache-control", "no-store, max-age=60")], Err(NotStored::NoStore)),
+            (200, &[("cache-control", "private, max-age=60")], Err(NotStored::Private)),
+            (200, &[("cache-control", "max-age=60"), ("vary", "*")], Err(NotStored::VaryStar)),
+            (200, &[("cache-control", "max-age=60"), ("vary", "Accept, *")], Err(NotStored::VaryStar)),
+        ];
+        for (status, lines, expected) in table {
+            let found =
+                decided(CacheMode::Http, *status, &HeaderMap::new(), &map(lines)).map(|s| s.lifetimes.fresh_for);
+            assert_eq!(found, *expected, "{status} {lines:?}");
+        }
+    }
+
+    #[test]
+    fn authorization_needs_leave_to_share() {
+        let request_headers = map(&[("authorization", "Bearer x")]);
+        let table = [
+            ("max-age=60", Err(NotStored::Authorization)),
+            ("max-age=60, public", Ok(())),
+            ("s-maxage=60", Ok(())),
+            ("max-age=60, must-revalidate", Ok(())),
+        ];
+        for (directives, expected) in table {
+            let headers = map(&[("cache-control", directives)]);
+            assert_eq!(
+                decided(CacheMode::Http, 200, &request_headers, &headers).map(|_| ()),
+                expected,
+                "{directives}"
+            );
+        }
+    }
+
+    #[test]
+    fn must_revalidate_closes_every_stale_window() {
+        let headers = map(&[("cache-control", "max-age=1, must-revalidate, stale-if-error=60"), ("etag", "\"a\"")]);
+        let stored = decided(CacheMode::Http, 200, &HeaderMap::new(), &headers).expect("stored");
+        let Lifetimes { if_error, while_revalidate, disconnected, last_known_good, .. } = stored.lifetimes;
+        assert_eq!((if_error, while_revalidate, disconnected, last_known_good), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn override_asks_nobody() {
+        let mode = CacheMode::Override { ttl: Duration::from_mins(1), negative_ttl: Some(Duration::from_secs(10)) };
+        let table = [
+            (200, Ok(60_000)),
+            (301, Ok(60_000)),
+            (404, Ok(10_000)),
+            (302, Err(NotStored::Status)),
+            (500, Err(NotStored::Status)),
+            (403, Err(NotStored::Status)),
+        ];
+        let headers = map(&[("cache-control", "no-store, private, max-age=0"), ("set-cookie", "a=b")]);
+        for (status, expected) in table {
+            let found = decided(mode, status, &map(&[("authorization", "x")]), &headers);
+            assert_eq!(found.clone().map(|s| s.lifetimes.fresh_for), expected, "{status}");
+            if let Ok(store) = found {
+                assert_eq!((store.vary, store.drop), (vec![ACCEPT_ENCODING], vec![SET_COOKIE]));
+            }
+        }
+        let star = map(&[("vary", "*")]);
+        assert_eq!(decided(mode, 200, &HeaderMap::new(), &star), Err(NotStored::VaryStar));
+    }
+}

@@ -1,0 +1,181 @@
+//! Who is here: a place for every connection, and what happens when there is none left. Then one that has done
+//! nothing since it was last looked at (the clock algorithm of page replacement) is asked to leave: it finishes
+//! what it does, and closes. An idle flood makes room for those who work.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use atomic_waker::AtomicWaker;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+/// Who is asked to leave has so long before the next one is asked.
+const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
+
+/// One connection's.
+#[derive(Debug, Default)]
+pub(super) struct ConnectionActivity {
+    /// Requests so far.
+    requests: AtomicU32,
+    evicted: AtomicBool,
+    waker_registered: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl ConnectionActivity {
+    /// A request has come.
+    pub(super) fn count_request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many have.
+    pub(super) fn requests(&self) -> u32 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Ready once it is to leave. One task asks, always the same: its waker is noted once.
+    pub(super) fn poll_evicted(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.waker_registered.swap(true, Ordering::Relaxed) {
+            self.waker.register(cx.waker());
+        }
+        if self.evicted.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn evict(&self) {
+        self.evicted.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+/// All connections of a listener.
+#[derive(Debug)]
+pub(super) struct ConnectionSlots {
+    places: Mutex<SlotTable>,
+    freed: Notify,
+}
+
+#[derive(Debug)]
+struct SlotTable {
+    taken: Vec<Option<(Arc<ConnectionActivity>, u32)>>,
+    free: Vec<usize>,
+    hand: usize,
+    most: usize,
+}
+
+/// A place that is taken.
+#[derive(Debug)]
+pub(super) struct ConnectionSlot {
+    slots: Arc<ConnectionSlots>,
+    index: usize,
+    pub(super) activity: Arc<ConnectionActivity>,
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        let mut places = self.slots.lock();
+        places.taken[self.index] = None;
+        places.free.push(self.index);
+        drop(places);
+        self.slots.freed.notify_one();
+    }
+}
+
+impl ConnectionSlots {
+    /// For at most so many.
+    pub(super) fn new(most: usize) -> Arc<ConnectionSlots> {
+        let places = SlotTable { taken: Vec::new(), free: Vec::new(), hand: 0, most };
+        Arc::new(ConnectionSlots { places: Mutex::new(places), freed: Notify::new() })
+    }
+
+    /// From now on for so many; who is here beyond that stays until asked to leave.
+    pub(super) fn resize(&self, most: usize) {
+        self.lock().most = most;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SlotTable> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place, as soon as there is one.
+    pub(super) async fn acquire(self: &Arc<Self>) -> ConnectionSlot {
+        loop {
+            if let Some(place) = self.try_acquire() {
+                return place;
+            }
+            self.lock().evict_idle();
+            // It may have a long answer to finish: then another one is asked.
+            let _ = timeout(EVICTION_INTERVAL, self.freed.notified()).await;
+        }
+    }
+
+    /// A place, if there is one now.
+    pub(super) fn try_acquire(self: &Arc<Self>) -> Option<ConnectionSlot> {
+        let activity = Arc::new(ConnectionActivity::default());
+        let mut places = self.lock();
+        if places.taken.len() - places.free.len() >= places.most {
+            return None;
+        }
+        let index = places.free.pop().unwrap_or_else(|| {
+            places.taken.push(None);
+            places.taken.len() - 1
+        });
+        places.taken[index] = Some((activity.clone(), 0));
+        Some(ConnectionSlot { slots: self.clone(), index, activity })
+    }
+
+    /// Everybody is to leave.
+    pub(super) fn evict_all(&self) {
+        for (activity, _) in self.lock().taken.iter().flatten() {
+            activity.evict();
+        }
+    }
+}
+
+impl SlotTable {
+    fn evict_idle(&mut self) {
+        // Twice round: after the first, whoever is busy has been noted.
+        for _ in 0..self.taken.len() * 2 {
+            self.hand = (self.hand + 1) % self.taken.len();
+            let Some((activity, noted)) = &mut self.taken[self.hand] else { continue };
+            let served = activity.requests();
+            if served == *noted && !activity.evicted.load(Ordering::Relaxed) {
+                return activity.evict();
+            }
+            *noted = served;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+
+    fn leaves(place: &ConnectionSlot) -> bool {
+        place.activity.poll_evicted(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    #[tokio::test]
+    async fn who_does_nothing_makes_room() {
+        let slots = ConnectionSlots::new(3);
+        let idle = slots.try_acquire().expect("room");
+        let busy = slots.try_acquire().expect("room");
+        let later = slots.try_acquire().expect("room");
+        assert!(slots.try_acquire().is_none());
+        busy.activity.count_request();
+        let next = tokio::spawn({
+            let slots = slots.clone();
+            async move { slots.acquire().await }
+        });
+        crate::server::tests::until(|| leaves(&idle) || leaves(&later)).await;
+        assert!(!leaves(&busy));
+        assert!(leaves(&idle) || leaves(&later));
+        drop((idle, later));
+        let place = next.await.expect("a place");
+        assert!(!leaves(&place));
+        slots.evict_all();
+        assert!(leaves(&place) && leaves(&busy));
+    }
+}

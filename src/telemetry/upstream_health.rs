@@ -1,0 +1,92 @@
+//! How an upstream is doing, from the requests that went to it anyway. Nothing is sent to find out.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use serde::Serialize;
+
+use crate::policy::Tick;
+use crate::policy::outcome::Failure;
+
+/// So many failures in a row make an upstream "down".
+const DOWN_AFTER: u32 = 5;
+
+/// Passive signals of one upstream.
+#[derive(Debug, Default)]
+pub struct PassiveHealth(Mutex<LastResults>);
+
+#[derive(Debug, Default, Clone, Copy)]
+struct LastResults {
+    ok: Option<Tick>,
+    failure: Option<(Tick, &'static str)>,
+    in_a_row: u32,
+}
+
+/// What has changed with a request's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HealthTransition {
+    /// Nothing.
+    None,
+    /// The first failure after a success.
+    Fails,
+    /// The first success after a failure.
+    IsBack,
+}
+
+/// What `/health` says of an upstream.
+#[derive(Debug, Clone, Serialize)]
+pub struct UpstreamHealth {
+    /// `unknown` before the first request, then `ok`, `failing`, `down`.
+    pub status: &'static str,
+    /// Failures since the last success.
+    pub failures_in_a_row: u32,
+    /// Milliseconds since the last success.
+    pub last_ok_ms_ago: Option<u64>,
+    /// Milliseconds since the last failure.
+    pub last_failure_ms_ago: Option<u64>,
+    /// What the last failure was.
+    pub last_cause: Option<&'static str>,
+}
+
+impl PassiveHealth {
+    /// A request to it ended so. Says if that is news.
+    pub fn record(&self, failure: Option<Failure>, now: Tick) -> HealthTransition {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = last.in_a_row;
+        match failure {
+            None => {
+                last.ok = Some(now);
+                last.in_a_row = 0;
+            }
+            Some(failure) => {
+                last.failure = Some((now, failure.cause()));
+                // A throttled or an empty answer comes from an upstream that is up.
+                let is_up = matches!(failure, Failure::Throttled | Failure::Empty);
+                last.in_a_row = if is_up { 0 } else { last.in_a_row + 1 };
+            }
+        }
+        match (before, last.in_a_row) {
+            (0, 1..) => HealthTransition::Fails,
+            (1.., 0) => HealthTransition::IsBack,
+            (_, _) => HealthTransition::None,
+        }
+    }
+
+    /// How it is doing.
+    pub fn state(&self, now: Tick) -> UpstreamHealth {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = match (last.ok, last.in_a_row) {
+            (None, 0) => "unknown",
+            (Some(_), 0) => "ok",
+            (_, n) if n < DOWN_AFTER => "failing",
+            (_, _) => "down",
+        };
+        UpstreamHealth {
+            status,
+            failures_in_a_row: last.in_a_row,
+            last_ok_ms_ago: last.ok.map(|at| now.since(at)),
+            last_failure_ms_ago: last.failure.map(|(at, _)| now.since(at)),
+            last_cause: last.failure.map(|(_, cause)| cause),
+        }
+    }
+}

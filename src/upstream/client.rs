@@ -1,0 +1,291 @@
+//! The real upstream: a pooled HTTP client with time limits, and suspicion.
+
+use std::future::Future;
+use std::io::ErrorKind;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::UPGRADE;
+use http::uri::Scheme;
+use http::{Request, Response, StatusCode, Version};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::ext::on_informational;
+use hyper_util::client::legacy::connect::{CaptureConnection, HttpInfo, capture_connection};
+use hyper_util::client::legacy::{Client, Error as ClientError};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ClientConfig;
+use tokio::time::{Sleep, timeout};
+
+use super::connector::{CONNECT_TIMED_OUT, Connector, ConnectorLimits, NoFreeConnection};
+use super::header_case::HeaderCases;
+use super::response_framing::framing_error;
+use super::response_monitor::{FramingError, MAX_HEAD, ResponseMonitor, TrailingData};
+use super::{
+    ClientSettings, InformationalSender, PoolLimits, RecordHeaderCase, SendError, Sending, Timeouts, UpstreamClient,
+};
+use crate::body::tunnel::{DuplexStream, Tunnel};
+use crate::body::{Body, BodyError};
+use crate::clock::Clock;
+use crate::policy::outcome::Failure;
+use crate::policy::packed_head::HeaderCase;
+use crate::policy::resilience::retry::RetrySafety;
+use crate::policy::routing::origin::Origin;
+use crate::tls;
+use crate::tls::ClientTls;
+
+/// For a client without limits of its own.
+const UNLIMITED: usize = 1 << 20;
+
+/// An idle connection is closed after this.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// An HTTP/2 connection that carries streams is asked so often whether it lives, and must answer in time.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_ANSWER: Duration = Duration::from_secs(10);
+
+/// The upstream behind one listener.
+pub struct PooledClient {
+    client: Client<Connector, Body>,
+    header_cases: HeaderCases,
+    timeouts: Timeouts,
+    /// DNS is asked again under steady traffic too.
+    max_age: Duration,
+    clock: Clock,
+}
+
+impl std::fmt::Debug for PooledClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HttpUpstream").field("timeouts", &self.timeouts).finish_non_exhaustive()
+    }
+}
+
+impl PooledClient {
+    /// The client of a configured upstream. Fails if certificates can't be read.
+    pub fn new(config: &ClientSettings, clock: Clock) -> Result<PooledClient, String> {
+        let terms = ConnectorLimits {
+            connect_timeout: config.timeouts.connect,
+            // Before the one who waits for the answer gives up: then it is known that nothing was sent.
+            slot_timeout: config.timeouts.first_byte.mul_f64(0.9),
+            max_connections: config.pool.connections,
+            http2: config.http2,
+            refuse_local: matches!(config.origin, Origin::Hosts(_)),
+        };
+        // The system's certificates take a megabyte or two to read.
+        let speaks_tls = !matches!(&config.origin, Origin::Fixed { scheme, .. } if *scheme == Scheme::HTTP);
+        let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
+        Ok(Self::client(config.timeouts, tls?, &terms, config.pool, clock))
+    }
+
+    /// A client for anything else.
+    pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<PooledClient, String> {
+        let pool = PoolLimits { connections: UNLIMITED, idle: UNLIMITED, max_age: Duration::from_hours(1) };
+        let terms = ConnectorLimits {
+            connect_timeout: timeouts.connect,
+            slot_timeout: timeouts.connect,
+            max_connections: UNLIMITED,
+            http2: false,
+            refuse_local: false,
+        };
+        Ok(Self::client(timeouts, tls::client_config(&ClientTls::default())?, &terms, pool, clock))
+    }
+
+    fn client(
+        timeouts: Timeouts,
+        tls: ClientConfig,
+        terms: &ConnectorLimits,
+        pool: PoolLimits,
+        clock: Clock,
+    ) -> PooledClient {
+        let connector = Connector::new(terms, tls, clock.clone());
+        let client = Client::builder(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(pool.idle)
+            .http1_preserve_header_case(true)
+            .http1_title_case_headers(true)
+            .http1_max_buf_size(MAX_HEAD)
+            .set_host(false)
+            .http2_keep_alive_interval(PING_EVERY)
+            .http2_keep_alive_timeout(PING_ANSWER)
+            .build(connector);
+        PooledClient { client, header_cases: HeaderCases::default(), timeouts, max_age: pool.max_age, clock }
+    }
+
+    async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
+        let connection = capture_connection(&mut request);
+        let may_be_stored = request.extensions_mut().remove::<RecordHeaderCase>().is_some();
+        if let Some(heard) = request.extensions_mut().remove::<InformationalSender>() {
+            on_informational(&mut request, move |interim| {
+                heard.send_informational(interim.status(), interim.headers());
+            });
+        }
+        let head_only = request.method() == http::Method::HEAD;
+        let asked_upgrade = request.headers().contains_key(UPGRADE);
+        let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;
+        let mut response = match answer {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Err(send_error(&error)),
+            Err(_elapsed) => {
+                let message = "no response head within timeouts.first_byte";
+                let late = SendError::unanswered(Failure::Timeout, message);
+                return Err(SendError { unreachable: true, ..late });
+            }
+        };
+        let tap = response.extensions_mut().remove::<Arc<ResponseMonitor>>();
+        response.extensions_mut().remove::<HttpInfo>();
+        if asked_upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let tunnel = tunnel(hyper::upgrade::on(&mut response));
+            let mut response = response.map(|_nothing| Body::Empty);
+            response.extensions_mut().insert(tunnel);
+            return Ok(response);
+        }
+        if let Some(why) = malformed(&response) {
+            poison(&connection);
+            return Err(SendError::unanswered(Failure::Malformed, why));
+        }
+        if let Some(tap) = &tap {
+            if self.clock.now() > tap.opened.plus(self.max_age) {
+                poison(&connection);
+            }
+            if may_be_stored && let Some(header_case) = self.header_cases.for_head(&tap.head()).await {
+                response.extensions_mut().insert(header_case);
+            }
+        }
+        let idle = self.timeouts.idle;
+        if let Some(tap) = tap.as_ref().filter(|_| response.body().is_end_stream()) {
+            tap.finished();
+        }
+        Ok(response.map(|body| {
+            let guarded = IdleTimeoutBody { body, idle, pause: None, monitor: tap };
+            if head_only { Body::Empty } else { Body::stream(guarded) }
+        }))
+    }
+}
+
+impl UpstreamClient for PooledClient {
+    fn header_case<'a>(&'a self, names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<HeaderCase>> + Send + 'a>> {
+        Box::pin(self.header_cases.for_names(names))
+    }
+
+    fn send(&self, request: Request<Body>) -> Sending<'_> {
+        Box::pin(self.exchange(request))
+    }
+}
+
+fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
+    Tunnel::new(async move {
+        let upgraded = upgrade.await.map_err(std::io::Error::other)?;
+        Ok(Box::new(TokioIo::new(upgraded)) as Box<dyn DuplexStream>)
+    })
+}
+
+/// Its connection is not to be used again.
+fn poison(connection: &CaptureConnection) {
+    if let Some(connected) = connection.connection_metadata().as_ref() {
+        connected.poison();
+    }
+}
+
+/// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap looks for flaws before it, and ends the
+/// connection; this is for HTTP/2, and for heads with bare line feeds, which the tap does not read.
+fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
+    let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    match response.status() {
+        StatusCode::SWITCHING_PROTOCOLS => Some("101 Switching Protocols, which nobody asked for"),
+        _ => framing_error(response.version() == Version::HTTP_10, fields),
+    }
+}
+
+fn send_error(error: &ClientError) -> SendError {
+    let mut message = error.to_string();
+    let mut source = std::error::Error::source(error);
+    let (mut malformed, mut client, mut timed_out, mut crowded) = (false, None, false, false);
+    while let Some(cause) = source {
+        message = format!("{message}: {cause}");
+        if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
+            malformed |= hyper.is_parse();
+        }
+        let io = cause.downcast_ref::<std::io::Error>();
+        malformed |=
+            io.and_then(std::io::Error::get_ref).and_then(|why| why.downcast_ref::<FramingError>()).is_some();
+        timed_out |= io.is_some_and(|io| io.kind() == ErrorKind::TimedOut);
+        crowded |= cause.is::<NoFreeConnection>();
+        client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
+        source = cause.source();
+    }
+    timed_out |= crowded || message.contains(CONNECT_TIMED_OUT);
+    let failure = match (malformed, timed_out) {
+        (true, _) => Failure::Malformed,
+        (false, true) => Failure::Timeout,
+        (false, false) => Failure::Connect,
+    };
+    let mut extras = http::Extensions::new();
+    if let Some(connected) = error.connect_info() {
+        connected.get_extras(&mut extras);
+    }
+    let reused = extras.get::<Arc<ResponseMonitor>>().is_some_and(|tap| tap.died_idle());
+    let ended = if error.is_connect() {
+        RetrySafety::Unsent
+    } else if reused && !malformed {
+        RetrySafety::ReusedConnectionDied
+    } else {
+        RetrySafety::Otherwise
+    };
+    SendError { failure, retry_safety: ended, client, unreachable: error.is_connect() && !crowded, message }
+}
+
+/// The answer's body: an error if it stands still, ends early, or is followed by what looks like another answer.
+struct IdleTimeoutBody {
+    body: Incoming,
+    idle: Duration,
+    pause: Option<Pin<Box<Sleep>>>,
+    monitor: Option<Arc<ResponseMonitor>>,
+}
+
+impl IdleTimeoutBody {
+    fn overrun(&self) -> Option<TrailingData> {
+        self.monitor.as_ref().and_then(|tap| tap.trailing_data())
+    }
+}
+
+impl HttpBody for IdleTimeoutBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(next) => {
+                self.pause = None;
+                if let Some(tap) = self.monitor.as_ref().filter(|_| next.is_none() || self.body.is_end_stream()) {
+                    tap.finished();
+                }
+                Poll::Ready(match next {
+                    Some(Ok(frame)) => Some(Ok(frame)),
+                    Some(Err(_)) => Some(Err(BodyError::Upstream(Failure::Connect))),
+                    None if self.overrun() == Some(TrailingData::Answer) => {
+                        Some(Err(BodyError::Upstream(Failure::Malformed)))
+                    }
+                    None => None,
+                })
+            }
+            Poll::Pending => {
+                let idle = self.idle;
+                let pause = self.pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(idle)));
+                pause.as_mut().poll(cx).map(|()| Some(Err(BodyError::Upstream(Failure::Timeout))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream() && self.overrun() != Some(TrailingData::Answer)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,116 @@
+//! How an upstream writes its field names, in the only form the HTTP library takes back: response extensions
+//! of its own making. They can be cloned but not made, so we let it read a head with just those names.
+//!
+//! Names in Title-Case need nothing: that is how we write by default.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use http_body_util::Empty;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::response_monitor::head_fields;
+use crate::policy::packed_head::HeaderCase;
+
+/// An upstream has few ways to write its heads. One that has more gets Title-Case.
+const MAX_KNOWN: usize = 256;
+
+/// The ways of writing seen so far.
+#[derive(Debug, Default)]
+pub(super) struct HeaderCases(Mutex<HashMap<Box<[u8]>, HeaderCase>>);
+
+impl HeaderCases {
+    /// The casing of a raw head; none if Title-Case says it all.
+    pub(super) async fn for_head(&self, head: &[u8]) -> Option<HeaderCase> {
+        self.for_names(&non_title_case_names(head)).await
+    }
+
+    /// The casing of these names, one a line; none if there are none.
+    pub(super) async fn for_names(&self, unusual: &[u8]) -> Option<HeaderCase> {
+        if unusual.is_empty() {
+            return None;
+        }
+        let known = |header_cases: &Self| {
+            let known = header_cases.0.lock().unwrap_or_else(PoisonError::into_inner);
+            (known.get(unusual).cloned(), known.len())
+        };
+        match known(self) {
+            (Some(header_case), _) => Some(header_case),
+            (None, MAX_KNOWN..) => None,
+            (None, _) => {
+                let header_case = read_back(unusual).await?;
+                let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                known.insert(unusual.into(), header_case.clone());
+                Some(header_case)
+            }
+        }
+    }
+}
+
+/// The names that are not in Title-Case, one a line.
+fn non_title_case_names(head: &[u8]) -> Vec<u8> {
+    let mut names = Vec::new();
+    for (name, _) in head_fields(head) {
+        if !is_title_case(name) {
+            names.extend_from_slice(name);
+            names.push(b'\n');
+        }
+    }
+    names
+}
+
+fn is_title_case(name: &[u8]) -> bool {
+    let mut starts = true;
+    name.iter().all(|byte| {
+        let usual = if starts { !byte.is_ascii_lowercase() } else { !byte.is_ascii_uppercase() };
+        starts = *byte == b'-';
+        usual
+    })
+}
+
+/// Lets an HTTP client read a head with these names over a pipe, and keeps what it noted of their case.
+async fn read_back(names: &[u8]) -> Option<HeaderCase> {
+    let (ours, theirs) = tokio::io::duplex(names.len() * 2 + 1024);
+    let mut client = http1::Builder::new();
+    client.preserve_header_case(true);
+    let (mut sender, connection) = client.handshake(TokioIo::new(theirs)).await.ok()?;
+    let drive = tokio::spawn(connection);
+    let answer = tokio::spawn(async move { sender.send_request(http::Request::new(Empty::<&[u8]>::new())).await });
+    let (mut read, mut write) = tokio::io::split(ours);
+    let mut request = [0; 256];
+    let _head = read.read(&mut request).await.ok()?;
+    // 204: whatever the fields say, there is no body.
+    let mut head = b"HTTP/1.1 204 No Content\r\n".to_vec();
+    for name in names.split(|b| *b == b'\n').filter(|name| !name.is_empty()) {
+        head.extend_from_slice(name);
+        head.extend_from_slice(b": 0\r\n");
+    }
+    head.extend_from_slice(b"\r\n");
+    write.write_all(&head).await.ok()?;
+    let response = answer.await.ok()?.ok()?;
+    drive.abort();
+    Some(HeaderCase { names: names.into(), record: Arc::new(response.into_parts().0.extensions) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_unusual_names_need_a_record() {
+        let head = b"HTTP/1.1 200 OK\r\nContent-Type: x\r\nETag: y\r\nx-request-id: z\r\nX-Shop-Limit: 1/40\r\n\r\n";
+        assert_eq!(non_title_case_names(head), b"ETag\nx-request-id\n");
+    }
+
+    #[tokio::test]
+    async fn a_record_is_made_once() {
+        let header_cases = HeaderCases::default();
+        let head = b"HTTP/1.1 200 OK\r\nETag: y\r\ncontent-length: 5\r\n\r\n";
+        let first = header_cases.for_head(head).await.expect("a record");
+        let second = header_cases.for_head(head).await.expect("a record");
+        assert!(Arc::ptr_eq(&first.record, &second.record));
+        assert!(header_cases.for_head(b"HTTP/1.1 200 OK\r\nContent-Type: y\r\n\r\n").await.is_none());
+    }
+}

@@ -1,0 +1,74 @@
+//! What is wrong with the framing of an answer that the HTTP library takes: RFC 9112 §6.1, §6.3.
+
+use http::header::HeaderName;
+
+/// The flaw in an answer's framing, if it has one. `fields`: names and values as they came.
+pub(super) fn framing_error<'f>(
+    http_10: bool,
+    fields: impl Iterator<Item = (&'f [u8], &'f [u8])>,
+) -> Option<&'static str> {
+    let (mut length, mut coding) = (None, None);
+    for (name, value) in fields {
+        let value = value.trim_ascii();
+        if name.eq_ignore_ascii_case(b"content-length") {
+            if length.replace(value).is_some() || !value.iter().all(u8::is_ascii_digit) {
+                return Some("the answer has more than one Content-Length, or one that is no number");
+            }
+        } else if name.eq_ignore_ascii_case(b"transfer-encoding")
+            && (coding.replace(value).is_some() || needs_decoding(value))
+        {
+            return Some("the answer has a Transfer-Encoding other than chunked");
+        }
+    }
+    match (length, coding) {
+        (Some(_), Some(_)) => Some("the answer has both Content-Length and Transfer-Encoding"),
+        (None, Some(_)) if http_10 => Some("an HTTP/1.0 answer has a Transfer-Encoding"),
+        _ => None,
+    }
+}
+
+/// Has a body a coding that we would have to take off? One that is no registered coding (RFC 9112 §7) says nothing:
+/// such a body ends with its connection, and stays as it is.
+fn needs_decoding(coding: &[u8]) -> bool {
+    let known = ["chunked", "gzip", "x-gzip", "deflate", "compress", "x-compress", "identity"];
+    let names_known = || {
+        let words = coding.split(|b| !b.is_ascii_alphanumeric() && *b != b'-');
+        words.into_iter().any(|word| known.iter().any(|coding| word.eq_ignore_ascii_case(coding.as_bytes())))
+    };
+    !coding.eq_ignore_ascii_case(b"chunked") && (names_known() || HeaderName::from_bytes(coding).is_err())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_two_readers_could_read_differently() {
+        let sound: &[&[(&str, &str)]] = &[
+            &[],
+            &[("Content-Length", " 4 ")],
+            &[("transfer-encoding", "Chunked")],
+            &[("Transfer-Encoding", "x-unheard-of")],
+        ];
+        let flawed: &[&[(&str, &str)]] = &[
+            &[("Content-Length", "4"), ("content-length", "4")],
+            &[("Content-Length", "4, 4")],
+            &[("Content-Length", "-4")],
+            &[("Content-Length", "4"), ("Transfer-Encoding", "chunked")],
+            &[("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")],
+            &[("Transfer-Encoding", "gzip, chunked")],
+            &[("Transfer-Encoding", "identity")],
+            &[("Transfer-Encoding", "\u{b}chunked")],
+        ];
+        let found = |http_10, fields: &[(&str, &str)]| {
+            framing_error(http_10, fields.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())))
+        };
+        for fields in sound {
+            assert_eq!(found(false, fields), None, "{fields:?}");
+        }
+        for fields in flawed {
+            assert!(found(false, fields).is_some(), "{fields:?}");
+        }
+        assert!(found(true, &[("Transfer-Encoding", "chunked")]).is_some());
+    }
+}

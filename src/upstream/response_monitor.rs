@@ -1,0 +1,443 @@
+//! Listens in on a connection to the upstream: how field names were written in the last response head, and
+//! whether more bytes came than the answer announced. The HTTP library tells neither.
+
+use std::future::Future;
+use std::io::{Error, ErrorKind};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use memchr::{memchr, memmem};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
+
+use super::response_framing::framing_error;
+use crate::policy::Tick;
+
+/// A longer head is malformed: the client refuses it too.
+pub(super) const MAX_HEAD: usize = 128 << 10;
+
+/// A connection is given up so long before the upstream does.
+const KEEP_ALIVE_MARGIN: Duration = Duration::from_secs(1);
+
+/// What was heard on one connection.
+#[derive(Debug)]
+pub(super) struct ResponseMonitor {
+    /// When it was opened.
+    pub(super) opened: Tick,
+    /// Off where heads are not text.
+    parses: bool,
+    heard: Mutex<MonitorState>,
+}
+
+#[derive(Debug, Default)]
+struct MonitorState {
+    phase: ResponsePhase,
+    head: Vec<u8>,
+    /// Response heads so far.
+    answers: u64,
+    /// Bytes of the current answer have come.
+    answering: bool,
+    trailing_data: Option<TrailingData>,
+    /// The last answer has come to its end, as far as its reader is concerned.
+    finished: bool,
+    /// How long the upstream keeps the connection when it is idle, if it said so.
+    keep_alive: Option<Duration>,
+}
+
+/// What came after an answer that had come to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TrailingData {
+    /// Bytes without meaning: they are no part of the answer (RFC 9112 §6.3).
+    Junk,
+    /// What looks like another answer: somebody may have smuggled it in.
+    Answer,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum ResponsePhase {
+    #[default]
+    Head,
+    /// After the head; so many bytes of body are left, if it said how many.
+    Body(Option<u64>),
+    /// After a 101: the bytes are another protocol's.
+    Tunnel,
+}
+
+/// What is wrong with an answer's framing, on its way through the HTTP library.
+#[derive(Debug)]
+pub(super) struct FramingError(&'static str);
+
+impl std::fmt::Display for FramingError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for FramingError {}
+
+impl ResponseMonitor {
+    pub(super) fn new(opened: Tick, listens: bool) -> Arc<ResponseMonitor> {
+        Arc::new(ResponseMonitor { opened, parses: listens, heard: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, MonitorState> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The last complete response head, as it was written.
+    pub(super) fn head(&self) -> Vec<u8> {
+        let heard = self.lock();
+        if heard.phase == ResponsePhase::Head { Vec::new() } else { heard.head.clone() }
+    }
+
+    /// Did more bytes come than the last answer announced? Then the connection is of no use any more.
+    pub(super) fn trailing_data(&self) -> Option<TrailingData> {
+        self.lock().trailing_data
+    }
+
+    /// The answer has been read to its end.
+    pub(super) fn finished(&self) {
+        self.lock().finished = true;
+    }
+
+    /// So long it may be idle: the upstream closes it soon after, and what is sent on it then is lost.
+    fn idle_limit(&self) -> Option<Duration> {
+        let heard = self.lock();
+        let limit = heard.keep_alive.filter(|_| heard.phase != ResponsePhase::Head)?;
+        Some(limit.saturating_sub(KEEP_ALIVE_MARGIN))
+    }
+
+    fn is_idle(&self) -> bool {
+        let heard = self.lock();
+        heard.finished && heard.phase != ResponsePhase::Head
+    }
+
+    /// It has served before, and died without a byte of the current answer.
+    pub(super) fn died_idle(&self) -> bool {
+        let heard = self.lock();
+        heard.answers > 0 && !heard.answering
+    }
+
+    /// Hears what is written: a request, or the rest of one that is being answered already.
+    fn on_write(&self, bytes: &[u8]) {
+        if !self.parses {
+            return;
+        }
+        let mut heard = self.lock();
+        if matches!(heard.phase, ResponsePhase::Body(_)) && begins_request(bytes) {
+            heard.phase = ResponsePhase::Head;
+            heard.head.clear();
+            heard.answering = false;
+            heard.finished = false;
+        }
+    }
+
+    /// Hears bytes; returns how many of them belong to the answer, or what is wrong with its framing.
+    fn on_read(&self, mut bytes: &[u8]) -> Result<usize, FramingError> {
+        let all = bytes.len();
+        if !self.parses {
+            return Ok(all);
+        }
+        let mut heard = self.lock();
+        if heard.trailing_data.is_some() {
+            return Ok(0);
+        }
+        heard.answering |= !bytes.is_empty();
+        while !bytes.is_empty() {
+            match heard.phase {
+                ResponsePhase::Body(None) | ResponsePhase::Tunnel => return Ok(all),
+                ResponsePhase::Body(Some(left)) => {
+                    let taken = left.min(bytes.len() as u64);
+                    heard.phase = ResponsePhase::Body(Some(left - taken));
+                    let rest = &bytes[usize::try_from(taken).unwrap_or(bytes.len())..];
+                    if !rest.is_empty() {
+                        let answer = rest.starts_with(b"HTTP/") || b"HTTP/".starts_with(rest);
+                        heard.trailing_data = Some(if answer { TrailingData::Answer } else { TrailingData::Junk });
+                    }
+                    return Ok(all - rest.len());
+                }
+                ResponsePhase::Head => bytes = heard.head_bytes(bytes)?,
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl MonitorState {
+    /// Takes bytes of a head; returns what follows it.
+    fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], FramingError> {
+        // Empty lines before it don't count (RFC 9112 §2.2).
+        let skipped = bytes.iter().take_while(|byte| self.head.is_empty() && b"\r\n".contains(byte)).count();
+        let bytes = &bytes[skipped..];
+        let before = self.head.len();
+        self.head.extend_from_slice(bytes);
+        let from = before.saturating_sub(3);
+        let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else {
+            let long = self.head.len() > MAX_HEAD;
+            return if long { Err(FramingError("the answer's head is too large")) } else { Ok(&[]) };
+        };
+        self.head.truncate(end);
+        let rest = &bytes[end - before..];
+        match self.head.get(9..12) {
+            Some(b"101") => self.phase = ResponsePhase::Tunnel,
+            // Interim: the final head follows (RFC 9110 §15.2).
+            Some([b'1', ..]) => self.head.clear(),
+            _ => {
+                self.answers += 1;
+                self.phase = ResponsePhase::Body(content_length(&self.head));
+                self.keep_alive = keep_alive(&self.head);
+                if let Some(error) = framing_error(self.head.starts_with(b"HTTP/1.0"), head_fields(&self.head)) {
+                    return Err(FramingError(error));
+                }
+            }
+        }
+        Ok(rest)
+    }
+}
+
+/// Is it a request's first line that begins these bytes? A part of an upload could look like one, which would only be
+/// heard as one.
+fn begins_request(bytes: &[u8]) -> bool {
+    let line = memchr(b'\n', bytes).map_or(bytes, |end| &bytes[..end]);
+    line.ends_with(b" HTTP/1.1\r") || line.ends_with(b" HTTP/1.0\r")
+}
+
+/// The `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it.
+fn keep_alive(head: &[u8]) -> Option<Duration> {
+    let line = head_fields(head).find(|(name, _)| name.eq_ignore_ascii_case(b"keep-alive"))?;
+    let seconds =
+        std::str::from_utf8(line.1).ok()?.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
+    // Who closes so soon is not worth to be ahead of.
+    seconds.trim().parse().ok().map(Duration::from_secs).filter(|limit| *limit > KEEP_ALIVE_MARGIN)
+}
+
+fn content_length(head: &[u8]) -> Option<u64> {
+    let line = head_fields(head).find(|(name, _)| name.eq_ignore_ascii_case(b"content-length"))?;
+    std::str::from_utf8(line.1).ok()?.trim().parse().ok()
+}
+
+/// Names and values of a raw head.
+pub(super) fn head_fields(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut rest = head;
+    let lines = std::iter::from_fn(move || {
+        let (line, after) = rest.split_at(memchr(b'\n', rest)?);
+        rest = &after[1..];
+        Some(line)
+    });
+    lines.skip(1).filter_map(|line| {
+        let colon = memchr(b':', line)?;
+        Some((&line[..colon], &line[colon + 1..]))
+    })
+}
+
+/// A connection with a tap on it.
+#[derive(Debug)]
+pub(super) struct MonitoredStream<T> {
+    pub(super) inner: T,
+    pub(super) monitor: Arc<ResponseMonitor>,
+    /// When it has been idle for too long.
+    due: Option<Pin<Box<Sleep>>>,
+}
+
+impl<T> MonitoredStream<T> {
+    pub(super) fn new(inner: T, tap: Arc<ResponseMonitor>) -> MonitoredStream<T> {
+        MonitoredStream { inner, monitor: tap, due: None }
+    }
+
+    /// Ends the connection before the upstream does, if that has said when it will.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(limit) = self.monitor.idle_limit() else {
+            self.due = None;
+            return Poll::Pending;
+        };
+        loop {
+            let due = self.due.get_or_insert_with(|| Box::pin(sleep(limit)));
+            ready!(due.as_mut().poll(cx));
+            if self.monitor.is_idle() {
+                return Poll::Ready(());
+            }
+            self.due = None;
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for MonitoredStream<T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        // Seen as closed before it counts as idle: nobody's next request goes out on it.
+        if self.monitor.trailing_data().is_some() {
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
+        if polled.is_pending() {
+            // To the client it looks as if the upstream had closed it.
+            return self.poll_idle(cx).map(Ok);
+        }
+        self.due = None;
+        if polled.is_ready() {
+            // What is no part of an answer is not passed on: to the client it looks as if the connection had ended.
+            match self.monitor.on_read(&buf.filled()[before..]) {
+                Ok(heard) => buf.set_filled(before + heard),
+                Err(error) => return Poll::Ready(Err(Error::new(ErrorKind::InvalidData, error))),
+            }
+        }
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredStream<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        self.monitor.on_write(buf);
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        self.monitor.on_write(bufs.first().map_or(&[], |first| first));
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
+    fn monitor() -> Arc<ResponseMonitor> {
+        ResponseMonitor::new(Tick(0), true)
+    }
+
+    #[test]
+    fn it_hears_the_final_head_however_it_is_cut() {
+        let wire = b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\nabc";
+        for cut in 0..wire.len() {
+            let tap = monitor();
+            tap.on_write(GET);
+            tap.on_read(&wire[..cut]).expect("sound");
+            tap.on_read(&wire[cut..]).expect("sound");
+            assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
+            assert_eq!(tap.trailing_data(), None);
+        }
+    }
+
+    #[test]
+    fn it_hears_bytes_after_the_body() {
+        let tap = monitor();
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
+        assert_eq!(tap.on_read(&[&head[..], b"abcd"].concat()).ok(), Some(head.len() + 3));
+        assert_eq!(tap.trailing_data(), Some(TrailingData::Junk));
+        assert_eq!(tap.on_read(b"more").ok(), Some(0));
+        for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
+            let tap = ResponseMonitor::new(Tick(0), true);
+            assert_eq!(tap.on_read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
+            assert_eq!(tap.on_read(smuggled).ok(), Some(0));
+            assert_eq!(tap.trailing_data(), Some(TrailingData::Answer));
+        }
+    }
+
+    #[test]
+    fn a_flawed_head_is_an_error_and_interim_heads_and_empty_lines_are_not() {
+        for head in ["Content-Length: 3\r\nContent-Length: 3", "Content-Length: 3\r\nTransfer-Encoding: chunked"] {
+            let wire = format!("\r\nHTTP/1.1 103 Early\r\n{head}\r\n\r\nHTTP/1.1 200 OK\r\n{head}\r\n\r\nabc");
+            let tap = monitor();
+            tap.on_write(GET);
+            assert!(tap.on_read(wire.as_bytes()).is_err(), "{head}");
+        }
+        let tap = monitor();
+        tap.on_write(GET);
+        assert!(tap.on_read(b"HTTP/1.1 200 OK\r\n").is_ok());
+        assert!(tap.on_read(&vec![b'a'; MAX_HEAD]).is_err(), "too large");
+    }
+
+    #[test]
+    fn what_goes_through_a_tunnel_is_no_answer() {
+        let tap = monitor();
+        tap.on_write(GET);
+        let frame = b"SIP/2.0 180 Ringing\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\nand more";
+        assert_eq!(tap.on_read(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").ok(), Some(36));
+        for _ in 0..2 {
+            assert_eq!(tap.on_read(frame).ok(), Some(frame.len()));
+            tap.on_write(GET);
+        }
+        assert_eq!(tap.trailing_data(), None);
+    }
+
+    #[test]
+    fn an_upload_that_goes_on_beside_its_answer_is_no_new_request() {
+        let tap = monitor();
+        tap.on_write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+        let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        assert_eq!(tap.on_read(head).ok(), Some(head.len()));
+        tap.on_write(b"5\r\nhello\r\n");
+        let echo = b"2f\r\nContent-Length: 1\r\n\r\nand much that is longer than that";
+        assert_eq!(tap.on_read(echo).ok(), Some(echo.len()));
+        assert_eq!(tap.trailing_data(), None);
+        tap.on_write(GET);
+        assert_eq!(tap.on_read(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxx").ok(), Some(39));
+        assert_eq!(tap.trailing_data(), Some(TrailingData::Junk));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_after_the_body_ends_the_connection_at_once() {
+        let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef";
+        let (mut upstream, ours) = tokio::io::duplex(1000);
+        let mut tapped = MonitoredStream::new(ours, monitor());
+        tapped.write_all(GET).await.expect("written");
+        upstream.write_all(wire).await.expect("written");
+        let mut came = vec![0; wire.len() - 3];
+        tapped.read_exact(&mut came).await.expect("read");
+        // The upstream is still there, and silent.
+        let end = tokio::time::timeout(Duration::from_secs(9), tapped.read(&mut came)).await;
+        assert_eq!(end.expect("at once").expect("the end"), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_connection_ends_before_the_upstream_ends_it() {
+        let head = b"HTTP/1.1 200 OK\r\nKeep-Alive: max=9, timeout=5\r\nContent-Length: 1\r\n\r\nx";
+        let (mut upstream, ours) = tokio::io::duplex(1000);
+        let tap = monitor();
+        let mut tapped = MonitoredStream::new(ours, tap.clone());
+        tapped.write_all(GET).await.expect("written");
+        upstream.write_all(head).await.expect("written");
+        let mut came = vec![0; head.len()];
+        tapped.read_exact(&mut came).await.expect("read");
+        let begun = tokio::time::Instant::now();
+        let mut rest = [0; 9];
+        let early = tokio::time::timeout(Duration::from_secs(60), tapped.read(&mut rest));
+        assert!(early.await.is_err(), "its answer is still being read");
+        tap.finished();
+        assert_eq!(tapped.read(&mut rest).await.expect("the end"), 0);
+        assert_eq!(begun.elapsed().as_secs() % 4, 0);
+    }
+
+    #[test]
+    fn it_tells_a_connection_that_died_idle() {
+        let tap = monitor();
+        tap.on_write(GET);
+        assert!(!tap.died_idle(), "never served");
+        tap.on_read(b"HTTP/1.1 204 No Content\r\n\r\n").expect("sound");
+        tap.on_write(GET);
+        assert!(tap.died_idle());
+        tap.on_read(b"HTTP/1.1 2").expect("sound");
+        assert!(!tap.died_idle(), "the answer had begun");
+    }
+}
