@@ -1,7 +1,7 @@
-//! What sidecars say to each other, through Redis: what was purged, who fetches what.
+//! Coordination between sidecars through Redis: purges, leases and shared refreshes.
 //!
-//! Nothing here is needed to answer a request. Without Redis every part falls back to this process alone: purges act
-//! here at once and are told later, and each sidecar coalesces for itself.
+//! Serving a request does not depend on it. Without Redis every part falls back to this process alone: purges take
+//! effect here at once and are propagated later, and each sidecar coalesces requests on its own.
 
 pub mod inbox;
 pub mod invalidation_log;
@@ -21,31 +21,31 @@ use crate::store::RedisTier;
 use crate::store::authentication::Keyring;
 use inbox::Inbox;
 
-/// What a sidecar has in common with the others.
+/// The state that a sidecar needs to coordinate with the others.
 #[derive(Debug)]
 pub struct Fleet {
-    /// Which one we are.
+    /// The ID of this sidecar.
     pub sidecar_id: SidecarId,
-    /// The connections.
+    /// The Redis connections.
     pub redis: Arc<Redis>,
-    /// The store.
+    /// The shared store.
     pub tier: Arc<RedisTier>,
-    /// Messages for us.
+    /// Messages to this sidecar.
     pub inbox: Arc<Inbox>,
-    /// The secrets that seal what is said.
+    /// The keys that authenticate and encrypt messages.
     pub keyring: Arc<ArcSwap<Keyring>>,
-    /// Whether there is work to share.
+    /// Whether refreshes are shared with other sidecars.
     pub shares_refreshes: bool,
-    /// How long anything waits for the fleet.
+    /// The longest wait for the fleet.
     pub timeout: Duration,
 }
 
-/// Names a sidecar for as long as its process lives.
+/// Identifies a sidecar for the lifetime of its process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SidecarId(pub u64);
 
 impl SidecarId {
-    /// One that nobody else has.
+    /// Returns a random ID. Fails if the system has no randomness.
     pub fn random() -> Result<SidecarId, String> {
         getrandom::u64().map(SidecarId).map_err(|e| format!("no randomness to be had: {e}"))
     }

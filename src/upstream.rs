@@ -1,4 +1,4 @@
-//! The API behind us, as the proxy sees it: requests go in, answers or failures come out.
+//! The upstream client interface: sends a request, returns a response or an error.
 
 pub mod client;
 mod connector;
@@ -22,35 +22,35 @@ use crate::policy::resilience::retry::RetrySafety;
 use crate::policy::routing::origin::Origin;
 use crate::tls::ClientTls;
 
-/// An answer, or none, some time later.
+/// A future that resolves to a response or an error.
 pub type Sending<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, SendError>> + Send + 'a>>;
 
-/// Something that answers requests. The real one is [`client::PooledClient`]; tests script others.
+/// A client that sends requests to an upstream. The real one is [`client::PooledClient`]; tests use scripted ones.
 pub trait UpstreamClient: fmt::Debug + Send + Sync + 'static {
-    /// Sends a request whose URI is absolute. The answer's body fails with
-    /// [`BodyError::Upstream`] if it ends early or stands still too long.
+    /// Sends a request whose URI is absolute. The response body fails with
+    /// [`BodyError::Upstream`] if it ends early or exceeds the idle timeout.
     fn send(&self, request: Request<Body>) -> Sending<'_>;
 
-    /// How to write these field names (one a line) as the upstream does; none: in Title-Case.
+    /// Returns the case in which the upstream writes these field names (one per line), or `None` for Title-Case.
     fn header_case<'a>(&'a self, _names: &'a [u8]) -> Pin<Box<dyn Future<Output = Option<HeaderCase>> + Send + 'a>> {
         Box::pin(std::future::ready(None))
     }
 }
 
-/// Goes with a request whose answer may be stored: it is to bring its [`HeaderCase`].
+/// Request extension: the response may be stored, so it must carry its [`HeaderCase`].
 #[derive(Debug, Clone, Copy)]
 pub struct RecordHeaderCase;
 
-/// Somebody who hears what is said ahead of answers: interim answers (RFC 9110 §15.2).
+/// A receiver of informational responses (1xx, RFC 9110 §15.2).
 pub trait InformationalSink: fmt::Debug + Send + Sync {
-    /// Which request is being answered.
+    /// Returns the number of the request whose response is pending.
     fn current_request(&self) -> u64;
 
-    /// An interim answer to that request.
+    /// Sends an informational response to the request with the number `turn`.
     fn send_informational(&self, turn: u64, status: StatusCode, headers: &HeaderMap);
 }
 
-/// Goes with a request whose interim answers somebody wants to hear.
+/// Request extension: forwards the informational responses to this request.
 #[derive(Debug, Clone)]
 pub struct InformationalSender {
     sink: Arc<dyn InformationalSink>,
@@ -58,37 +58,37 @@ pub struct InformationalSender {
 }
 
 impl InformationalSender {
-    /// By this ear, for the request that is being answered now.
+    /// Returns a sender for the current request of `sink`.
     pub fn new(sink: &Arc<dyn InformationalSink>) -> InformationalSender {
         InformationalSender { sink: sink.clone(), current_request: sink.current_request() }
     }
 
-    /// Passes one on.
+    /// Forwards an informational response.
     fn send_informational(&self, status: StatusCode, headers: &HeaderMap) {
-        // 100 is between us and the upstream: the client has had its own.
+        // 100 (Continue) concerns only the connection to the upstream: the proxy sends the client its own.
         if status != StatusCode::CONTINUE {
             self.sink.send_informational(self.current_request, status, headers);
         }
     }
 }
 
-/// No answer.
+/// The error of a request that got no response.
 #[derive(Debug, Clone)]
 pub struct SendError {
-    /// What it counts as.
+    /// The kind of failure.
     pub failure: Failure,
-    /// Whether the request can have had an effect.
+    /// Whether the request may have had an effect.
     pub retry_safety: RetrySafety,
-    /// Set if it was the client's body that failed.
+    /// Set if the client's request body failed.
     pub client: Option<BodyError>,
-    /// Nobody is there, it seems: no connection, or no response head in time.
+    /// Whether the upstream seems unreachable: no connection, or no response head in time.
     pub unreachable: bool,
-    /// For the log.
+    /// The message for the log.
     pub message: String,
 }
 
 impl SendError {
-    /// No answer, and the request may have had an effect.
+    /// Returns the error of a request that got no response but may have had an effect.
     pub fn unanswered(failure: Failure, message: impl Into<String>) -> SendError {
         SendError {
             failure,
@@ -101,7 +101,7 @@ impl SendError {
 }
 
 impl SendError {
-    /// Did anything try to reach the upstream?
+    /// Returns true if the proxy tried to reach the upstream.
     pub fn was_tried(&self) -> bool {
         let held_back = matches!(self.failure, Failure::Throttled | Failure::Unavailable);
         !held_back || self.retry_safety != RetrySafety::Unsent
@@ -116,31 +116,31 @@ impl fmt::Display for SendError {
 
 impl std::error::Error for SendError {}
 
-/// How long an upstream may take.
+/// Time limits of an upstream.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
     /// DNS, TCP and TLS together.
     pub connect: Duration,
     /// From sending the request to the response head.
     pub first_byte: Duration,
-    /// Between two pieces of a body.
+    /// Between two chunks of a body.
     pub idle: Duration,
-    /// A whole fetch that is being stored.
+    /// For a whole fetch whose response is being stored.
     pub fetch: Duration,
 }
 
-/// Connections to an upstream.
+/// Limits of the connection pool of an upstream.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolLimits {
-    /// To each host; who comes when there are so many waits for one.
+    /// Maximum number of connections per host. Further requests wait for a free one.
     pub connections: usize,
-    /// Idle ones kept for each host.
+    /// Maximum number of idle connections kept per host.
     pub idle: usize,
-    /// An older one is not used again.
+    /// Maximum age of a connection. An older one is not reused.
     pub max_age: Duration,
 }
 
-/// Settings of an upstream's client.
+/// The settings of an upstream's client.
 #[derive(Debug, Clone)]
 pub struct ClientSettings {
     /// The origins that requests go to.
@@ -149,8 +149,8 @@ pub struct ClientSettings {
     pub timeouts: Timeouts,
     /// Connection limits.
     pub pool: PoolLimits,
-    /// TLS towards the upstream.
+    /// TLS settings of connections to the upstream.
     pub tls: ClientTls,
-    /// Whether to speak HTTP/2 to the upstream.
+    /// Whether to use HTTP/2 to the upstream.
     pub http2: bool,
 }

@@ -1,5 +1,6 @@
-//! Who waits for which message. One connection reads the inbox of this sidecar ([`super::invalidation_log`]); here the messages find
-//! those who wait for them.
+//! The inbox of a sidecar: delivers messages to their subscribers by subject.
+//!
+//! One connection reads the inbox stream of this sidecar ([`super::invalidation_log`]) and delivers each message here.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,14 +8,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-/// Messages that nobody has taken yet, for one subject.
+/// Capacity of a subscription: messages not yet received, for one subject.
 const MAX_WAITING: usize = 4096;
 
 /// The inbox of a sidecar.
 #[derive(Debug, Default)]
 pub struct Inbox(Mutex<HashMap<Box<str>, mpsc::Sender<Bytes>>>);
 
-/// One who waits for messages about a subject. Dropping it ends that.
+/// A subscription to messages about a subject. Dropping it unsubscribes.
 #[derive(Debug)]
 pub struct Subscription<'i> {
     inbox: &'i Inbox,
@@ -28,28 +29,28 @@ impl Inbox {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on messages about this subject are kept for the caller.
+    /// Subscribes to a subject: messages about it are queued for the caller from now on.
     pub fn subscribe(&self, subject: &str) -> Subscription<'_> {
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         self.lock().insert(subject.into(), sender.clone());
         Subscription { inbox: self, subject: subject.into(), sender, messages }
     }
 
-    /// A message came: `subject`, a space, and what it says. What nobody waits for is dropped.
+    /// Delivers a message (subject, a space, content). A message without a subscriber is dropped.
     pub fn deliver(&self, message: &Bytes) {
         let Some(space) = message.iter().position(|byte| *byte == b' ') else { return };
         let Ok(subject) = std::str::from_utf8(&message[..space]) else { return };
         if let Some(waiting) = self.lock().get(subject) {
-            // Whoever has so many waiting does not need another.
+            // A full queue drops the message: a subscriber with this many pending messages needs no further one.
             let _ = waiting.try_send(message.slice(space + 1..));
         }
     }
 }
 
 impl Subscription<'_> {
-    /// The next message.
+    /// Waits for the next message and returns its content.
     pub async fn next_message(&mut self) -> Bytes {
-        // It can't end, as one of its senders is here.
+        // The channel can't close, because this subscription holds one of its senders.
         self.messages.recv().await.unwrap_or_default()
     }
 }

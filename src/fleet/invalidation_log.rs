@@ -1,8 +1,8 @@
-//! Follows the invalidation log, and tells it what was purged here.
+//! The invalidation log in Redis: a follower that applies its entries, and a writer that appends local purges.
 //!
-//! The follower reads a log from its beginning, then waits at the server for it to go on. Each entry names the one
-//! before it; where that is not the one read last, or where the log ends before what was read, something may have been
-//! missed: everything stored is in doubt then, and reading begins anew. A cut connection alone loses nothing.
+//! The follower reads the log from its beginning, then blocks at the server until there are new entries. Each entry
+//! names its predecessor. If that is not the entry read last, or if the log ends before it, entries may have been
+//! missed: everything stored becomes unverified, and reading starts again. A lost connection alone loses no entry.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,47 +23,47 @@ use crate::redis::{LogEntry, Redis, RedisError};
 use crate::store::authentication::Keyring;
 use crate::store::record::random_salt;
 
-/// So long the server holds a reader that has read everything.
+/// How long the server blocks a read when there are no new entries.
 const BLOCK_TIME: Duration = Duration::from_secs(1);
 
-/// So often, at most, the end of the log is looked at.
+/// Minimum interval between two queries for the end of the log.
 const END_INTERVAL: Duration = Duration::from_millis(500);
 
-/// After trouble, before the next attempt.
+/// Pause between an error and the next attempt.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// So often a sidecar says that it is there.
+/// Interval at which a sidecar announces its presence.
 const PRESENCE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// One that has not said so for so long is taken for gone.
+/// A sidecar that has not announced its presence for this long is considered gone.
 pub const PRESENCE_TTL: Duration = Duration::from_secs(15);
 
-/// Nobody waits longer to hear that a purge was applied.
+/// Older log entries are not confirmed, because no sidecar waits this long for a confirmation.
 const MAX_CONFIRM_AGE: Duration = Duration::from_secs(30);
 
-/// Entries read at once.
+/// Maximum number of entries per read.
 const BATCH_SIZE: u64 = 1_000;
 
-/// What the follower and the logger work with.
+/// The state shared by the follower and the writer.
 #[derive(Debug, Clone)]
 pub struct InvalidationLog {
-    /// The connections.
+    /// The Redis connections.
     pub redis: Arc<Redis>,
-    /// Where purges go, and come from.
+    /// The purges to apply, and to append.
     pub invalidations: Arc<Invalidations>,
-    /// Where messages go.
+    /// Receives the messages to this sidecar.
     pub inbox: Arc<Inbox>,
-    /// The secrets that seal.
+    /// The keys that authenticate log entries.
     pub keyring: Arc<ArcSwap<Keyring>>,
-    /// This sidecar.
+    /// The ID of this sidecar.
     pub sidecar_id: SidecarId,
-    /// The time.
+    /// The clock.
     pub clock: Clock,
-    /// When it last said that it is there.
+    /// The tick at which this sidecar last announced its presence.
     pub announced_at: Arc<AtomicU64>,
 }
 
-/// What ends a stretch of following.
+/// The reason why following the log was interrupted.
 enum FollowError {
     Trouble(RedisError),
     Broken,
@@ -82,7 +82,7 @@ impl From<LogGap> for FollowError {
 }
 
 impl InvalidationLog {
-    /// Follows for ever.
+    /// Follows the log. Never returns.
     pub async fn follow(self) {
         let mut inbox = LogId::default();
         loop {
@@ -99,14 +99,14 @@ impl InvalidationLog {
                     if let Err(error) = self.begin().await {
                         debug!(%error, "the invalidation log can't be read");
                     }
-                    // A log that breaks again and again is not read as fast as it can be.
+                    // Bounds the rate at which a log that breaks repeatedly is read again.
                     tokio::time::sleep(RETRY_PAUSE * 4).await;
                 }
             }
         }
     }
 
-    /// Reads until something comes between.
+    /// Follows the log until an error occurs, and returns it.
     async fn follow_until_error(&self, inbox: &mut LogId) -> FollowError {
         let read = async {
             if self.invalidations.log_position().is_none() {
@@ -131,9 +131,9 @@ impl InvalidationLog {
         interrupted
     }
 
-    /// Begins with what the log still has.
+    /// Starts at the oldest entry that the log still has.
     async fn begin(&self) -> Result<(), RedisError> {
-        // A log that is not there is begun, so that everything fetched from now on has an entry before it.
+        // Creates the log if it does not exist, so that everything fetched from now on has an entry before it.
         self.redis.append(Bytes::new()).await?;
         let first = self.redis.log_after(None, 1).await?;
         if let Some(entry) = first.first() {
@@ -142,7 +142,7 @@ impl InvalidationLog {
         Ok(())
     }
 
-    /// Reads what is there.
+    /// Reads and applies all existing entries.
     async fn catch_up(&self) -> Result<(), FollowError> {
         loop {
             let entries = self.redis.log_after(self.invalidations.log_position(), BATCH_SIZE).await?;
@@ -154,13 +154,13 @@ impl InvalidationLog {
         }
     }
 
-    /// Where the log ends now: not before what was read of it.
+    /// Returns the ID of the last log entry. Fails if the log is missing, or ends before the entry read last.
     async fn end(&self) -> Result<LogId, FollowError> {
         let (end, read) = (self.redis.log_end().await?, self.invalidations.log_position());
         end.filter(|end| Some(*end) >= read).ok_or(FollowError::Broken)
     }
 
-    /// Once all that was there at some time has been read, everything is verified up to that time.
+    /// Marks everything verified up to the time of `goal`, once the entry that was the log's last at that time is read.
     fn update_verified(&self, goal: &mut Option<(LogId, Tick)>) {
         if let Some((_, at)) = goal.take_if(|(end, _)| self.invalidations.log_position() >= Some(*end)) {
             self.invalidations.mark_verified(at);
@@ -168,7 +168,7 @@ impl InvalidationLog {
         }
     }
 
-    /// Says now and then that this sidecar is there.
+    /// Announces the presence of this sidecar, at most once per [`PRESENCE_INTERVAL`].
     async fn announce_presence(&self, now: Tick) {
         if now.since(Tick(self.announced_at.load(Ordering::Relaxed))) >= millis(PRESENCE_INTERVAL) {
             self.announced_at.store(now.0, Ordering::Relaxed);
@@ -207,12 +207,12 @@ impl InvalidationLog {
         Ok(())
     }
 
-    /// Does anybody still wait to hear of this entry?
+    /// Returns true if the entry is young enough for a sidecar to be waiting for its confirmation.
     fn is_recent(&self, id: LogId) -> bool {
         self.redis.clock().now().is_some_and(|now| now.saturating_sub(id.ms) < millis(MAX_CONFIRM_AGE))
     }
 
-    /// Tells the sidecar that made a purge that it holds here.
+    /// Confirms to the sidecar that made the purge that it is applied here.
     async fn confirm_applied(self, purge: PurgeMessage) {
         let message = Bytes::from(format!("{} {}", applied(purge.answer.unwrap_or(0)), self.sidecar_id));
         if purge.from == self.sidecar_id {
@@ -222,7 +222,7 @@ impl InvalidationLog {
         }
     }
 
-    /// Writes our own purges into the log, one after the other, for ever.
+    /// Appends the purges of this sidecar to the log, in order. Never returns.
     pub async fn write_purges(self) {
         loop {
             let purge = self.invalidations.next_to_log().await;
@@ -239,7 +239,7 @@ impl InvalidationLog {
     }
 }
 
-/// The subject of messages that say that a purge of ours was applied.
+/// Returns the subject of the messages that confirm a purge.
 pub fn applied(name: u64) -> String {
     format!("applied:{name:016x}")
 }

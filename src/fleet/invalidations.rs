@@ -1,9 +1,8 @@
-//! What was purged, here and in the fleet: one lock around the pure [`Ledger`] and [`LogPositions`], and two numbers that
-//! hits look at.
+//! Local and fleet-wide invalidations: a lock around the [`Ledger`] and [`LogPositions`], and two atomics read on hits.
 //!
-//! A purge of ours holds from the moment it is recorded, and waits in the outbox until the log has it. Purges of others
-//! come with the log ([`super::invalidation_log`]). As long as the log can't be read, an entry is trusted for `max_unverified`
-//! beyond the last time it could, or beyond its own birth.
+//! A purge made here takes effect when it is recorded, and stays in the outbox until the log has it. Purges of other
+//! sidecars arrive through the log ([`super::invalidation_log`]). While the log can't be read, an entry is trusted for
+//! `max_unverified` after the log was last read to its end, or after the entry was received, whichever is later.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,45 +18,45 @@ use crate::policy::invalidation::ledger::{InvalidationState, Ledger, Position, P
 use crate::policy::invalidation::log_position::{LogGap, LogId, LogPositions, SeenLog};
 use crate::policy::{Tick, millis};
 
-/// So many subjects and so many URL matchers are remembered.
+/// Capacity of the ledger: subjects and URL matchers.
 const MAX_SUBJECTS: usize = 100_000;
 const MAX_MATCHERS: usize = 1_000;
 
-/// So many entries of the log are known by their id.
+/// Maximum number of log entries whose positions are kept.
 const MAX_LOG_POSITIONS: usize = 60_000;
 
-/// So many of our own are told again when the log was lost, or lost its end.
+/// Maximum number of own purges that are appended again when the log, or its end, was lost.
 const MAX_RECENT: usize = 1_000;
 
-/// So many sidecars are known by the last purge that was read of them.
+/// Maximum number of sidecars whose last purge number is kept.
 const MAX_SIDECARS: usize = 10_000;
 
-/// More purges than this don't wait for the log one by one: one of everything stands for them.
+/// Capacity of the outbox. When it is full, one purge of everything replaces all purges in it.
 const MAX_OUTBOX: usize = 10_000;
 
-/// What was purged.
+/// The purges made by this sidecar and the fleet.
 #[derive(Debug)]
 pub struct Invalidations {
-    /// The ledger's position: the global epoch.
+    /// The position of the ledger: the global epoch.
     epoch: AtomicU64,
-    /// The tick until which everything is trusted.
+    /// The tick until which every entry is trusted.
     trusted_until: AtomicU64,
     state: RwLock<LedgerState>,
     fleet: Option<FleetState>,
-    /// Whose word counts since a reload.
+    /// The instance that replaced this one at a configuration reload.
     successor: OnceLock<Arc<Invalidations>>,
 }
 
-/// What there is only if purges are shared.
+/// The state that exists only if purges are shared with a fleet.
 #[derive(Debug)]
 struct FleetState {
     me: SidecarId,
     max_unverified: Duration,
-    /// What the log has.
+    /// How far the log has this sidecar's purges.
     wait_logged: watch::Sender<LogProgress>,
-    /// The number of the last purge that waits for it.
+    /// The number of the last purge that waits to be appended to the log.
     waiting: watch::Sender<u64>,
-    /// Was the log read to its end?
+    /// Whether the log has been read to its end.
     wait_caught_up: watch::Sender<bool>,
 }
 
@@ -65,31 +64,31 @@ struct FleetState {
 struct LedgerState {
     ledger: Ledger,
     chain: LogPositions,
-    /// Ours that were not read back from the log yet, with their positions.
+    /// Numbers and positions of own purges that have not been read back from the log yet.
     unconfirmed: VecDeque<(u64, Position)>,
-    /// The last of ours: another log may lack them.
+    /// The most recent own purges: another log may lack them.
     recent: VecDeque<PurgeMessage>,
-    /// The last purge that was read of each sidecar: one that is told twice counts once.
+    /// The number of the last purge read of each sidecar, so that a purge logged twice is applied once.
     last_numbers: HashMap<SidecarId, u64>,
-    /// Ours that the log does not have yet.
+    /// Own purges that the log does not have yet.
     outbox: VecDeque<PurgeMessage>,
-    /// How many we have made.
+    /// Number of purges made by this sidecar.
     recorded: u64,
 }
 
-/// How far the log is with our purges.
+/// Progress of appending own purges to the log.
 #[derive(Debug, Clone, Copy, Default)]
 struct LogProgress {
-    /// The number of the last one that it has.
+    /// The number of the last own purge that the log has.
     number: u64,
-    /// It can't be written.
+    /// Whether the last attempt to append failed.
     unwritable: bool,
 }
 
-/// A purge that was recorded.
+/// The receipt of a recorded purge.
 #[derive(Debug, Clone, Copy)]
 pub struct PurgeReceipt {
-    /// Its place in our own sequence.
+    /// Its position in the ledger.
     pub position: Position,
     /// Its number in the outbox.
     pub number: u64,
@@ -115,7 +114,8 @@ impl Default for Invalidations {
 }
 
 impl Invalidations {
-    /// Those of a sidecar in a fleet. What it has is trusted until `now` and `max_unverified`, then verified.
+    /// Returns the invalidations of a sidecar in a fleet. Every entry is trusted until `now` + `max_unverified`; after
+    /// that, trust depends on the log.
     pub fn shared(me: SidecarId, max_unverified: Duration, now: Tick) -> Invalidations {
         let (logged, waiting, caught_up) =
             (watch::Sender::new(LogProgress::default()), watch::Sender::new(0), watch::Sender::new(false));
@@ -135,12 +135,13 @@ impl Invalidations {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a fetch that begins now is born at.
+    /// Returns the current position: that of a fetch that starts now.
     pub fn position(&self) -> Position {
         Position(self.epoch.load(Ordering::Acquire))
     }
 
-    /// Purges. It holds here from the moment this returns; `answer`: who has applied it should say so, under this name.
+    /// Records a purge. It is in effect here when this returns. `answer`: the name under which sidecars confirm that
+    /// they have applied it.
     pub fn record(&self, selectors: Vec<Selector>, strength: PurgeKind, answer: Option<u64>) -> PurgeReceipt {
         if let Some(successor) = self.successor.get() {
             successor.record(selectors.clone(), strength, None);
@@ -166,8 +167,8 @@ impl Invalidations {
         PurgeReceipt { position, number: book.recorded }
     }
 
-    /// Another ledger takes its place, before another Redis perhaps. What requests under way purge counts there too, and
-    /// what waits for the log is told to the new one.
+    /// Makes `next` the successor, possibly with another Redis. Purges by requests still in progress are recorded there
+    /// too, and the outbox moves there.
     pub fn replace_with(&self, next: &Arc<Invalidations>) {
         if self.successor.set(next.clone()).is_ok() {
             let waiting: Vec<PurgeMessage> = self.write().outbox.drain(..).collect();
@@ -177,8 +178,8 @@ impl Invalidations {
         }
     }
 
-    /// Where an entry stands. Compares two numbers, unless something was purged since it was last asked, or the log
-    /// has not been read for long.
+    /// Returns the invalidation state of an entry. Compares two numbers, unless something was purged since the entry's
+    /// last lookup, or the log has not been read for too long.
     pub fn state_of(&self, entry: &Entry, now: Tick) -> InvalidationState {
         let epoch = self.position();
         let known = entry.cached_state(epoch).unwrap_or_else(|| {
@@ -194,19 +195,19 @@ impl Invalidations {
         }
     }
 
-    /// An entry is trusted for a while beyond its own birth, too.
+    /// Returns the state of an entry while the log is unreadable: valid until `max_unverified` after it was received.
     fn state_while_unverified(&self, entry: &Entry, now: Tick) -> InvalidationState {
         let trusted =
             self.fleet.as_ref().is_none_or(|fleet| entry.resident_time(now) <= millis(fleet.max_unverified));
         if trusted { InvalidationState::Valid } else { InvalidationState::Unverified }
     }
 
-    /// Has anything been purged that a fetch born at `position` is about?
+    /// Returns true if a purge since `position` applies to a fetch of this resource.
     pub fn purged_since(&self, address: &ResourceId, position: Position) -> bool {
         self.position() != position && self.read().ledger.state_of(address, position) != InvalidationState::Valid
     }
 
-    /// The position of something whose fetch had seen the log up to `id`; one before everything if that is unknown.
+    /// Returns the position of a record whose fetch had seen the log up to `id`; the lowest one if `id` is unknown.
     pub fn position_of(&self, id: LogId) -> Position {
         let book = self.read();
         let unread = book.unconfirmed.iter().map(|(_, position)| position.0 - 1).min().map(Position);
@@ -214,7 +215,7 @@ impl Invalidations {
         book.chain.position_of(id, now).unwrap_or(Position(0))
     }
 
-    /// The log entry that something fetched at `position` had seen.
+    /// Returns the last log entry that a fetch at `position` had seen.
     pub fn log_seen_at(&self, position: Position) -> SeenLog {
         let book = self.read();
         match book.chain.seen_at(position) {
@@ -224,12 +225,13 @@ impl Invalidations {
         }
     }
 
-    /// The last entry of the log that was read.
+    /// Returns the ID of the log entry read last.
     pub fn log_position(&self) -> Option<LogId> {
         self.read().chain.last()
     }
 
-    /// Begins to read a log after `origin`. If another was read before, what is stored may have missed something.
+    /// Starts reading a log after `origin`. If a log was read before, stored entries become unverified, because purges
+    /// may have been missed.
     pub fn begin_log(&self, origin: LogId) {
         let mut book = self.write();
         if book.chain.last().is_some() {
@@ -245,7 +247,8 @@ impl Invalidations {
         book.last_numbers.clear();
     }
 
-    /// Applies the next entry of the log; `None` is one that can't be understood, and an empty one says nothing.
+    /// Applies the next log entry. `said` is `None` for an empty entry, and `Some(None)` for one that can't be verified
+    /// or decoded, which makes all stored entries unverified. Fails if `previous` is not the entry read last.
     pub fn apply(&self, previous: LogId, id: LogId, said: Option<Option<PurgeMessage>>) -> Result<(), LogGap> {
         let mut book = self.write();
         if book.chain.last() != Some(previous) {
@@ -264,7 +267,7 @@ impl Invalidations {
         book.chain.extend(previous, id, at)
     }
 
-    /// The position of a purge that we made ourselves, when it comes back.
+    /// Returns the position of a purge that this sidecar made itself, when it is read back from the log.
     fn ours(&self, book: &mut LedgerState, purge: &PurgeMessage) -> Option<Position> {
         if self.fleet.as_ref().is_none_or(|fleet| fleet.me != purge.from) {
             return None;
@@ -273,14 +276,14 @@ impl Invalidations {
         book.unconfirmed.remove(index).map(|(_, position)| position)
     }
 
-    /// The log was read to its end just now.
+    /// Marks the log as read to its end at `now`.
     pub fn mark_verified(&self, now: Tick) {
         if let Some(fleet) = &self.fleet {
             self.trusted_until.store(now.plus(fleet.max_unverified).0, Ordering::Relaxed);
         }
     }
 
-    /// Says whether the log was read to its end since it was last lost.
+    /// Sets whether the log has been read to its end since the last read error.
     pub fn set_caught_up(&self, caught_up: bool) {
         if let Some(fleet) = &self.fleet {
             fleet.wait_caught_up.send_if_modified(|known| std::mem::replace(known, caught_up) != caught_up);
@@ -296,7 +299,7 @@ impl Invalidations {
         }
     }
 
-    /// The oldest purge that the log does not have. Waits until there is one.
+    /// Waits until there is a purge that the log does not have, and returns the oldest one.
     pub async fn next_to_log(&self) -> PurgeMessage {
         loop {
             let Some(fleet) = &self.fleet else { return std::future::pending().await };
@@ -308,7 +311,7 @@ impl Invalidations {
         }
     }
 
-    /// The log has it.
+    /// Removes the purges up to `number` from the outbox: the log has them.
     pub fn mark_logged(&self, number: u64) {
         let mut book = self.write();
         while book.outbox.front().is_some_and(|purge| purge.number <= number) {
@@ -319,15 +322,15 @@ impl Invalidations {
         }
     }
 
-    /// The log can't be written: nobody should wait for it.
+    /// Marks the log as unwritable, which ends all waits for it.
     pub fn mark_log_unwritable(&self) {
         if let Some(fleet) = &self.fleet {
             fleet.wait_logged.send_modify(|logged| logged.unwritable = true);
         }
     }
 
-    /// Waits until the log has a purge, for at most so long, unless it can't be written. True if it has it; alone there
-    /// is nothing to wait for.
+    /// Waits for at most `patience` until the log has the purge, and returns whether it does. Returns false at once if
+    /// the log can't be written, or if purges are not shared.
     pub async fn wait_logged(&self, number: u64, patience: Duration) -> bool {
         let Some(fleet) = &self.fleet else { return false };
         let mut logged = fleet.wait_logged.subscribe();
@@ -336,12 +339,12 @@ impl Invalidations {
         decided.is_ok_and(|logged| logged.is_ok_and(|logged| logged.number >= number))
     }
 
-    /// Purges that the log does not have yet.
+    /// Returns the number of purges that the log does not have yet.
     pub fn unlogged(&self) -> usize {
         self.read().outbox.len()
     }
 
-    /// Milliseconds since the log was last known to be read to its end; none if purges are not shared.
+    /// Returns the milliseconds since the log was last known to be read to its end, or `None` if purges are not shared.
     pub fn lag(&self, now: Tick) -> Option<u64> {
         let fleet = self.fleet.as_ref()?;
         let trusted = self.trusted_until.load(Ordering::Relaxed);
@@ -350,8 +353,8 @@ impl Invalidations {
 }
 
 impl LedgerState {
-    /// Puts the last of ours into the outbox once more, in their order. Here they count from `at` on: everything before is
-    /// in doubt anyway.
+    /// Puts the most recent own purges into the outbox again, in order. Their local position becomes `at`: everything
+    /// before is unverified anyway.
     fn requeue_recent(&mut self, at: Position) {
         let first = self.recent.front().map_or(u64::MAX, |purge| purge.number);
         self.outbox.retain(|purge| purge.number < first);
@@ -359,7 +362,7 @@ impl LedgerState {
         self.unconfirmed = self.outbox.iter().map(|purge| (purge.number, at)).collect();
     }
 
-    /// Notes that a purge was read. True if it was before.
+    /// Notes that a purge was read. Returns true if it had been read before.
     fn is_duplicate(&mut self, purge: &PurgeMessage) -> bool {
         if self.last_numbers.len() > MAX_SIDECARS {
             self.last_numbers.clear();
@@ -370,13 +373,13 @@ impl LedgerState {
         before
     }
 
-    /// Too many wait for the log: one of everything stands for them.
+    /// Replaces all purges in a full outbox with one hard purge of everything.
     fn collapse_outbox(&mut self) {
         if let Some(last) = self.outbox.pop_back() {
             self.outbox.clear();
             let everything =
                 PurgeMessage { strength: PurgeKind::Hard, selectors: vec![Selector::Everything], ..last };
-            // When it comes back, it counts from where the first of them did.
+            // When it is read back from the log, it has the position of the first purge that it replaces.
             let first = self.unconfirmed.front().map(|(_, position)| *position);
             self.unconfirmed.clear();
             self.unconfirmed.extend(first.map(|position| (everything.number, position)));

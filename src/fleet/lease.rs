@@ -1,7 +1,7 @@
-//! Who in the fleet fetches: a lease in Redis, kept while the fetch runs, given back with a word about how it ended.
+//! Fetch leases in Redis: one sidecar of the fleet fetches, and releases the lease with a message about the result.
 //!
-//! A lease is short. Its holder renews it; should the holder die, it lapses, and the next who asks has it. Nobody's
-//! answer depends on it being there: without Redis everybody fetches.
+//! A lease has a short TTL, and its holder renews it while the fetch runs. If the holder dies, the lease expires, and
+//! the next sidecar that claims it gets it. No response depends on a lease: without Redis every sidecar fetches.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,23 +16,23 @@ use crate::policy::http::vary::Variant;
 use crate::policy::invalidation::log_position::LogId;
 use crate::redis::{LeaseClaim, Redis, RedisError};
 
-/// How long a lease lives unless renewed: how long a fleet waits for a sidecar that was killed.
+/// TTL of a lease that is not renewed: how long a fleet waits for a sidecar that was killed.
 pub const LEASE_TTL: Duration = Duration::from_millis(1500);
 
-/// How often it is renewed.
+/// Interval at which a lease is renewed.
 const RENEW_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long its end waits for the record to be written.
+/// How long the release of a lease waits for the record to be written.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How the holder of a lease fared: what those who wait are told.
+/// The result of a fetch under a lease, sent to the waiting sidecars.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseMessage {
-    /// There is a record: look.
+    /// The record is in Redis: look it up.
     Stored,
-    /// The answer is not to be shared: fetch for yourself.
+    /// The response must not be shared: each sidecar fetches for itself.
     Unshared,
-    /// There was none: ask for the lease.
+    /// There is no response: claim the lease.
     Nothing,
 }
 
@@ -45,50 +45,52 @@ impl LeaseMessage {
         }
     }
 
-    /// From a message.
+    /// Parses a message. An unknown one is [`LeaseMessage::Nothing`].
     pub fn read(message: &[u8]) -> LeaseMessage {
         let all = [LeaseMessage::Stored, LeaseMessage::Unshared, LeaseMessage::Nothing];
         all.into_iter().find(|word| word.token().as_bytes() == message).unwrap_or(LeaseMessage::Nothing)
     }
 }
 
-/// How a fetch ended: says when a record is written, if one is.
+/// How a fetch ended. `Stored` has a receiver that resolves when the record is written.
 #[derive(Debug)]
 enum LeaseEnd {
     Stored(oneshot::Receiver<()>),
     Unshared,
 }
 
-/// A lease that is ours. Dropping it gives it back, with nothing to show.
+/// A lease held by this sidecar. Dropping it releases the lease without a result ([`LeaseMessage::Nothing`]).
 #[derive(Debug)]
 pub struct Lease(Option<oneshot::Sender<LeaseEnd>>);
 
-/// Who has a lease.
+/// The token of a lease's holder.
 #[derive(Debug, Clone)]
 pub struct LeaseHolder(String);
 
 impl LeaseHolder {
-    /// The last log entry that it had seen when it began.
+    /// Returns the last log entry that the holder had seen when it claimed the lease.
     pub fn log_seen(&self) -> LogId {
         self.0.rsplit(' ').next().and_then(LogId::parse).unwrap_or_default()
     }
 }
 
-/// What comes of asking for one.
+/// The result of claiming a lease.
 #[derive(Debug)]
 pub enum ClaimResult {
-    /// It is ours.
+    /// This sidecar holds the lease.
     Ours(Lease),
-    /// Somebody has it. There will be a message.
+    /// Another holder has the lease, and sends a message when its fetch ends.
     Theirs {
-        /// For so long, unless it is kept.
+        /// Time until the lease expires, unless it is renewed.
         left: Duration,
-        /// Its holder.
+        /// The holder.
         holder: LeaseHolder,
     },
 }
 
-/// Asks for the lease of a name, also if this holder still has it. `seen`: the last log entry that we have seen.
+/// Claims the lease `name`, also if the holder `instead_of` still has it. Spawns a task that renews the lease.
+///
+/// `log_seen`: the last log entry that this sidecar has seen. Fails if Redis fails.
 pub async fn claim(
     redis: &Arc<Redis>,
     name: &str,
@@ -108,25 +110,25 @@ pub async fn claim(
 }
 
 impl Lease {
-    /// A record is being written; those who wait are told when it is.
+    /// Releases the lease once the record is written, and tells the waiting sidecars to look it up.
     pub fn finish_stored(&mut self, written: oneshot::Receiver<()>) {
         self.end(LeaseEnd::Stored(written));
     }
 
-    /// The answer is not for others.
+    /// Releases the lease and tells the waiting sidecars that the response must not be shared.
     pub fn finish_not_shareable(&mut self) {
         self.end(LeaseEnd::Unshared);
     }
 
     fn end(&mut self, end: LeaseEnd) {
         if let Some(holder) = self.0.take() {
-            // If the holder is gone, the lease is lost.
+            // Sending fails only if the task that renews the lease has ended: then the lease is lost.
             let _ = holder.send(end);
         }
     }
 }
 
-/// Renews a lease until its end, and gives it back.
+/// Renews a lease until the fetch ends, then releases it with a message.
 async fn hold_lease(redis: Arc<Redis>, name: String, token: String, mut ended: oneshot::Receiver<LeaseEnd>) {
     let end = loop {
         match timeout(RENEW_INTERVAL, &mut ended).await {
@@ -160,7 +162,7 @@ pub fn name(record: &str, variant: &Variant) -> String {
     blake3::hash(format!("{record} {}", variant.digest().to_hex()).as_bytes()).to_hex()[..32].to_owned()
 }
 
-/// The subject of messages about a lease.
+/// Returns the subject of messages about a lease.
 pub fn subject(name: &str) -> String {
     format!("lease:{name}")
 }
@@ -170,7 +172,7 @@ mod tests {
     use super::*;
     use http::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 
-    // All sidecars of a fleet must ask for the same lease, whatever version they run.
+    // All sidecars of a fleet must claim the same lease, whatever version they run.
     #[test]
     fn encoding_of_lease_names_is_golden() {
         let request = HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))]);

@@ -1,5 +1,7 @@
-//! A purge as it lies in the invalidation log: versioned, and sealed with a MAC. What does not verify, or says
-//! something that this version does not know, makes everything doubtful: better a cold cache than a wrong one.
+//! The wire format of a purge in the invalidation log: versioned, and authenticated with a MAC.
+//!
+//! A message that does not verify, or that this version can't decode, makes all stored entries unverified, because a
+//! cold cache is better than a wrong one.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,21 +13,21 @@ use crate::store::authentication::{KEY_ID, Keyring, SALT, TAG};
 
 const VERSION: u8 = 1;
 
-/// What a log entry is bound to.
+/// The context that the MAC of a log entry is bound to.
 const BOUND_TO: &[u8] = b"invalidation log";
 
-/// A purge, and who made it.
+/// A purge and the sidecar that made it.
 #[derive(Debug, Clone)]
 pub struct PurgeMessage {
-    /// Which sidecar.
+    /// The sidecar that made the purge.
     pub from: SidecarId,
-    /// Its how many-th.
+    /// The sequence number of the purge at that sidecar.
     pub number: u64,
-    /// How much it takes away.
+    /// Whether the purge is soft or hard.
     pub strength: PurgeKind,
-    /// What it names.
+    /// The selectors of what is purged.
     pub selectors: Vec<Selector>,
-    /// Whoever has applied it should say so, under this name.
+    /// The name under which sidecars confirm that they have applied the purge, if a confirmation is wanted.
     pub answer: Option<u64>,
 }
 
@@ -93,7 +95,7 @@ impl From<SelectorPayload> for Selector {
 }
 
 impl PurgeMessage {
-    /// As it goes into the log.
+    /// Encodes the purge for the log and authenticates it with the current key.
     pub fn seal(&self, ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
         let wire = PurgePayload {
             from: self.from.0,
@@ -106,13 +108,13 @@ impl PurgeMessage {
         body.extend_from_slice(&ring.current_id());
         body.extend_from_slice(&salt);
         body.extend(postcard::to_allocvec(&wire).unwrap_or_default());
-        // The first key of a ring is always known to it.
+        // The current key of a keyring is always in it, so `mac` can't fail.
         let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
         body.extend_from_slice(&tag);
         body
     }
 
-    /// From what lies in the log; none if it is not ours to understand.
+    /// Verifies and decodes a log entry. Returns `None` if the MAC, the version or the encoding is wrong.
     pub fn open(body: &[u8], ring: &Keyring) -> Option<PurgeMessage> {
         let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
         let (version, rest) = sealed.split_first()?;
@@ -158,7 +160,7 @@ mod tests {
         let sealed = purge.seal(&ring, [1; SALT]);
         let opened = PurgeMessage::open(&sealed, &ring).expect("ours");
         assert_eq!(format!("{opened:?}"), format!("{purge:?}"));
-        // Other versions of the program read this: a new layout is a new VERSION.
+        // Other versions of the program read this format: a change of the layout needs a new VERSION.
         let hex = crate::policy::testing::hex(&sealed);
         assert_eq!(
             hex,

@@ -1,5 +1,6 @@
-//! A refresh that any sidecar can do: what it takes to ask the upstream again, sealed. Only for requests without
-//! credentials: those never lie in Redis, sealed or not.
+//! The wire format of a refresh request that any sidecar can perform: versioned and encrypted.
+//!
+//! Only requests without credentials are queued: credentials are never written to Redis, encrypted or not.
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
@@ -8,21 +9,21 @@ use crate::store::authentication::{KEY_ID, Keyring, SALT};
 
 const VERSION: u8 = 1;
 
-/// What a piece of work is bound to.
+/// The context that the encryption of a refresh request is bound to.
 const BOUND_TO: &[u8] = b"work";
 
-/// A request to be made again.
+/// A request to be sent to the upstream again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RefreshRequest {
-    /// Which upstream.
+    /// The ID of the upstream.
     pub upstream: u64,
-    /// The Host the client named, which decides where it goes if the upstream has several.
+    /// The host that the client requested, which selects the origin if the upstream has several.
     pub host: String,
     /// Path and query.
     pub target: String,
-    /// Its headers, without Host.
+    /// The request headers, without Host.
     pub headers: HeaderMap,
-    /// When what is to be replaced was born, by the fleet's clock: if something newer is there, it is done.
+    /// When the response to be replaced was received, by the fleet's clock. A newer stored one makes this obsolete.
     pub born: u64,
 }
 
@@ -37,7 +38,7 @@ struct RefreshPayload<'a> {
 }
 
 impl RefreshRequest {
-    /// As it goes into the stream: encrypted.
+    /// Encodes and encrypts the request for the stream. Returns `None` if that fails.
     pub fn seal(&self, ring: &Keyring, salt: [u8; SALT]) -> Option<Vec<u8>> {
         let wire = RefreshPayload {
             upstream: self.upstream,
@@ -51,7 +52,7 @@ impl RefreshRequest {
         Some([&[VERSION][..], &ring.current_id(), &salt, &body].concat())
     }
 
-    /// From what lies in the stream; none if it is not ours to understand.
+    /// Decrypts and decodes a message. Returns `None` if the version, the key or the encoding is wrong.
     pub fn open(sealed: &[u8], ring: &Keyring) -> Option<RefreshRequest> {
         let (version, rest) = sealed.split_first()?;
         let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
@@ -82,7 +83,7 @@ mod tests {
             RefreshRequest { upstream: 7, host: "a.example".into(), target: "/x?y".into(), headers, born: 9 };
         let sealed = refresh.seal(&ring, [3; SALT]).expect("sealed");
         assert!(!sealed.windows(4).any(|w| w == b"/x?y"));
-        // Other versions of the program read this: a new layout is a new VERSION.
+        // Other versions of the program read this format: a change of the layout needs a new VERSION.
         let hex = crate::policy::testing::hex(&sealed);
         assert_eq!(
             hex,

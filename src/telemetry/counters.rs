@@ -1,4 +1,4 @@
-//! Counters: relaxed atomics, read together now and then.
+//! Process-wide counters: relaxed atomics, read together as a snapshot.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::histogram::{Histogram, Quantiles};
 use crate::policy::outcome::{BypassReason, Failure, ForwardReason, NotStored, Outcome};
 
-/// Why a GET was not stored: the reasons of [`NotStored`] and [`BypassReason`] that the hint speaks of, and the rest.
+/// Reasons why a GET was not stored: those of [`NotStored`] and [`BypassReason`] that the hint explains, and the rest.
 const REASONS: [&str; 7] =
     ["no-freshness", "no-store", "private", "authorization", "unkeyed-credential", "rule-off", "other"];
 
@@ -23,7 +23,7 @@ pub struct Counters {
     upstream_failed: AtomicU64,
     stored: AtomicU64,
     writes: AtomicU64,
-    /// Of answers from what is stored, and of all others.
+    /// Time to the response head: `hits` for responses served from the cache, `others` for all others.
     hits: Histogram,
     others: Histogram,
     from_fleet: AtomicU64,
@@ -34,38 +34,38 @@ pub struct Counters {
     unstored_gets: AtomicU64,
 }
 
-/// The counters at one moment.
+/// The values of the counters at one time.
 #[derive(Debug, Clone, Serialize)]
 pub struct Snapshot {
-    /// All answered requests.
+    /// Requests that got a response.
     pub requests: u64,
-    /// By outcome.
+    /// Requests by outcome.
     pub outcomes: BTreeMap<&'static str, u64>,
-    /// Failures behind answers, by cause; the client need not have seen them.
+    /// Failures behind responses, by cause. The client may not have seen them.
     pub failures: BTreeMap<&'static str, u64>,
-    /// Payloads served, by cause.
+    /// Fallback payloads served, by cause of the failure.
     pub fallbacks: BTreeMap<&'static str, u64>,
-    /// Fresh or stale, of all requests that a rule may answer from the cache.
+    /// Fresh and stale hits as a fraction of all requests that a rule allows to be served from the cache.
     pub hit_ratio: f64,
     /// Requests sent upstream.
     pub upstream_requests: u64,
-    /// Those that failed.
+    /// Upstream requests that failed.
     pub upstream_failures: u64,
-    /// Its answers with 429.
+    /// 429 responses of the upstream.
     pub throttled: u64,
-    /// Those that no client saw, because the request waited and was sent again.
+    /// 429 responses that no client saw, because the request waited and was retried.
     pub throttles_absorbed: u64,
-    /// Requests that were not sent, because their turn would have come too late.
+    /// Requests that were not sent, because the budget would have delayed them by more than `max_wait`.
     pub refused_by_budget: u64,
-    /// Answers stored.
+    /// Responses stored.
     pub stored: u64,
-    /// Writes relayed.
+    /// Writes passed through.
     pub writes: u64,
-    /// Answers from what is stored, in the memory of this process.
+    /// Responses served from the memory of this process.
     pub from_memory: u64,
-    /// Answers from what another sidecar has stored.
+    /// Responses served from records that another sidecar stored.
     pub from_fleet: u64,
-    /// Time to the response head, in milliseconds: of answers from what is stored, and of all others.
+    /// Time to the response head, in milliseconds: of responses served from the cache, and of all others.
     pub latency_ms: BTreeMap<&'static str, Quantiles>,
 }
 
@@ -112,7 +112,7 @@ impl Counters {
         self.writes.fetch_add(1, Relaxed);
     }
 
-    /// Counts a GET whose answer was not stored, as long as nothing ever was. Returns how many there are.
+    /// Counts a GET whose response was not stored, as long as none ever was. Returns the number of such requests.
     pub(super) fn unstored_get(&self, outcome: &Outcome) -> Option<u64> {
         let Outcome::Relayed { fetched, failure: None } = outcome else { return None };
         if self.stored.load(Relaxed) > 0 {

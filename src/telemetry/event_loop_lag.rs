@@ -1,4 +1,4 @@
-//! How late the event loop is: a task that wants to wake every so often says how much later it did.
+//! Event loop lag: a periodic task measures how late it is woken.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -7,34 +7,34 @@ use serde::Serialize;
 
 use crate::policy::millis;
 
-/// The worst of at least so many milliseconds is told.
+/// Window of the reported maximum, in milliseconds: it covers one to two windows.
 const WINDOW: u64 = 10_000;
 
-/// Without a beat for so long it stands still.
+/// Time without a measurement after which the event loop is considered stalled.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
 
-/// What one task writes and anybody reads.
+/// The lag of the event loop, written by one task and read by any.
 #[derive(Debug, Default)]
 pub struct EventLoopLag {
     last: AtomicU64,
     worst: AtomicU64,
     worst_before: AtomicU64,
     window: AtomicU64,
-    /// Of the last beat: milliseconds since the start.
+    /// When the last measurement was made, in milliseconds since the start.
     at: AtomicU64,
 }
 
-/// The event loop's delay, in milliseconds.
+/// The lag of the event loop, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct LagValues {
-    /// The last time.
+    /// The last measurement.
     pub last: u64,
-    /// The worst of the last ten to twenty seconds.
+    /// The maximum of the last 10 to 20 seconds.
     pub worst: u64,
 }
 
 impl EventLoopLag {
-    /// It woke so late, so long after the start.
+    /// Records that the task was woken `late`, at `uptime` after the start.
     pub fn record(&self, late: Duration, uptime: Duration) {
         self.at.store(millis(uptime), Relaxed);
         let (late, window) = (millis(late), millis(uptime) / WINDOW);
@@ -45,12 +45,12 @@ impl EventLoopLag {
         self.worst.fetch_max(late, Relaxed);
     }
 
-    /// Does it stand still?
+    /// Returns true if the last measurement is too old: the event loop is stalled.
     pub fn is_stalled(&self, uptime: Duration) -> bool {
         millis(uptime).saturating_sub(self.at.load(Relaxed)) > millis(STALLED_AFTER)
     }
 
-    /// How late it is.
+    /// Returns the last and the maximum lag.
     pub fn values(&self) -> LagValues {
         let worst = self.worst.load(Relaxed).max(self.worst_before.load(Relaxed));
         LagValues { last: self.last.load(Relaxed), worst }

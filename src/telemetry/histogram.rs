@@ -1,27 +1,27 @@
-//! How long something takes: counts in buckets a fifth apart, from which quantiles are read.
+//! Latency histogram: counts in buckets of about a fifth in width, from which quantiles are read.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// Four buckets for each doubling, from 1 µs to over a minute.
+/// Number of buckets: four per doubling, from 1 µs to over a minute.
 const BUCKETS: usize = 4 * 27;
 
-/// Milliseconds that half, nine in ten, and all but one in a hundred took at most.
+/// Quantiles of a histogram, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Quantiles {
-    /// Half.
+    /// The median.
     pub p50: f64,
-    /// Nine in ten.
+    /// The 90th percentile.
     pub p90: f64,
-    /// All but one in a hundred.
+    /// The 99th percentile.
     pub p99: f64,
 }
 
-/// A histogram.
+/// A histogram of durations.
 #[derive(Debug)]
 pub struct Histogram {
     counts: [AtomicU64; BUCKETS],
-    /// All of it together, in microseconds.
+    /// The sum of all durations, in microseconds.
     micros: AtomicU64,
 }
 
@@ -32,7 +32,7 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// Counts one.
+    /// Adds a duration.
     pub fn add(&self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
         let power = micros.ilog2() as usize;
@@ -41,9 +41,9 @@ impl Histogram {
         self.micros.fetch_add(micros, Relaxed);
     }
 
-    /// For Prometheus: the sum in seconds, and how many took at most so many seconds but more than the bucket before.
+    /// Returns the sum in seconds, and the buckets for Prometheus: upper bound in seconds, and count (not cumulative).
     pub fn buckets(&self) -> (f64, Vec<(f64, u64)>) {
-        /// From 64 µs to 67 s, doubling; then everything.
+        /// Upper bounds double from 64 µs to 67 s; the last bucket has the rest.
         const FIRST: usize = 6;
         const LAST: usize = 26;
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
@@ -61,12 +61,12 @@ impl Histogram {
         (self.micros.load(Relaxed) as f64 / 1e6, buckets)
     }
 
-    /// The quantiles that people ask for.
+    /// Returns the usual quantiles: p50, p90 and p99.
     pub fn quantiles(&self) -> Quantiles {
         Quantiles { p50: self.quantile_ms(0.5), p90: self.quantile_ms(0.9), p99: self.quantile_ms(0.99) }
     }
 
-    /// Milliseconds that this part of all took at most; 0 if there were none.
+    /// Returns the quantile `part` (0 to 1), in milliseconds, or 0 if the histogram is empty.
     pub fn quantile_ms(&self, part: f64) -> f64 {
         let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
@@ -82,7 +82,7 @@ impl Histogram {
     }
 }
 
-/// The upper end of a bucket.
+/// Returns the upper bound of a bucket, in milliseconds.
 fn upper_ms(bucket: usize) -> f64 {
     let (power, quarter) = (bucket / 4, bucket % 4);
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_possible_wrap)]

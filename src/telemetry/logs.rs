@@ -1,4 +1,4 @@
-//! Log lines on stderr, for people or as JSON. Stdout belongs to the first lines of a start.
+//! Log output on stderr, as text or JSON. Stdout is reserved for the first lines at startup.
 
 use std::fmt;
 use std::io::IsTerminal;
@@ -14,13 +14,14 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
 
-/// Who else hears of what happens: the exporter of traces.
+/// An additional layer that receives events and spans: the trace exporter.
 pub type ExtraLayer = Option<Box<dyn Layer<Registry> + Send + Sync>>;
 
 static FILTER: OnceLock<reload::Handle<EnvFilter, Layered<ExtraLayer, Registry>>> = OnceLock::new();
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
-/// Starts logging. `RUST_LOG` beats the configuration. `quiet`: what is said of libraries unless one of them names them.
+/// Starts logging. `RUST_LOG` takes precedence over the configuration. `quiet`: filter directives for libraries, which
+/// apply unless `RUST_LOG` or the configuration names those libraries. `besides`: an additional layer.
 pub fn start(config: &LogConfig, quiet: &str, besides: ExtraLayer) -> Result<(), String> {
     let (filter, handle) = reload::Layer::new(filter(config, quiet)?);
     AS_JSON.store(config.json, Ordering::Relaxed);
@@ -38,26 +39,26 @@ fn json() -> Format<Json> {
     Format::default().json().flatten_event(true)
 }
 
-/// What to log. The error names the filter.
+/// Returns the log filter. The error names the invalid filter.
 pub fn filter(config: &LogConfig, quiet: &str) -> Result<EnvFilter, String> {
     let wanted = std::env::var("RUST_LOG").unwrap_or_else(|_| config.filter.clone());
     EnvFilter::try_new(format!("{quiet},{wanted}")).map_err(|e| format!("log filter {wanted:?}: {e}"))
 }
 
-/// Another way of logging, ready to take effect.
+/// A log configuration that is parsed and can take effect.
 #[derive(Debug)]
 pub struct PreparedLog {
     filter: EnvFilter,
     json: bool,
 }
 
-/// Reads another way of logging.
+/// Parses a log configuration. The error names the invalid filter.
 pub fn prepared(config: &LogConfig, quiet: &str) -> Result<PreparedLog, String> {
     Ok(PreparedLog { filter: filter(config, quiet)?, json: config.json })
 }
 
 impl PreparedLog {
-    /// From now on it counts, if this process logs at all.
+    /// Makes this the active log configuration. Does nothing if logging was not started.
     pub fn take_effect(self) {
         if let Some(handle) = FILTER.get() {
             let _ = handle.reload(self.filter);
@@ -66,7 +67,7 @@ impl PreparedLog {
     }
 }
 
-/// Lines for people, or JSON, whichever is wanted now.
+/// The line format: text or JSON, according to the active log configuration.
 struct LineFormat {
     human: Format<Compact>,
     json: Format<Json>,
@@ -86,11 +87,11 @@ where
     }
 }
 
-/// How to log.
+/// The log configuration.
 #[derive(Debug, Clone)]
 pub struct LogConfig {
-    /// A filter like `info` or `sidecache=debug,hyper=warn`.
+    /// The filter, such as `info` or `sidecache=debug,hyper=warn`.
     pub filter: String,
-    /// One JSON object a line.
+    /// Whether to write one JSON object per line.
     pub json: bool,
 }

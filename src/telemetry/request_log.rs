@@ -1,5 +1,7 @@
-//! The last requests, each with its reason. A ring of slots that are written over: after the first lap nothing is
-//! allocated, and nobody waits (a slot that is being read is left out).
+//! Log of the most recent requests, each with the reason for its outcome.
+//!
+//! A ring buffer of slots that are overwritten: once it is full, recording a request allocates nothing, and it never
+//! blocks (a slot that is being read is skipped).
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -12,23 +14,23 @@ use super::AnsweredRequest;
 use crate::policy::Tick;
 use crate::policy::outcome::{Failure, Outcome};
 
-/// So many are remembered.
+/// Number of requests kept.
 pub const KEPT: usize = 1000;
 
-/// A longer path is cut.
+/// Maximum length of a path, in bytes. A longer one is truncated.
 const LONGEST_PATH: usize = 200;
 
-/// The last [`KEPT`] requests.
+/// A ring buffer of the last [`KEPT`] requests.
 #[derive(Debug)]
 pub struct RequestLog {
     slots: Vec<Mutex<LogSlot>>,
     next: AtomicU64,
 }
 
-/// What is noted of a request: as little as can be, because hits are noted too.
+/// The recorded fields of a request: as few as possible, because hits are recorded too.
 #[derive(Debug, Clone, Default)]
 struct LogSlot {
-    /// From 1; 0: none yet.
+    /// The number of the request, from 1. 0: the slot is empty.
     number: u64,
     at: Tick,
     took: Duration,
@@ -43,33 +45,33 @@ struct LogSlot {
     cause: Option<&'static str>,
 }
 
-/// One request, for people: no query string, no header.
+/// A logged request, for display: without query and header fields.
 #[derive(Debug, Clone, Serialize)]
 pub struct LoggedRequest {
-    /// Its number since the start, from 1.
+    /// The number of the request since the start, from 1.
     pub number: u64,
-    /// When it came.
+    /// When the request was received.
     #[serde(skip)]
     pub at: Tick,
-    /// The upstream's name.
+    /// The name of the upstream.
     pub upstream: String,
-    /// The rule it came under; empty: none that may answer from the cache.
+    /// The rule that matched the request. Empty: no rule that allows a response from the cache.
     pub rule: String,
-    /// Its method.
+    /// The request method.
     pub method: String,
-    /// Its path, without the query.
+    /// The request path, without the query.
     pub path: String,
-    /// The answer's status.
+    /// The status of the response.
     pub status: u16,
-    /// [`Outcome::label`].
+    /// The outcome: [`Outcome::label`].
     pub outcome: &'static str,
-    /// [`Outcome::detail`]: the reason.
+    /// The reason for the outcome: [`Outcome::detail`].
     pub detail: Option<&'static str>,
-    /// The failure behind it, if there was one.
+    /// The cause of the failure, if there was one.
     pub cause: Option<&'static str>,
-    /// Milliseconds to the response head.
+    /// Time to the response head, in milliseconds.
     pub ms: f64,
-    /// The same for requests of the same target and the same credentials, in this process; 0: a hit.
+    /// Equal for requests with the same method, target and credentials, in this process. 0: a hit.
     #[serde(skip)]
     pub same: u64,
 }
@@ -104,7 +106,7 @@ impl RequestLog {
         };
     }
 
-    /// The newest first.
+    /// Returns the logged requests, newest first.
     pub fn read(&self) -> Vec<LoggedRequest> {
         let of = |slot: &Mutex<LogSlot>| slot.lock().ok().filter(|slot| slot.number > 0).map(|slot| slot.clone());
         let mut all: Vec<LogSlot> = self.slots.iter().filter_map(of).collect();

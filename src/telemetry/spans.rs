@@ -1,13 +1,16 @@
-//! The spans of a request: itself, its look-ups, its wait, what goes to the upstream. Nobody listens to them unless
-//! traces are exported (feature `otlp`); then each costs what the exporter takes, else one atomic load.
+//! Tracing spans of a request: the request itself, its lookups, its wait, and its upstream requests.
+//!
+//! Spans are disabled unless traces are exported (feature `otlp`). A disabled span costs one atomic load; an enabled
+//! one costs what the exporter takes.
 
 use http::{HeaderMap, Method, Response};
 use tracing::{Span, field::Empty, trace_span};
 
-/// The target of all of them.
+/// The target of all spans.
 pub const TARGET: &str = "sidecache::spans";
 
-/// A request, as part of the trace that its `traceparent` names (W3C Trace Context). No query, no header is in it.
+/// Returns the span of a request, as part of the trace that its `traceparent` names (W3C Trace Context). The span has
+/// no query and no header fields.
 pub fn request(method: &Method, path: &str, headers: &HeaderMap) -> Span {
     let span = trace_span!(
         target: TARGET,
@@ -25,7 +28,7 @@ pub fn request(method: &Method, path: &str, headers: &HeaderMap) -> Span {
     span
 }
 
-/// What came of a request.
+/// Records the response to a request: its status and `Cache-Status`.
 pub fn record_response<B>(span: &Span, response: &Response<B>) {
     if span.is_disabled() {
         return;
@@ -35,22 +38,22 @@ pub fn record_response<B>(span: &Span, response: &Response<B>) {
     span.record("sidecache.status", ours.unwrap_or_default());
 }
 
-/// A look into a tier of the store.
+/// Returns the span of a lookup in a tier of the store.
 pub fn lookup(tier: &'static str) -> Span {
     trace_span!(target: TARGET, "lookup", sidecache.tier = tier)
 }
 
-/// Waiting for an answer, one's own or another's.
+/// Returns the span of waiting for a response, of the request's own fetch or another's.
 pub fn wait() -> Span {
     trace_span!(target: TARGET, "wait")
 }
 
-/// A fetch: it may outlast the request it began with.
+/// Returns the span of a fetch, which may outlast the request that started it.
 pub fn fetch() -> Span {
     trace_span!(target: TARGET, "flight")
 }
 
-/// A request to the upstream, which is told that it is part of this span.
+/// Returns the span of an upstream request, and adds its trace context to the request headers.
 pub fn upstream(method: &Method, host: &str, headers: &mut HeaderMap) -> Span {
     let span = trace_span!(
         target: TARGET,

@@ -1,4 +1,4 @@
-//! How an upstream is doing, from the requests that went to it anyway. Nothing is sent to find out.
+//! Passive upstream health, derived from the results of regular requests. No health check is sent.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -8,10 +8,10 @@ use serde::Serialize;
 use crate::policy::Tick;
 use crate::policy::outcome::Failure;
 
-/// So many failures in a row make an upstream "down".
+/// Number of consecutive failures after which an upstream is `down`.
 const DOWN_AFTER: u32 = 5;
 
-/// Passive signals of one upstream.
+/// The passive health of one upstream.
 #[derive(Debug, Default)]
 pub struct PassiveHealth(Mutex<LastResults>);
 
@@ -22,10 +22,10 @@ struct LastResults {
     in_a_row: u32,
 }
 
-/// What has changed with a request's end.
+/// The change of health caused by the result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthTransition {
-    /// Nothing.
+    /// No change.
     None,
     /// The first failure after a success.
     Fails,
@@ -33,23 +33,23 @@ pub enum HealthTransition {
     IsBack,
 }
 
-/// What `/health` says of an upstream.
+/// The health of an upstream as reported by `/health`.
 #[derive(Debug, Clone, Serialize)]
 pub struct UpstreamHealth {
-    /// `unknown` before the first request, then `ok`, `failing`, `down`.
+    /// `unknown` before the first request, then `ok`, `failing` or `down`.
     pub status: &'static str,
-    /// Failures since the last success.
+    /// Consecutive failures since the last success.
     pub failures_in_a_row: u32,
     /// Milliseconds since the last success.
     pub last_ok_ms_ago: Option<u64>,
     /// Milliseconds since the last failure.
     pub last_failure_ms_ago: Option<u64>,
-    /// What the last failure was.
+    /// The cause of the last failure.
     pub last_cause: Option<&'static str>,
 }
 
 impl PassiveHealth {
-    /// A request to it ended so. Says if that is news.
+    /// Records the result of a request, and returns the change of health.
     pub fn record(&self, failure: Option<Failure>, now: Tick) -> HealthTransition {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let before = last.in_a_row;
@@ -60,7 +60,7 @@ impl PassiveHealth {
             }
             Some(failure) => {
                 last.failure = Some((now, failure.cause()));
-                // A throttled or an empty answer comes from an upstream that is up.
+                // A throttled or an empty response comes from an upstream that is up.
                 let is_up = matches!(failure, Failure::Throttled | Failure::Empty);
                 last.in_a_row = if is_up { 0 } else { last.in_a_row + 1 };
             }
@@ -72,7 +72,7 @@ impl PassiveHealth {
         }
     }
 
-    /// How it is doing.
+    /// Returns the health at `now`.
     pub fn state(&self, now: Tick) -> UpstreamHealth {
         let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let status = match (last.ok, last.in_a_row) {

@@ -1,4 +1,6 @@
-//! What is counted for each upstream, for Prometheus. Handles lie where the requests pass: no look-up by name.
+//! Per-upstream metrics for Prometheus.
+//!
+//! Requests hold handles to the counters, so that counting needs no lookup by name.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,10 +12,10 @@ use crate::policy::Tick;
 use crate::policy::outcome::{Failure, Outcome, ShadowResult};
 use crate::policy::outcome_counters::{OutcomeCounters, outcome_index};
 
-/// What is counted for one upstream.
+/// The metrics of one upstream.
 #[derive(Debug, Default)]
 pub struct UpstreamMetrics {
-    /// Answers under no rule.
+    /// Responses to requests that matched no rule.
     pub no_rule: OutcomeCounters,
     /// Time to the response head, by [`Outcome::LABELS`].
     durations: [Histogram; Outcome::LABELS.len()],
@@ -21,30 +23,30 @@ pub struct UpstreamMetrics {
     pub upstream_took: Histogram,
     upstream_ok: AtomicU64,
     upstream_failed: [AtomicU64; Failure::CAUSES.len()],
-    /// Time that reads waited for their turn …
+    /// Time that reads waited for the budget.
     pub reads_waited: Histogram,
-    /// … and writes.
+    /// Time that writes waited for the budget.
     pub writes_waited: Histogram,
-    /// 429s that clients saw.
+    /// 429 responses passed on to clients.
     passed_on: AtomicU64,
-    /// 429s that nobody saw.
+    /// 429 responses that no client saw, because the request was retried.
     absorbed: AtomicU64,
-    /// What rehearsals have shown, by rule.
+    /// Results of shadow mode, by rule.
     record_shadow: Mutex<BTreeMap<(Box<str>, ShadowResult), u64>>,
     wrong_hit_logged_at: AtomicU64,
-    /// Answers by rule, those of configurations before too.
+    /// Responses by rule, including rules of earlier configurations.
     by_rule: Mutex<BTreeMap<Box<str>, Arc<OutcomeCounters>>>,
 }
 
 impl UpstreamMetrics {
-    /// A request was answered.
+    /// Records the time to the response head, by outcome.
     pub fn record_answer(&self, outcome: &Outcome, took: Duration) {
         if let Some(latencies) = outcome_index(outcome).and_then(|index| self.durations.get(index)) {
             latencies.add(took);
         }
     }
 
-    /// A request to the upstream has ended.
+    /// Records a finished upstream request. `failure` is `None` if it succeeded.
     pub fn record_upstream(&self, failure: Option<Failure>, took: Duration) {
         self.upstream_took.add(took);
         let cause = failure.and_then(|failure| Failure::CAUSES.iter().position(|cause| *cause == failure.cause()));
@@ -52,38 +54,38 @@ impl UpstreamMetrics {
         counter.fetch_add(1, Relaxed);
     }
 
-    /// The upstream answered 429, and the request …
+    /// Counts a 429 response of the upstream. `absorbed`: the request was retried.
     pub fn throttled(&self, absorbed: bool) {
-        // … was sent again, or not.
+        // Without a retry, the client gets the 429.
         let counter = if absorbed { &self.absorbed } else { &self.passed_on };
         counter.fetch_add(1, Relaxed);
     }
 
-    /// A rehearsal has shown something of a request under this rule.
+    /// Counts a result of shadow mode under a rule.
     pub fn record_shadow(&self, rule: &str, shown: ShadowResult) {
         let mut rehearsed = self.record_shadow.lock().unwrap_or_else(PoisonError::into_inner);
         *rehearsed.entry((rule.into(), shown)).or_default() += 1;
     }
 
-    /// What rehearsals have shown: rule, what, how often.
+    /// Returns the results of shadow mode: rule, result, count.
     pub fn shadow_results(&self) -> Vec<(Box<str>, ShadowResult, u64)> {
         let rehearsed = self.record_shadow.lock().unwrap_or_else(PoisonError::into_inner);
         rehearsed.iter().map(|((rule, shown), count)| (rule.clone(), *shown, *count)).collect()
     }
 
-    /// One line a second is enough.
+    /// Returns true at most once per second, to limit log lines about wrong hits.
     pub fn may_log_wrong_hit(&self, now: Tick) -> bool {
         let before = self.wrong_hit_logged_at.swap(now.0 / 1000, Relaxed);
         before != now.0 / 1000
     }
 
-    /// Where a rule counts: all of its paths, in this configuration and the next.
+    /// Returns the counters of a rule, shared by all of its paths and kept when the configuration is reloaded.
     pub fn rule_counters(&self, rule: &str) -> Arc<OutcomeCounters> {
         let mut by_rule = self.by_rule.lock().unwrap_or_else(PoisonError::into_inner);
         by_rule.entry(rule.into()).or_default().clone()
     }
 
-    /// What rules have counted, by their names; the one without a name: under no rule.
+    /// Returns counts by rule name and outcome. The empty name stands for requests that matched no rule.
     pub fn by_rule(&self) -> Vec<(Box<str>, &'static str, u64)> {
         let by_rule = self.by_rule.lock().unwrap_or_else(PoisonError::into_inner);
         let named =
@@ -92,18 +94,18 @@ impl UpstreamMetrics {
         named.chain(unnamed).filter(|(.., count)| *count > 0).collect()
     }
 
-    /// Time to the response head, by outcome.
+    /// Returns the times to the response head, by outcome.
     pub fn durations(&self) -> impl Iterator<Item = (&'static str, &Histogram)> {
         Outcome::LABELS.into_iter().zip(&self.durations)
     }
 
-    /// Requests to the upstream by result: `ok` or a cause of failure.
+    /// Returns the number of upstream requests by result: `ok` or the cause of the failure.
     pub fn results(&self) -> BTreeMap<&'static str, u64> {
         let failed = Failure::CAUSES.into_iter().zip(self.upstream_failed.iter().map(|count| count.load(Relaxed)));
         failed.chain([("ok", self.upstream_ok.load(Relaxed))]).collect()
     }
 
-    /// 429s by what became of them.
+    /// Returns the number of 429 responses by how they were handled.
     pub fn throttles(&self) -> [(&'static str, u64); 2] {
         [("absorbed", self.absorbed.load(Relaxed)), ("passed_on", self.passed_on.load(Relaxed))]
     }

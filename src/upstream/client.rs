@@ -1,4 +1,4 @@
-//! The real upstream: a pooled HTTP client with time limits, and suspicion.
+//! The pooled HTTP client of an upstream, with time limits and response validation.
 
 use std::future::Future;
 use std::io::ErrorKind;
@@ -37,22 +37,22 @@ use crate::policy::routing::origin::Origin;
 use crate::tls;
 use crate::tls::ClientTls;
 
-/// For a client without limits of its own.
+/// The pool limit of a client without configured limits.
 const UNLIMITED: usize = 1 << 20;
 
-/// An idle connection is closed after this.
+/// Idle timeout of a pooled connection.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// An HTTP/2 connection that carries streams is asked so often whether it lives, and must answer in time.
+/// Keep-alive of an HTTP/2 connection with open streams: PING interval, and timeout for its acknowledgement.
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_ANSWER: Duration = Duration::from_secs(10);
 
-/// The upstream behind one listener.
+/// The pooled client of one upstream.
 pub struct PooledClient {
     client: Client<Connector, Body>,
     header_cases: HeaderCases,
     timeouts: Timeouts,
-    /// DNS is asked again under steady traffic too.
+    /// Maximum age of a connection, so that DNS is queried again under steady traffic too.
     max_age: Duration,
     clock: Clock,
 }
@@ -64,23 +64,23 @@ impl std::fmt::Debug for PooledClient {
 }
 
 impl PooledClient {
-    /// The client of a configured upstream. Fails if certificates can't be read.
+    /// Returns the client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &ClientSettings, clock: Clock) -> Result<PooledClient, String> {
         let terms = ConnectorLimits {
             connect_timeout: config.timeouts.connect,
-            // Before the one who waits for the answer gives up: then it is known that nothing was sent.
+            // Shorter than the caller's timeout, so that the caller learns that nothing was sent and may retry.
             slot_timeout: config.timeouts.first_byte.mul_f64(0.9),
             max_connections: config.pool.connections,
             http2: config.http2,
             refuse_local: matches!(config.origin, Origin::Hosts(_)),
         };
-        // The system's certificates take a megabyte or two to read.
+        // Loading the system's certificates takes one to two megabytes.
         let speaks_tls = !matches!(&config.origin, Origin::Fixed { scheme, .. } if *scheme == Scheme::HTTP);
         let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
         Ok(Self::client(config.timeouts, tls?, &terms, config.pool, clock))
     }
 
-    /// A client for anything else.
+    /// Returns a client without pool limits, for any other purpose. Fails if certificates can't be read.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<PooledClient, String> {
         let pool = PoolLimits { connections: UNLIMITED, idle: UNLIMITED, max_age: Duration::from_hours(1) };
         let terms = ConnectorLimits {
@@ -184,15 +184,16 @@ fn tunnel(upgrade: hyper::upgrade::OnUpgrade) -> Tunnel {
     })
 }
 
-/// Its connection is not to be used again.
+/// Excludes a connection from reuse.
 fn poison(connection: &CaptureConnection) {
     if let Some(connected) = connection.connection_metadata().as_ref() {
         connected.poison();
     }
 }
 
-/// What is wrong with an answer that the HTTP library takes. Over HTTP/1 the tap looks for flaws before it, and ends the
-/// connection; this is for HTTP/2, and for heads with bare line feeds, which the tap does not read.
+/// Returns why a response that the HTTP library accepts is malformed. Over HTTP/1 the [`ResponseMonitor`] finds framing
+/// errors first and ends the connection; this check is for HTTP/2, and for heads with bare line feeds, which the
+/// monitor does not parse.
 fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
     let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     match response.status() {
@@ -239,7 +240,8 @@ fn send_error(error: &ClientError) -> SendError {
     SendError { failure, retry_safety: ended, client, unreachable: error.is_connect() && !crowded, message }
 }
 
-/// The answer's body: an error if it stands still, ends early, or is followed by what looks like another answer.
+/// A response body that fails if it exceeds the idle timeout, ends early, or is followed by what looks like another
+/// response.
 struct IdleTimeoutBody {
     body: Incoming,
     idle: Duration,

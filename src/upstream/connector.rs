@@ -1,4 +1,4 @@
-//! Connections to the upstream: DNS, TCP and TLS under one limit, so many at most, with a tap on each.
+//! Upstream connector: DNS, TCP and TLS under one timeout, a connection limit per host, and a monitor per connection.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -21,28 +21,28 @@ use super::resolver::Resolver;
 use super::response_monitor::{MonitoredStream, ResponseMonitor};
 use crate::clock::Clock;
 
-/// Begins the message of a connection that took too long.
+/// The start of the error message of a connect timeout.
 pub(super) const CONNECT_TIMED_OUT: &str = "no connection within timeouts.connect";
 
-/// Makes connections.
+/// Opens connections to the upstream.
 #[derive(Clone)]
 pub(super) struct Connector {
     secure: HttpsConnector<HttpConnector<Resolver>>,
     connect_timeout: Duration,
-    /// Whether to speak HTTP/2.
+    /// Whether to use HTTP/2.
     http2: bool,
     slot_timeout: Duration,
     connections: Arc<HostConnections>,
     clock: Clock,
 }
 
-/// The places at each host.
+/// The connection slots of each host.
 struct HostConnections {
     max_connections: usize,
     hosts: Mutex<HashMap<Authority, Arc<Semaphore>>>,
 }
 
-/// Hosts that are remembered; then those without a connection are forgotten.
+/// Maximum number of hosts kept. When it is reached, hosts without a connection are removed.
 const MAX_HOSTS: usize = 10_000;
 
 impl HostConnections {
@@ -57,7 +57,7 @@ impl HostConnections {
     }
 }
 
-/// No connection was free in time: the upstream is not to blame.
+/// Error: no connection slot was free in time. It does not count as a failure to reach the upstream.
 #[derive(Debug)]
 pub(super) struct NoFreeConnection;
 
@@ -69,17 +69,17 @@ impl std::fmt::Display for NoFreeConnection {
 
 impl std::error::Error for NoFreeConnection {}
 
-/// What a connector is to keep to.
+/// The limits of a connector.
 pub(super) struct ConnectorLimits {
-    /// Of DNS, TCP and TLS together.
+    /// Timeout for DNS, TCP and TLS together.
     pub(super) connect_timeout: Duration,
-    /// Of waiting for a place.
+    /// Timeout for waiting for a connection slot.
     pub(super) slot_timeout: Duration,
-    /// Connections at once to one host.
+    /// Maximum number of concurrent connections to one host.
     pub(super) max_connections: usize,
-    /// Whether to speak HTTP/2.
+    /// Whether to use HTTP/2.
     pub(super) http2: bool,
-    /// Whether names that lead to addresses of the machine itself, or of its cloud, are refused.
+    /// Whether addresses that may belong to the machine itself or to its cloud's metadata service are refused.
     pub(super) refuse_local: bool,
 }
 
@@ -125,13 +125,13 @@ impl Service<Uri> for Connector {
         let (limit, patience, clock, may_http2) =
             (self.connect_timeout, self.slot_timeout, self.clock.clone(), self.http2);
         Box::pin(async move {
-            // Meanwhile a connection may become idle: then that one is used.
+            // If a connection becomes idle during this wait, the request uses that one instead.
             let place = timeout(patience, places.semaphore_of(&uri).acquire_owned())
                 .await
                 .map_err(|_| NoFreeConnection)??;
             let connecting = secure.call(uri);
             let stream = timeout(limit, connecting).await.map_err(|_| BoxError::from(CONNECT_TIMED_OUT))??;
-            // Over TLS both sides agree on it; without, we just do.
+            // Over TLS, ALPN decides. Without TLS, the configuration does (prior knowledge, RFC 9113 §3.3).
             let http2 = match &stream {
                 MaybeHttpsStream::Http(_) => may_http2,
                 MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),

@@ -1,7 +1,7 @@
-//! How an upstream writes its field names, in the only form the HTTP library takes back: response extensions
-//! of its own making. They can be cloned but not made, so we let it read a head with just those names.
+//! Case of upstream header field names, kept as response extensions of the HTTP library.
 //!
-//! Names in Title-Case need nothing: that is how we write by default.
+//! The library accepts no other form. Its extensions can be cloned but not constructed, so the library is made to parse
+//! a response head with just those names. Names in Title-Case need no extension, because that is the default.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,20 +14,20 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::response_monitor::head_fields;
 use crate::policy::packed_head::HeaderCase;
 
-/// An upstream has few ways to write its heads. One that has more gets Title-Case.
+/// Maximum number of cached sets of names. An upstream has few; further ones are written in Title-Case.
 const MAX_KNOWN: usize = 256;
 
-/// The ways of writing seen so far.
+/// The header cases seen so far, by the names that are not in Title-Case.
 #[derive(Debug, Default)]
 pub(super) struct HeaderCases(Mutex<HashMap<Box<[u8]>, HeaderCase>>);
 
 impl HeaderCases {
-    /// The casing of a raw head; none if Title-Case says it all.
+    /// Returns the header case of a raw head, or `None` if all names are in Title-Case.
     pub(super) async fn for_head(&self, head: &[u8]) -> Option<HeaderCase> {
         self.for_names(&non_title_case_names(head)).await
     }
 
-    /// The casing of these names, one a line; none if there are none.
+    /// Returns the header case of these names (one per line), or `None` if there are no names.
     pub(super) async fn for_names(&self, unusual: &[u8]) -> Option<HeaderCase> {
         if unusual.is_empty() {
             return None;
@@ -49,7 +49,7 @@ impl HeaderCases {
     }
 }
 
-/// The names that are not in Title-Case, one a line.
+/// Returns the names that are not in Title-Case, one per line.
 fn non_title_case_names(head: &[u8]) -> Vec<u8> {
     let mut names = Vec::new();
     for (name, _) in head_fields(head) {
@@ -70,7 +70,7 @@ fn is_title_case(name: &[u8]) -> bool {
     })
 }
 
-/// Lets an HTTP client read a head with these names over a pipe, and keeps what it noted of their case.
+/// Makes an HTTP client read a response head with these names over a pipe, and returns the case that it recorded.
 async fn read_back(names: &[u8]) -> Option<HeaderCase> {
     let (ours, theirs) = tokio::io::duplex(names.len() * 2 + 1024);
     let mut client = http1::Builder::new();
@@ -81,7 +81,7 @@ async fn read_back(names: &[u8]) -> Option<HeaderCase> {
     let (mut read, mut write) = tokio::io::split(ours);
     let mut request = [0; 256];
     let _head = read.read(&mut request).await.ok()?;
-    // 204: whatever the fields say, there is no body.
+    // A 204 response has no body, whatever its header fields are.
     let mut head = b"HTTP/1.1 204 No Content\r\n".to_vec();
     for name in names.split(|b| *b == b'\n').filter(|name| !name.is_empty()) {
         head.extend_from_slice(name);

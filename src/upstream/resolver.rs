@@ -1,4 +1,4 @@
-//! DNS, asked again for every new connection; where clients name the host, link-local answers are left out.
+//! DNS resolver: queried for every new connection; leaves out link-local addresses where clients choose the host.
 
 use std::future::Future;
 use std::io;
@@ -11,7 +11,7 @@ use tower_service::Service;
 
 use crate::policy::routing::target::is_refused;
 
-/// The system's resolver, guarded.
+/// The system's resolver, with a filter for refused addresses.
 #[derive(Debug, Clone)]
 pub(super) struct Resolver {
     system: GaiResolver,
@@ -19,7 +19,7 @@ pub(super) struct Resolver {
 }
 
 impl Resolver {
-    /// `guarded`: the names come from clients.
+    /// Returns a resolver. `guarded`: clients choose the host, so addresses refused by [`is_refused`] are left out.
     pub(super) fn new(guarded: bool) -> Resolver {
         Resolver { system: GaiResolver::new(), refuse_local: guarded }
     }

@@ -1,8 +1,8 @@
-//! What is wrong with the framing of an answer that the HTTP library takes: RFC 9112 §6.1, §6.3.
+//! Response framing checks that the HTTP library does not make (RFC 9112 §6.1, §6.3).
 
 use http::header::HeaderName;
 
-/// The flaw in an answer's framing, if it has one. `fields`: names and values as they came.
+/// Returns the framing error of a response, if there is one. `fields`: names and values as received.
 pub(super) fn framing_error<'f>(
     http_10: bool,
     fields: impl Iterator<Item = (&'f [u8], &'f [u8])>,
@@ -27,8 +27,8 @@ pub(super) fn framing_error<'f>(
     }
 }
 
-/// Has a body a coding that we would have to take off? One that is no registered coding (RFC 9112 §7) says nothing:
-/// such a body ends with its connection, and stays as it is.
+/// Returns true if a transfer coding would have to be decoded. A coding that is not registered (RFC 9112 §7) is
+/// ignored: such a body ends with its connection and is passed on unchanged.
 fn needs_decoding(coding: &[u8]) -> bool {
     let known = ["chunked", "gzip", "x-gzip", "deflate", "compress", "x-compress", "identity"];
     let names_known = || {

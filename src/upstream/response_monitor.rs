@@ -1,5 +1,6 @@
-//! Listens in on a connection to the upstream: how field names were written in the last response head, and
-//! whether more bytes came than the answer announced. The HTTP library tells neither.
+//! Upstream connection monitor: records the case of header field names and checks response framing.
+//!
+//! It also detects bytes after the announced end of a response. The HTTP library reports none of this.
 
 use std::future::Future;
 use std::io::{Error, ErrorKind};
@@ -15,18 +16,18 @@ use tokio::time::{Sleep, sleep};
 use super::response_framing::framing_error;
 use crate::policy::Tick;
 
-/// A longer head is malformed: the client refuses it too.
+/// Maximum size of a response head, in bytes. A longer one is malformed: the HTTP client refuses it too.
 pub(super) const MAX_HEAD: usize = 128 << 10;
 
-/// A connection is given up so long before the upstream does.
+/// An idle connection is closed this long before the upstream's keep-alive timeout.
 const KEEP_ALIVE_MARGIN: Duration = Duration::from_secs(1);
 
-/// What was heard on one connection.
+/// The monitor of one connection.
 #[derive(Debug)]
 pub(super) struct ResponseMonitor {
-    /// When it was opened.
+    /// When the connection was opened.
     pub(super) opened: Tick,
-    /// Off where heads are not text.
+    /// Whether heads are parsed: false for HTTP/2, whose heads are not text.
     parses: bool,
     heard: Mutex<MonitorState>,
 }
@@ -35,23 +36,23 @@ pub(super) struct ResponseMonitor {
 struct MonitorState {
     phase: ResponsePhase,
     head: Vec<u8>,
-    /// Response heads so far.
+    /// Number of final response heads so far.
     answers: u64,
-    /// Bytes of the current answer have come.
+    /// Whether bytes of the current response have been received.
     answering: bool,
     trailing_data: Option<TrailingData>,
-    /// The last answer has come to its end, as far as its reader is concerned.
+    /// Whether the reader has read the last response to its end.
     finished: bool,
-    /// How long the upstream keeps the connection when it is idle, if it said so.
+    /// The upstream's keep-alive timeout, if announced.
     keep_alive: Option<Duration>,
 }
 
-/// What came after an answer that had come to its end.
+/// The kind of data received after the end of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TrailingData {
-    /// Bytes without meaning: they are no part of the answer (RFC 9112 §6.3).
+    /// Meaningless bytes, not part of the response (RFC 9112 §6.3).
     Junk,
-    /// What looks like another answer: somebody may have smuggled it in.
+    /// Bytes that look like another response: possibly response smuggling.
     Answer,
 }
 
@@ -59,13 +60,13 @@ pub(super) enum TrailingData {
 enum ResponsePhase {
     #[default]
     Head,
-    /// After the head; so many bytes of body are left, if it said how many.
+    /// After the head. The number of body bytes left, if the head has a Content-Length.
     Body(Option<u64>),
-    /// After a 101: the bytes are another protocol's.
+    /// After a 101 response: the bytes belong to another protocol.
     Tunnel,
 }
 
-/// What is wrong with an answer's framing, on its way through the HTTP library.
+/// A response framing error, passed through the HTTP library as the source of an I/O error.
 #[derive(Debug)]
 pub(super) struct FramingError(&'static str);
 
@@ -86,23 +87,24 @@ impl ResponseMonitor {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The last complete response head, as it was written.
+    /// Returns the last complete response head, as received.
     pub(super) fn head(&self) -> Vec<u8> {
         let heard = self.lock();
         if heard.phase == ResponsePhase::Head { Vec::new() } else { heard.head.clone() }
     }
 
-    /// Did more bytes come than the last answer announced? Then the connection is of no use any more.
+    /// Returns the kind of data received after the end of the last response, which makes the connection unusable.
     pub(super) fn trailing_data(&self) -> Option<TrailingData> {
         self.lock().trailing_data
     }
 
-    /// The answer has been read to its end.
+    /// Marks the response as read to its end.
     pub(super) fn finished(&self) {
         self.lock().finished = true;
     }
 
-    /// So long it may be idle: the upstream closes it soon after, and what is sent on it then is lost.
+    /// Returns the idle limit of the connection, shorter than the upstream's keep-alive timeout, because a request sent
+    /// while the upstream closes is lost.
     fn idle_limit(&self) -> Option<Duration> {
         let heard = self.lock();
         let limit = heard.keep_alive.filter(|_| heard.phase != ResponsePhase::Head)?;
@@ -114,13 +116,13 @@ impl ResponseMonitor {
         heard.finished && heard.phase != ResponsePhase::Head
     }
 
-    /// It has served before, and died without a byte of the current answer.
+    /// Returns true if the connection has served a response before, but no byte of the current one was received.
     pub(super) fn died_idle(&self) -> bool {
         let heard = self.lock();
         heard.answers > 0 && !heard.answering
     }
 
-    /// Hears what is written: a request, or the rest of one that is being answered already.
+    /// Observes written bytes: a request, or the rest of one whose response has already started.
     fn on_write(&self, bytes: &[u8]) {
         if !self.parses {
             return;
@@ -134,7 +136,7 @@ impl ResponseMonitor {
         }
     }
 
-    /// Hears bytes; returns how many of them belong to the answer, or what is wrong with its framing.
+    /// Observes received bytes. Returns how many of them belong to the response. Fails if its framing is invalid.
     fn on_read(&self, mut bytes: &[u8]) -> Result<usize, FramingError> {
         let all = bytes.len();
         if !self.parses {
@@ -166,9 +168,9 @@ impl ResponseMonitor {
 }
 
 impl MonitorState {
-    /// Takes bytes of a head; returns what follows it.
+    /// Feeds bytes to the head parser. Returns the bytes after the head.
     fn head_bytes<'b>(&mut self, bytes: &'b [u8]) -> Result<&'b [u8], FramingError> {
-        // Empty lines before it don't count (RFC 9112 §2.2).
+        // Empty lines before the head are ignored (RFC 9112 §2.2).
         let skipped = bytes.iter().take_while(|byte| self.head.is_empty() && b"\r\n".contains(byte)).count();
         let bytes = &bytes[skipped..];
         let before = self.head.len();
@@ -182,7 +184,7 @@ impl MonitorState {
         let rest = &bytes[end - before..];
         match self.head.get(9..12) {
             Some(b"101") => self.phase = ResponsePhase::Tunnel,
-            // Interim: the final head follows (RFC 9110 §15.2).
+            // Informational response: the final head follows (RFC 9110 §15.2).
             Some([b'1', ..]) => self.head.clear(),
             _ => {
                 self.answers += 1;
@@ -197,19 +199,19 @@ impl MonitorState {
     }
 }
 
-/// Is it a request's first line that begins these bytes? A part of an upload could look like one, which would only be
-/// heard as one.
+/// Returns true if the bytes start with a request line. A part of a request body may look like one; the only effect is
+/// that the monitor takes it for one.
 fn begins_request(bytes: &[u8]) -> bool {
     let line = memchr(b'\n', bytes).map_or(bytes, |end| &bytes[..end]);
     line.ends_with(b" HTTP/1.1\r") || line.ends_with(b" HTTP/1.0\r")
 }
 
-/// The `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it.
+/// Parses the `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it, in seconds.
 fn keep_alive(head: &[u8]) -> Option<Duration> {
     let line = head_fields(head).find(|(name, _)| name.eq_ignore_ascii_case(b"keep-alive"))?;
     let seconds =
         std::str::from_utf8(line.1).ok()?.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
-    // Who closes so soon is not worth to be ahead of.
+    // A timeout no longer than the margin is ignored: closing the connection earlier is not worthwhile.
     seconds.trim().parse().ok().map(Duration::from_secs).filter(|limit| *limit > KEEP_ALIVE_MARGIN)
 }
 
@@ -218,7 +220,7 @@ fn content_length(head: &[u8]) -> Option<u64> {
     std::str::from_utf8(line.1).ok()?.trim().parse().ok()
 }
 
-/// Names and values of a raw head.
+/// Returns the field names and values of a raw head.
 pub(super) fn head_fields(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     let mut rest = head;
     let lines = std::iter::from_fn(move || {
@@ -232,12 +234,12 @@ pub(super) fn head_fields(head: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     })
 }
 
-/// A connection with a tap on it.
+/// A connection with a monitor.
 #[derive(Debug)]
 pub(super) struct MonitoredStream<T> {
     pub(super) inner: T,
     pub(super) monitor: Arc<ResponseMonitor>,
-    /// When it has been idle for too long.
+    /// The idle timer.
     due: Option<Pin<Box<Sleep>>>,
 }
 
@@ -246,7 +248,7 @@ impl<T> MonitoredStream<T> {
         MonitoredStream { inner, monitor: tap, due: None }
     }
 
-    /// Ends the connection before the upstream does, if that has said when it will.
+    /// Resolves when the connection must be closed because it is idle, if the upstream announced a keep-alive timeout.
     fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(limit) = self.monitor.idle_limit() else {
             self.due = None;
@@ -265,19 +267,19 @@ impl<T> MonitoredStream<T> {
 
 impl<T: AsyncRead + Unpin> AsyncRead for MonitoredStream<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        // Seen as closed before it counts as idle: nobody's next request goes out on it.
+        // Reported as closed before the pool takes the connection for idle, so that no further request is sent on it.
         if self.monitor.trailing_data().is_some() {
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if polled.is_pending() {
-            // To the client it looks as if the upstream had closed it.
+            // The HTTP client sees a connection closed by the upstream.
             return self.poll_idle(cx).map(Ok);
         }
         self.due = None;
         if polled.is_ready() {
-            // What is no part of an answer is not passed on: to the client it looks as if the connection had ended.
+            // Bytes that are not part of a response are dropped: the HTTP client sees the end of the connection.
             match self.monitor.on_read(&buf.filled()[before..]) {
                 Ok(heard) => buf.set_filled(before + heard),
                 Err(error) => return Poll::Ready(Err(Error::new(ErrorKind::InvalidData, error))),
@@ -405,7 +407,7 @@ mod tests {
         upstream.write_all(wire).await.expect("written");
         let mut came = vec![0; wire.len() - 3];
         tapped.read_exact(&mut came).await.expect("read");
-        // The upstream is still there, and silent.
+        // The upstream keeps the connection open and sends nothing.
         let end = tokio::time::timeout(Duration::from_secs(9), tapped.read(&mut came)).await;
         assert_eq!(end.expect("at once").expect("the end"), 0);
     }
