@@ -61,10 +61,10 @@ pub fn acceptor(tls: &ServerTls) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(Arc::new(tls::server_config(tls)?)))
 }
 
-/// TLS of a listener, if it speaks it: certificates can be reslotd, for the connections that come.
+/// TLS of a listener, `None` inside without TLS. A reload replaces it for the connections that come after.
 pub type SharedTls = Arc<ArcSwap<Option<TlsAcceptor>>>;
 
-/// To be reslotd later.
+/// Returns the TLS of a listener, for [`serve`].
 pub fn shared_tls(tls: Option<TlsAcceptor>) -> SharedTls {
     Arc::new(ArcSwap::from_pointee(tls))
 }
