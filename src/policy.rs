@@ -1,8 +1,8 @@
-//! What is right: the decisions of a shared HTTP cache, as pure functions and plain data.
+//! Caching policy: the decisions of a shared HTTP cache, as pure functions and plain data.
 //!
-//! Nothing in here reads a clock, opens a socket, spawns a task or draws a random number. Time is an
+//! This module reads no clock, opens no socket, spawns no task and generates no random number. Time is an
 //! argument ([`Tick`]), bodies are complete bytes, and every decision returns the next action together with
-//! what that action needs.
+//! the data that the action needs.
 
 pub mod body_inspection;
 pub mod client_limits;
@@ -22,24 +22,24 @@ use std::time::Duration;
 
 /// A point in time: milliseconds on a monotonic clock whose zero is the start of this process.
 ///
-/// What is stored in memory is dated with it, so a jump of the wall clock can't make old things fresh.
+/// Entries in memory carry ticks rather than wall time, so a jump of the wall clock can't make an old entry fresh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Tick(pub u64);
 
 impl Tick {
-    /// Milliseconds from `earlier` to `self`, 0 if `earlier` is later.
+    /// Returns the milliseconds from `earlier` to `self`, 0 if `earlier` is later.
     pub fn since(self, earlier: Tick) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
 
-    /// The tick `duration` after this one.
+    /// Returns the tick `duration` after this one, saturating.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Tick {
         Tick(self.0.saturating_add(millis(duration)))
     }
 }
 
-/// A duration in whole milliseconds, saturating.
+/// Converts a duration to whole milliseconds, saturating.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,13 +1,13 @@
-//! Looks into a complete body, for the rules that ask for it.
+//! Inspection of complete bodies: detects empty lists, and compares JSON responses.
 
 use std::io::Read;
 
 use http::header::{CONTENT_ENCODING, HeaderMap};
 use serde_json::Value;
 
-/// Is the list at `pointer` (RFC 6901) empty or missing? A body that can't be read has no list.
+/// Returns true if the value at `pointer` (RFC 6901) is empty or missing, or if the body can't be decoded or parsed.
 ///
-/// At most `max` bytes are decompressed; a body that has more is too large to look into, and not empty.
+/// At most `max` bytes are decompressed. A larger body is not inspected and counts as not empty.
 pub fn is_empty_at(pointer: &str, headers: &HeaderMap, body: &[u8], max: usize) -> bool {
     let Some(body) = decode(headers, body, max) else { return true };
     if body.len() > max {
@@ -22,28 +22,29 @@ pub fn is_empty_at(pointer: &str, headers: &HeaderMap, body: &[u8], max: usize) 
     }
 }
 
-/// An answer's fields and body.
+/// The header fields and the body of a response to compare.
 #[derive(Debug, Clone, Copy)]
 pub struct ComparedResponse<'a> {
-    /// Its fields: the content coding is read from them.
+    /// The header fields, of which only the content coding is used.
     pub headers: &'a HeaderMap,
-    /// Its body.
+    /// The complete body.
     pub body: &'a [u8],
 }
 
-/// What comes of comparing two answers.
+/// The result of comparing two responses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Comparison {
-    /// They say the same.
+    /// The responses are equal.
     Same,
-    /// They don't, first at this JSON pointer; empty: as a whole.
+    /// The responses differ, first at this JSON pointer. An empty pointer means the whole body.
     Differ(String),
-    /// They are coded in a way that is not read here.
+    /// A body has an unsupported content coding, can't be decoded, or is too large.
     Unreadable,
 }
 
-/// Do two answers say the same? What lies at the `volatile` pointers, in which `*` is any one member, does not count. At
-/// most `max` bytes of each are decompressed.
+/// Compares two responses as JSON, ignoring the values at the `volatile` pointers, in which `*` matches any one member.
+///
+/// At most `max` bytes of each body are decompressed.
 pub fn compare(
     one: ComparedResponse<'_>,
     other: ComparedResponse<'_>,

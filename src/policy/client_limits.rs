@@ -2,23 +2,23 @@
 
 use std::time::Duration;
 
-/// Limits on what clients may do.
+/// Limits on client connections and requests.
 #[derive(Debug, Clone, Copy)]
 pub struct ClientLimits {
-    /// Bytes of a request body.
+    /// Maximum size of a request body, in bytes.
     pub request_body: u64,
-    /// Bytes of all header lines.
+    /// Maximum size of all header lines, in bytes.
     pub headers: u64,
-    /// Bytes of the request target.
+    /// Maximum length of the request target, in bytes.
     pub url: u64,
-    /// Open client connections per listener.
+    /// Maximum number of open client connections per listener.
     pub connections: usize,
-    /// From a request's first byte to the end of its head.
+    /// Maximum time from a request's first byte to the end of its head.
     pub header_time: Duration,
-    /// An idle connection is closed after this.
+    /// Idle timeout, after which a keep-alive connection is closed.
     pub keep_alive: Duration,
-    /// A client that takes nothing for so long is cut.
+    /// Write timeout: the connection of a client that reads nothing for this long is closed.
     pub write_stall: Duration,
-    /// The same, for one that others wait for behind a full window.
+    /// The same for a client that reads a shared body and, with its window full, holds up the other readers.
     pub shared_write_stall: Duration,
 }

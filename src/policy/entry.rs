@@ -1,4 +1,4 @@
-//! What is stored: an answer's packed head, its body, and what the verdict on it needs.
+//! The cache entry: a stored response with its lifetimes, variant and invalidation state.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,34 +13,34 @@ use crate::policy::http::vary::Variant;
 use crate::policy::invalidation::ledger::{InvalidationState, Position, ResourceId};
 use crate::policy::routing::cache_key::KeyName;
 
-/// How long an entry may be used for what. Milliseconds, from the moment the answer came.
+/// The freshness lifetime and the stale windows of an entry, in milliseconds from the arrival of the response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Lifetimes {
-    /// Its age when it came: RFC 9111 §4.2.3, `corrected_initial_age`.
+    /// The age at arrival: `corrected_initial_age` (RFC 9111 §4.2.3).
     pub initial_age: u64,
-    /// Fresh until here. Negative: it came stale.
+    /// Time for which the entry is fresh. Negative if the response was stale on arrival.
     pub fresh_for: i64,
-    /// Beyond freshness, served while a refresh runs.
+    /// Time after freshness for which the entry is served while a refresh runs.
     pub while_revalidate: u64,
-    /// Beyond freshness, served when the upstream answers with a failure.
+    /// Time after freshness for which the entry is served when the upstream responds with a failure.
     pub if_error: u64,
-    /// Beyond freshness, served when the upstream gives no answer.
+    /// Time after freshness for which the entry is served when the upstream sends no response.
     pub disconnected: u64,
-    /// Beyond freshness, served when nothing else is left.
+    /// Time after freshness for which the entry is served when there is no other replacement for a failure.
     pub last_known_good: u64,
-    /// Beyond freshness, kept because it can be validated.
+    /// Time after freshness for which the entry is kept because it can be validated.
     pub validation: u64,
-    /// `no-cache`: never served without validation.
+    /// Whether the entry is never served without validation (`no-cache`).
     pub always_validate: bool,
 }
 
 impl Lifetimes {
-    /// May it answer a request that did not fetch it, without validation?
+    /// Returns true if the entry may be served without validation to a request that did not fetch it.
     pub fn is_shareable(&self) -> bool {
         !self.always_validate && (self.fresh_for > 0 || self.while_revalidate > 0)
     }
 
-    /// Kept until here, then swept.
+    /// Returns the time from arrival after which the entry is removed, in milliseconds.
     pub fn retention(&self) -> u64 {
         let longest =
             [self.while_revalidate, self.if_error, self.disconnected, self.last_known_good, self.validation];
@@ -49,39 +49,39 @@ impl Lifetimes {
     }
 }
 
-/// One stored answer.
+/// A stored response.
 #[derive(Debug)]
 pub struct Entry {
-    /// Its head.
+    /// The head of the response.
     pub head: PackedHead,
-    /// Its whole body.
+    /// The complete body.
     pub body: Bytes,
-    /// Which requests it is for, among those of its key.
+    /// The request header values that select this entry among those of its key.
     pub variant: Variant,
-    /// When it came.
+    /// The arrival of the response.
     pub received_at: Tick,
-    /// What it may be used for, and how long.
+    /// The freshness lifetime and the stale windows.
     pub lifetimes: Lifetimes,
-    /// What it can be purged by.
+    /// The subjects by which the entry can be purged.
     pub resource: ResourceId,
-    /// The ledger's position before its fetch began.
+    /// The ledger's position before the fetch began.
     pub position: Position,
-    /// The short public name of its key.
+    /// The short public name of the key.
     pub key_name: KeyName,
-    /// Its tags, for people.
+    /// The tags, for display.
     pub tags: Box<[String]>,
-    /// The rule it came under.
+    /// The name of the rule under which the response was fetched.
     pub rule: Arc<str>,
-    /// No other entry was found to have a head of the same shape: it counts as this one's.
+    /// Whether the shape of the head counts towards this entry's weight: true unless it is another entry's shape.
     pub owns_shape: bool,
-    /// The ledger's epoch at the last check, and what it said: `epoch << 2 | standing`.
+    /// The ledger's epoch at the last check and the state found then, as `epoch << 2 | standing`.
     cached_state_bits: AtomicU64,
-    /// Somebody sees to its refresh before it expires.
+    /// Whether a refresh before expiry has been claimed.
     refresh_claimed: AtomicBool,
 }
 
 impl Entry {
-    /// Builds an entry. Its state is known for its own position: valid.
+    /// Creates an entry. Its cached state at its own position is valid.
     pub fn new(parts: EntryParts) -> Entry {
         let EntryParts { head, body, variant, received_at, lifetimes, resource, position, labels } = parts;
         let EntryLabels { key_name, tags, rule } = labels;
@@ -102,24 +102,25 @@ impl Entry {
         }
     }
 
-    /// Milliseconds since it came.
+    /// Returns the milliseconds since arrival: `resident_time` (RFC 9111 §4.2.3).
     pub fn resident_time(&self, now: Tick) -> u64 {
         now.since(self.received_at)
     }
 
-    /// RFC 9111 §4.2.3 `current_age`, in whole seconds.
+    /// Returns `current_age` (RFC 9111 §4.2.3), in whole seconds.
     pub fn age(&self, now: Tick) -> u64 {
         (self.lifetimes.initial_age + self.resident_time(now)) / 1000
     }
 
-    /// Seconds of freshness left; negative when stale, rounded away from freshness.
+    /// Returns the remaining freshness in seconds, rounded down; negative if the entry is stale.
     pub fn ttl(&self, now: Tick) -> i64 {
         let left = self.lifetimes.fresh_for - i64::try_from(self.resident_time(now)).unwrap_or(i64::MAX);
         left.div_euclid(1000)
     }
 
-    /// Fresh, but for less than `ahead`, or for some entries less than half of that: so that what was fetched together
-    /// is not refreshed together.
+    /// Returns true if the entry is fresh, but for no longer than a threshold between `ahead / 2` and `ahead`.
+    ///
+    /// The threshold differs between entries, so that entries fetched together are not refreshed together.
     pub fn is_refresh_due(&self, ahead: Duration, now: Tick) -> bool {
         let left = self.lifetimes.fresh_for - i64::try_from(self.resident_time(now)).unwrap_or(i64::MAX);
         let spread = self
@@ -131,17 +132,17 @@ impl Entry {
         left > 0 && left.unsigned_abs() <= from
     }
 
-    /// From now on somebody sees to its refresh. True if somebody did already.
+    /// Claims the refresh of the entry. Returns true if it was claimed before.
     pub fn claim_refresh(&self) -> bool {
         self.refresh_claimed.swap(true, Ordering::Relaxed)
     }
 
-    /// Has it outlived all its windows?
+    /// Returns true if the entry is past all of its stale windows.
     pub fn expired(&self, now: Tick) -> bool {
         self.resident_time(now) > self.lifetimes.retention()
     }
 
-    /// The standing found at `epoch`, if it was last checked then.
+    /// Returns the invalidation state if it was last checked at `epoch`.
     pub fn cached_state(&self, epoch: Position) -> Option<InvalidationState> {
         let checked = self.cached_state_bits.load(Ordering::Relaxed);
         (checked >> 2 == epoch.0).then_some(match checked & 3 {
@@ -152,12 +153,12 @@ impl Entry {
         })
     }
 
-    /// Remembers what the ledger said at `epoch`.
+    /// Caches the invalidation state that the ledger returned at `epoch`.
     pub fn cache_state(&self, epoch: Position, standing: InvalidationState) {
         self.cached_state_bits.store(pack(epoch, standing), Ordering::Relaxed);
     }
 
-    /// Bytes it takes in memory, overhead counted.
+    /// Returns the memory that the entry takes, in bytes, including overhead.
     pub fn weight(&self) -> u64 {
         let variant: usize =
             self.variant.0.iter().map(|(_, v)| 48 + v.iter().map(|v| v.len() + 40).sum::<usize>()).sum();
@@ -170,55 +171,55 @@ impl Entry {
     }
 }
 
-/// What an entry is built from.
+/// The parts from which an entry is created.
 #[derive(Debug)]
 pub struct EntryParts {
-    /// The head.
+    /// The head of the response.
     pub head: PackedHead,
     /// The complete body.
     pub body: Bytes,
-    /// The requests that it is valid for, among those of its key.
+    /// The request header values that select the entry among those of its key.
     pub variant: Variant,
-    /// Arrival of the head.
+    /// The arrival of the head.
     pub received_at: Tick,
-    /// How long it may be used for what.
+    /// The freshness lifetime and the stale windows.
     pub lifetimes: Lifetimes,
-    /// What it can be purged by.
+    /// The subjects by which the entry can be purged.
     pub resource: ResourceId,
-    /// The ledger's position before its fetch began.
+    /// The ledger's position before the fetch began.
     pub position: Position,
-    /// What it is shown by.
+    /// The labels, for display.
     pub labels: EntryLabels,
 }
 
-/// What an entry says of itself to people.
+/// The labels of an entry in the admin API and in logs.
 #[derive(Debug, Clone)]
 pub struct EntryLabels {
-    /// The short public name of its key.
+    /// The short public name of the key.
     pub key_name: KeyName,
-    /// Its tags.
+    /// The tags.
     pub tags: Box<[String]>,
-    /// Its rule.
+    /// The name of the rule.
     pub rule: Arc<str>,
 }
 
-/// What counting and the allocator add to an entry's four or so blocks.
+/// Overhead of reference counts and the allocator for the about four allocations of an entry, in bytes.
 const ALLOCATIONS: u64 = 112;
 
 fn pack(epoch: Position, standing: InvalidationState) -> u64 {
     epoch.0 << 2 | standing as u64
 }
 
-/// All answers stored under one key: one per variant, the newest first (RFC 9111 §4.1). Most have one.
+/// All responses stored under one key: one per variant, the newest first (RFC 9111 §4.1). Most keys have one.
 #[derive(Debug, Clone)]
 pub enum VariantSet {
-    /// The only one.
+    /// A single variant.
     One(Arc<Entry>),
-    /// Some.
+    /// Several variants.
     Many(Arc<Vec<Arc<Entry>>>),
 }
 
-/// So many variants of one URL are kept.
+/// Maximum number of variants that are kept for a key.
 pub const MAX_VARIANTS: usize = 16;
 
 impl From<Arc<Entry>> for VariantSet {
@@ -235,12 +236,12 @@ impl VariantSet {
         }
     }
 
-    /// The newest answer that this request selects.
+    /// Returns the newest entry that this request selects.
     pub fn select(&self, request: &HeaderMap) -> Option<&Arc<Entry>> {
         self.variants().iter().find(|entry| entry.variant.selected_by(request))
     }
 
-    /// All of them.
+    /// Returns all variants.
     pub fn variants(&self) -> &[Arc<Entry>] {
         match self {
             VariantSet::One(entry) => std::slice::from_ref(entry),
@@ -248,7 +249,8 @@ impl VariantSet {
         }
     }
 
-    /// A copy with `entry` in the place of its like, within `max_weight` bytes.
+    /// Returns a copy in which `entry` replaces the entry of the same variant, limited to [`MAX_VARIANTS`] and
+    /// `max_weight` bytes.
     #[must_use]
     pub fn with(&self, entry: Arc<Entry>, max_weight: u64) -> VariantSet {
         let mut weight = entry.weight();
@@ -263,17 +265,17 @@ impl VariantSet {
         VariantSet::of(variants).unwrap_or(VariantSet::One(entry))
     }
 
-    /// A copy without what this request selects; `None` if nothing is left.
+    /// Returns a copy without the entries that this request selects, or `None` if no entry is left.
     pub fn without(&self, request: &HeaderMap) -> Option<VariantSet> {
         self.filtered(|entry| !entry.variant.selected_by(request))
     }
 
-    /// A copy with only those that `keep` keeps; `None` if that is none.
+    /// Returns a copy with only the entries for which `keep` returns true, or `None` if there are none.
     pub fn filtered(&self, keep: impl Fn(&Entry) -> bool) -> Option<VariantSet> {
         VariantSet::of(self.variants().iter().filter(|entry| keep(entry)).cloned().collect())
     }
 
-    /// Bytes it takes in memory.
+    /// Returns the memory that all variants take, in bytes.
     pub fn weight(&self) -> u64 {
         let list = match self {
             VariantSet::One(_) => 0,
@@ -285,7 +287,7 @@ impl VariantSet {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! Entries for tests.
+    //! Entries for use in tests.
 
     use http::StatusCode;
 

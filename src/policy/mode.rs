@@ -1,29 +1,31 @@
-//! What the sidecar does with requests, and who says so. What a person sets on this sidecar counts before what is set for
-//! the fleet, that before the environment, and that before the file.
+//! The operating mode (normal, bypass, shadow) and its sources.
+//!
+//! A mode that an operator sets on this sidecar takes precedence over one set for the fleet, then the environment,
+//! then the configuration file.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::Tick;
 
-/// What the sidecar does with requests.
+/// How the sidecar handles requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
-    /// All it can.
+    /// All features are active.
     #[default]
     Normal,
-    /// The kill switch: it hands everything through. No look-up, storing, coalescing, pacing, deadline, fallback.
-    /// Invalidations go on, so that coming back serves nothing old.
+    /// The kill switch: all requests are passed through, without lookup, storing, coalescing, pacing, deadline or
+    /// fallback. Invalidations are still processed, so that no outdated entry is served after bypass ends.
     Bypass,
-    /// A rehearsal: everything is handed through, and compared with what the cache would have answered.
+    /// All requests are passed through, and the responses compared with those that the cache would have served.
     Shadow,
 }
 
 impl Mode {
-    /// All of them.
+    /// All modes.
     pub const ALL: [Mode; 3] = [Mode::Normal, Mode::Bypass, Mode::Shadow];
 
-    /// Its word.
+    /// Returns the mode's name.
     pub fn token(self) -> &'static str {
         match self {
             Mode::Normal => "normal",
@@ -32,24 +34,24 @@ impl Mode {
         }
     }
 
-    /// The mode with that word.
+    /// Returns the mode with this name, if there is one.
     pub fn of(token: &str) -> Option<Mode> {
         Mode::ALL.into_iter().find(|mode| mode.token() == token)
     }
 }
 
-/// Who says which mode it is.
+/// The source of the mode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ModeSource {
-    /// A person, on this sidecar.
+    /// Set by an operator on this sidecar.
     Local,
-    /// A person, for all sidecars that share a Redis.
+    /// Set by an operator for all sidecars that share a Redis.
     Fleet,
-    /// `SIDECACHE_MODE`.
+    /// The environment variable `SIDECACHE_MODE`.
     Environment,
-    /// The file.
+    /// The configuration file.
     File,
-    /// Nobody.
+    /// The built-in default: no source sets a mode.
     #[default]
     Default,
 }
@@ -58,7 +60,7 @@ impl ModeSource {
     const ALL: [ModeSource; 5] =
         [ModeSource::Local, ModeSource::Fleet, ModeSource::Environment, ModeSource::File, ModeSource::Default];
 
-    /// Its word.
+    /// Returns the source's name.
     pub fn token(self) -> &'static str {
         match self {
             ModeSource::Local => "local",
@@ -70,7 +72,7 @@ impl ModeSource {
     }
 }
 
-/// The mode, and what it comes from.
+/// The modes set by each source, from which the effective one is computed.
 #[derive(Debug, Default)]
 pub struct ModeSwitch {
     local: ModeSlot,
@@ -78,37 +80,37 @@ pub struct ModeSwitch {
     configured: ModeSlot,
 }
 
-/// The mode now, for people.
+/// The effective mode, as displayed to operators.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModeState {
-    /// The mode.
+    /// The effective mode.
     pub mode: Mode,
-    /// Who says so.
+    /// The source that sets it.
     pub source: ModeSource,
-    /// Milliseconds until somebody else counts again, if it was set for a time.
+    /// Milliseconds until it expires and the next source applies, if it was set for a limited time.
     pub for_ms: Option<u64>,
 }
 
 impl ModeSwitch {
-    /// As configured.
+    /// Creates a switch with the configured mode.
     pub fn new(configured: Mode, source: ModeSource) -> ModeSwitch {
         let switch = ModeSwitch::default();
         switch.configure(configured, source);
         switch
     }
 
-    /// The configuration says so now.
+    /// Replaces the configured mode, when the configuration is reloaded.
     pub fn configure(&self, configured: Mode, source: ModeSource) {
         self.configured.set(configured, source, FOR_EVER);
     }
 
-    /// A person says so; for a time, or until it is said again. `source`: local or fleet.
+    /// Sets the mode for `time`, or until it is set again or cleared if `None`. `source` is local or fleet.
     pub fn set(&self, mode: Mode, source: ModeSource, now: Tick, time: Option<Duration>) {
         let until = time.map_or(FOR_EVER, |time| now.plus(time).0.min(FOR_EVER));
         self.slot(source).set(mode, source, until);
     }
 
-    /// From now on that one says nothing.
+    /// Clears the mode set by `source`.
     pub fn clear(&self, source: ModeSource) {
         self.slot(source).0.store(0, Ordering::Relaxed);
     }
@@ -121,12 +123,12 @@ impl ModeSwitch {
         }
     }
 
-    /// The mode now: three atomic loads.
+    /// Returns the effective mode. Costs at most three atomic loads.
     pub fn mode(&self, now: Tick) -> Mode {
         self.in_force(now).map_or(Mode::Normal, |said| said.0)
     }
 
-    /// The mode, and why.
+    /// Returns the effective mode, its source and the time until it expires.
     pub fn state(&self, now: Tick) -> ModeState {
         let (mode, source, until) = self.in_force(now).unwrap_or((Mode::Normal, ModeSource::Default, FOR_EVER));
         ModeState { mode, source, for_ms: (until != FOR_EVER).then(|| until.saturating_sub(now.0)) }
@@ -137,10 +139,10 @@ impl ModeSwitch {
     }
 }
 
-/// Set for ever, as good as.
+/// The expiry of a mode without a time limit: the largest tick that fits a [`ModeSlot`].
 const FOR_EVER: u64 = u64::MAX >> 5;
 
-/// What one of them says: `until << 5 | source << 2 | mode + 1`, `until` in ticks; 0: nothing.
+/// The mode set by one source, as `until << 5 | source << 2 | mode + 1` with `until` in ticks; 0 if none is set.
 #[derive(Debug, Default)]
 struct ModeSlot(AtomicU64);
 

@@ -1,6 +1,6 @@
-//! What happened to a request, as one family of enums.
+//! The outcome of a request, as one family of enums.
 //!
-//! `Cache-Status` (RFC 9211), log lines, counters and tests all speak these words, and no others.
+//! `Cache-Status` (RFC 9211), log lines, counters and tests use the tokens of these enums, and no others.
 
 use std::fmt::{self, Write};
 
@@ -8,33 +8,33 @@ use http::StatusCode;
 
 pub use crate::policy::resilience::failure::Failure;
 
-/// Why a request was not looked up in the cache at all (`fwd=bypass` or `fwd=method`'s detail).
+/// The reason why a request was not looked up in the cache (the `detail` of `fwd=bypass`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BypassReason {
     /// The method is neither GET nor HEAD.
     Method,
-    /// A GET or HEAD that carries a body: its meaning is undefined (RFC 9110 §9.3.1).
+    /// A GET or HEAD request has a body, whose meaning is undefined (RFC 9110 §9.3.1).
     RequestBody,
-    /// The matching rule says `cache = "off"`.
+    /// The matching rule has `cache = "off"`.
     Off,
-    /// The target has dot segments, an encoded slash or the like: cache and upstream might read it differently.
+    /// The target has dot segments, an encoded slash or similar: cache and upstream might interpret it differently.
     AmbiguousTarget,
-    /// A header that looks like a credential and is not part of the key.
+    /// A header field looks like a credential and is not part of the key.
     UnkeyedCredential,
-    /// A Range request (RFC 9110 §14) for what is not stored.
+    /// A range request (RFC 9110 §14) for which no complete response is stored.
     Range,
-    /// The mode is `bypass`: everything is handed through.
+    /// The mode is `bypass`: all requests are passed through.
     Mode,
-    /// The mode is `shadow`: everything is handed through, and compared.
+    /// The mode is `shadow`: all requests are passed through, and responses compared.
     Shadow,
-    /// The client's `Cache-Control: no-store`.
+    /// The request has `Cache-Control: no-store`.
     NoStoreRequest,
-    /// It asks for another protocol, and its rule allows that (RFC 9110 §7.8).
+    /// The request asks for a protocol upgrade, which its rule allows (RFC 9110 §7.8).
     Upgrade,
 }
 
 impl BypassReason {
-    /// The word for it in `Cache-Status: …; detail=`, logs and counters.
+    /// Returns the reason's token in `Cache-Status: …; detail=`, logs and counters.
     pub fn token(self) -> &'static str {
         match self {
             BypassReason::Method => "method",
@@ -50,31 +50,31 @@ impl BypassReason {
         }
     }
 
-    /// Does it go to the upstream as it is: no pacing, no breaker, no deadline?
+    /// Returns true if the request goes upstream without pacing, circuit breaker and deadline.
     pub fn is_passthrough_mode(self) -> bool {
         matches!(self, BypassReason::Mode | BypassReason::Shadow)
     }
 }
 
-/// What a rehearsal has shown of one request.
+/// The result of shadow mode for one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ShadowResult {
-    /// The cache would have answered what the upstream did (or kept a failure from the client).
+    /// The cache would have served the same response as the upstream (or spared the client a failure).
     Hit,
-    /// The cache would have answered something else.
+    /// The cache would have served a different response.
     WrongHit,
-    /// The cache would have answered, and nothing tells whether the same.
+    /// The cache would have served a response that can't be compared with the upstream's.
     NotCompared,
-    /// The upstream would have been asked.
+    /// The request would have gone upstream.
     Miss,
 }
 
 impl ShadowResult {
-    /// All of them.
+    /// All results.
     pub const ALL: [ShadowResult; 4] =
         [ShadowResult::Hit, ShadowResult::WrongHit, ShadowResult::NotCompared, ShadowResult::Miss];
 
-    /// Its word in metrics.
+    /// Returns the result's label in metrics.
     pub fn token(self) -> &'static str {
         match self {
             ShadowResult::Hit => "hit",
@@ -85,35 +85,35 @@ impl ShadowResult {
     }
 }
 
-/// Why an answer was not stored.
+/// The reason why a response was not stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NotStored {
-    /// No explicit lifetime, and no heuristic applies (RFC 9111 §4.2.2).
+    /// No explicit freshness lifetime, and no heuristic applies (RFC 9111 §4.2.2).
     NoFreshness,
     /// `Cache-Control: no-store`.
     NoStore,
     /// `Cache-Control: private`.
     Private,
-    /// The request had Authorization and the answer does not allow sharing (RFC 9111 §3.5).
+    /// The request has Authorization, and the response does not allow sharing (RFC 9111 §3.5).
     Authorization,
     /// `Vary: *`.
     VaryStar,
-    /// A status this rule does not store.
+    /// The status is not stored under this rule.
     Status,
-    /// Partial content.
+    /// Partial content (206).
     Partial,
-    /// The answer to HEAD.
+    /// The response to a HEAD request.
     Head,
     /// Larger than `memory.max_entry_bytes`.
     TooLarge,
-    /// A purge or a write came after the fetch began.
+    /// A purge or a write invalidated the resource after the fetch began.
     Invalidated,
-    /// Server-sent events: they end when somebody leaves.
+    /// Server-sent events: the stream ends only when a peer disconnects.
     EventStream,
 }
 
 impl NotStored {
-    /// The word for it in `Cache-Status: …; detail=`, logs and counters.
+    /// Returns the reason's token in `Cache-Status: …; detail=`, logs and counters.
     pub fn token(self) -> &'static str {
         match self {
             NotStored::NoFreshness => "no-freshness",
@@ -131,19 +131,19 @@ impl NotStored {
     }
 }
 
-/// Why something stale was served.
+/// The reason why a stale response was served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StaleReason {
-    /// Inside stale-while-revalidate; a refresh runs behind it.
+    /// The entry is within its stale-while-revalidate window, and a refresh runs in the background.
     WhileRevalidate,
-    /// The fetch failed and the entry is inside its stale-if-error window.
+    /// The fetch failed, and the entry is within its stale-if-error window.
     IfError(Failure),
-    /// The fetch failed and nothing better is left: `last_known_good`.
+    /// The fetch failed, and the entry is only within its `last_known_good` window.
     LastKnownGood(Failure),
 }
 
 impl StaleReason {
-    /// The word for it in `Cache-Status: …; detail=`.
+    /// Returns the reason's token in `Cache-Status: …; detail=`.
     pub fn token(self) -> &'static str {
         match self {
             StaleReason::WhileRevalidate => "stale-while-revalidate",
@@ -152,7 +152,7 @@ impl StaleReason {
         }
     }
 
-    /// The failure behind it.
+    /// Returns the failure that caused it, if any.
     pub fn failure(self) -> Option<Failure> {
         match self {
             StaleReason::WhileRevalidate => None,
@@ -161,23 +161,23 @@ impl StaleReason {
     }
 }
 
-/// Why a request went upstream: RFC 9211 §2.2.
+/// The reason why a request went upstream (RFC 9211 §2.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ForwardReason {
-    /// The cache was not asked.
+    /// The cache was bypassed.
     Bypass(BypassReason),
-    /// Nothing is stored for this URL.
+    /// No response is stored for this URL.
     UriMiss,
-    /// Something is stored for this URL, but not for these request headers.
+    /// A response is stored for this URL, but for other values of the request header fields in `Vary`.
     VaryMiss,
-    /// What is stored is too old.
+    /// The stored response is stale.
     Stale,
-    /// The client's own directives demanded it.
+    /// The request's `Cache-Control` directives require it.
     Request,
 }
 
 impl ForwardReason {
-    /// The value of `fwd=`.
+    /// Returns the value of `fwd=`.
     pub fn token(self) -> &'static str {
         match self {
             ForwardReason::Bypass(_) => "bypass",
@@ -189,70 +189,70 @@ impl ForwardReason {
     }
 }
 
-/// What became of a fetch, seen from one request that waited for it.
+/// The result of a fetch for one request that waited for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FetchSummary {
-    /// Why it was made.
+    /// The reason of the fetch.
     pub forward: ForwardReason,
-    /// The status the upstream gave, where it gave one.
+    /// The status of the upstream's response, if there was one.
     pub status: Option<StatusCode>,
-    /// This request shared a fetch that another had begun.
+    /// Whether the request was collapsed: it shared a fetch that another request had started.
     pub collapsed: bool,
-    /// `Ok`: stored (or being stored as it streams). `Err`: why not.
+    /// `Ok` if the response is stored (or is being stored while it streams), or else the reason, where known.
     pub stored: Result<(), Option<NotStored>>,
 }
 
-/// What the client got.
+/// The outcome of a request: the kind of response that the client got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// A fresh entry. `ttl` in seconds.
+    /// A fresh entry.
     Hit {
-        /// Seconds it stays fresh.
+        /// Remaining freshness, in seconds.
         ttl: i64,
     },
-    /// A stale entry. `ttl` is negative.
+    /// A stale entry.
     Stale {
-        /// Seconds since it stopped being fresh, negative.
+        /// Seconds since it became stale, as a negative number.
         ttl: i64,
-        /// Why it was served all the same.
+        /// The reason why it was served.
         reason: StaleReason,
     },
-    /// The upstream's answer.
+    /// The upstream's response.
     Relayed {
-        /// How it came.
+        /// The fetch.
         fetched: FetchSummary,
-        /// Set if that answer is a failure that nothing replaced.
+        /// Set if that response is a failure for which there was no replacement.
         failure: Option<Failure>,
     },
-    /// A configured payload in place of a failure.
+    /// A configured fallback payload in place of a failure.
     Fallback {
-        /// How it came to this.
+        /// The fetch that failed.
         fetched: FetchSummary,
-        /// Which failure.
+        /// The failure.
         failure: Failure,
     },
-    /// A JSON error of ours in place of a failure.
+    /// A JSON error response generated by sidecache in place of a failure.
     Failed {
-        /// How it came to this.
+        /// The fetch that failed.
         fetched: FetchSummary,
-        /// Which failure.
+        /// The failure.
         failure: Failure,
     },
-    /// `only-if-cached`, and it was not (RFC 9111 §5.2.1.7).
+    /// The request has `only-if-cached`, and no stored response may be served (RFC 9111 §5.2.1.7).
     NotCached,
-    /// The request itself was refused, before any cache was asked.
+    /// The request was rejected before the cache lookup.
     Rejected {
-        /// Why, as in the error's `code`.
+        /// The `code` of the JSON error.
         code: &'static str,
     },
 }
 
 impl Outcome {
-    /// Every value of [`Outcome::label`].
+    /// All values of [`Outcome::label`].
     pub const LABELS: [&'static str; 9] =
         ["hit", "stale", "miss", "collapsed", "bypass", "fallback", "failed", "not-cached", "rejected"];
 
-    /// The word for it in logs and counters.
+    /// Returns the outcome's label in logs and counters.
     pub fn label(&self) -> &'static str {
         match self {
             Outcome::Hit { .. } => "hit",
@@ -274,7 +274,7 @@ impl Outcome {
         }
     }
 
-    /// The failure behind it, whether or not the client saw one.
+    /// Returns the failure of the fetch, whether or not the client saw it.
     pub fn failure(&self) -> Option<Failure> {
         match self {
             Outcome::Stale { reason, .. } => reason.failure(),
@@ -284,7 +284,7 @@ impl Outcome {
         }
     }
 
-    /// The most telling single word: what a person asks for with "why?".
+    /// Returns the most specific token that explains the outcome.
     pub fn detail(&self) -> Option<&'static str> {
         match self {
             Outcome::Hit { .. } => None,
@@ -299,7 +299,7 @@ impl Outcome {
 }
 
 impl FetchSummary {
-    /// A request that never asked the cache.
+    /// Returns the summary of a request that bypassed the cache.
     pub fn bypass(reason: BypassReason, status: Option<StatusCode>) -> FetchSummary {
         FetchSummary { forward: ForwardReason::Bypass(reason), status, collapsed: false, stored: Err(None) }
     }
@@ -313,7 +313,7 @@ impl FetchSummary {
     }
 }
 
-/// The value of `Cache-Status`, RFC 9211: a structured-field list member. `hit` and `fwd` never stand together.
+/// Writes the value of `Cache-Status` (RFC 9211): a structured-field list member. `hit` and `fwd` exclude each other.
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("sidecache")?;
@@ -358,7 +358,7 @@ fn forward(f: &mut fmt::Formatter<'_>, fetched: FetchSummary) -> fmt::Result {
     }
 }
 
-/// `cause` is an extension parameter of ours. A string, because `5xx` and `429` are no tokens.
+/// Writes `cause`, an extension parameter of sidecache. It is a string, because `5xx` and `429` are not tokens.
 fn cause(f: &mut fmt::Formatter<'_>, failure: Failure) -> fmt::Result {
     f.write_str("; cause=\"")?;
     f.write_str(failure.cause())?;

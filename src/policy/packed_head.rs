@@ -1,5 +1,7 @@
-//! A stored answer's head, packed: what many heads have alike is kept once, and what is a head's own lies in one block
-//! of bytes. A header map takes 104 bytes a field; this takes the values and four bytes each.
+//! Compact in-memory form of a stored response's head.
+//!
+//! The field names, which many heads share, are kept once; the values of a head are kept in one block of bytes. A
+//! header map takes 104 bytes per field; this form takes the value and four bytes.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -11,37 +13,36 @@ use http::{Extensions, StatusCode};
 use crate::policy::http::hop_by_hop::{CACHE_STATUS, SERVER_TIMING};
 use crate::policy::http::link_rewrite::LinkPatch;
 
-/// How an upstream writes its field names.
+/// The case in which an upstream writes field names.
 #[derive(Debug, Clone)]
 pub struct HeaderCase {
-    /// The names that are not in Title-Case, one a line.
+    /// The names that are not in Title-Case, one per line.
     pub names: Arc<[u8]>,
-    /// The HTTP library's own record of them, as response extensions: it can be cloned, not read.
+    /// The HTTP library's own record of the names, as response extensions, which can be cloned but not read.
     pub record: Arc<Extensions>,
 }
 
-/// What heads with the same fields have alike.
+/// The part that heads with the same fields share.
 #[derive(Debug)]
 pub struct HeadShape {
-    /// The fields, a line each, with empty values; and places for what every answer from the cache gets, so that a
-    /// hit need not enlarge its copy.
+    /// The field lines with empty values. Includes [`CACHE_FIELDS`], so that a hit does not have to grow its copy.
     template: HeaderMap,
-    /// How the upstream wrote the names, where that is not Title-Case.
+    /// The case of the names, if some are not in Title-Case.
     header_case: Option<HeaderCase>,
 }
 
-/// Fields that every answer from the cache gets.
+/// Fields that are added to every response from the cache.
 const CACHE_FIELDS: [HeaderName; 3] = [AGE, CACHE_STATUS, SERVER_TIMING];
 
-/// A response head, ready to be sent many times: without hop-by-hop fields and `Age`, with `Date`.
+/// A packed response head: without hop-by-hop fields and `Age`, with `Date`.
 #[derive(Debug, Clone)]
 pub struct PackedHead {
-    /// Its status.
+    /// The status of the response.
     pub status: StatusCode,
     shape: Arc<HeadShape>,
-    /// Where each line's value ends, as four bytes, little end first; then the values, one after the other.
+    /// The end offset of each line's value, as four bytes in little-endian order, followed by the values.
     block: Bytes,
-    /// `Link` and `Location` values that name the upstream.
+    /// The `Link` and `Location` values that contain the upstream's origin.
     links: Option<Arc<[LinkPatch]>>,
 }
 
@@ -56,7 +57,7 @@ impl HeadShape {
         for name in CACHE_FIELDS {
             template.entry(name).or_insert(HeaderValue::from_static(""));
         }
-        // It is kept for long: a clone takes no more than what it holds.
+        // The shape is long-lived, and a clone has no spare capacity.
         HeadShape { template: template.clone(), header_case }
     }
 
@@ -64,7 +65,7 @@ impl HeadShape {
         self.header_case.as_ref().map_or(&[], |header_case| &header_case.names)
     }
 
-    /// Bytes it takes in memory: a header map's slot is a hash, links, a name and a value.
+    /// Returns the memory that the shape takes, in bytes. A slot of a header map has a hash, links, a name and a value.
     pub fn weight(&self) -> usize {
         const SLOT: usize = 104;
         size_of::<HeadShape>()
@@ -92,7 +93,7 @@ impl Hash for HeadShape {
 }
 
 impl PackedHead {
-    /// Packs a head.
+    /// Creates a packed head.
     pub fn new(
         status: StatusCode,
         headers: &HeaderMap,
@@ -100,7 +101,7 @@ impl PackedHead {
         links: Vec<LinkPatch>,
     ) -> PackedHead {
         let shape = HeadShape::of(headers, header_case);
-        // The order is the template's: it need not be that of the map it was made from.
+        // The values are in the order of the template, which may differ from that of `headers`.
         let mut lines: Vec<&[u8]> = Vec::with_capacity(shape.template.len());
         for name in shape.template.keys() {
             let values = shape.template.get_all(name).iter().count();
@@ -111,7 +112,7 @@ impl PackedHead {
         let mut block = BytesMut::with_capacity(size);
         let mut end = 0;
         for line in &lines {
-            // Heads are limited to far less than 4 GiB.
+            // The size of heads is limited to far less than 4 GiB.
             end += u32::try_from(line.len()).unwrap_or(u32::MAX);
             block.put_u32_le(end);
         }
@@ -122,14 +123,14 @@ impl PackedHead {
         PackedHead { status, shape: Arc::new(shape), block: block.freeze(), links }
     }
 
-    /// All lines: with empty places for what every answer from the cache gets.
+    /// Returns all fields, and empty values for the fields that are added to every response from the cache.
     pub fn headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
         self.write_to(&mut headers);
         headers
     }
 
-    /// Makes `headers` this head's.
+    /// Replaces the contents of `headers` with the result of [`PackedHead::headers`].
     pub fn write_to(&self, headers: &mut HeaderMap) {
         headers.clone_from(&self.shape.template);
         let (ends, values) = self.parts();
@@ -144,7 +145,7 @@ impl PackedHead {
         }
     }
 
-    /// The fields that were stored, a line each.
+    /// Returns the field lines that were stored.
     pub fn lines(&self) -> impl Iterator<Item = (&HeaderName, &[u8])> {
         let (ends, values) = self.parts();
         let mut start = 0;
@@ -160,28 +161,28 @@ impl PackedHead {
             .filter(|(name, value)| !(value.is_empty() && CACHE_FIELDS.contains(name)))
     }
 
-    /// The first value of a field.
+    /// Returns the first value of a field.
     pub fn get(&self, name: &HeaderName) -> Option<&[u8]> {
         self.lines().find_map(|(found, value)| (found == name).then_some(value))
     }
 
-    /// `Link` and `Location` values that name the upstream.
+    /// Returns the `Link` and `Location` values that contain the upstream's origin.
     pub fn links(&self) -> &[LinkPatch] {
         self.links.as_deref().unwrap_or_default()
     }
 
-    /// How the upstream wrote the names.
+    /// Returns the case of the field names, if some are not in Title-Case.
     pub fn header_case(&self) -> Option<&HeaderCase> {
         self.shape.header_case.as_ref()
     }
 
-    /// What it has alike with others.
+    /// Returns the part that the head shares with others.
     pub fn shape(&self) -> &Arc<HeadShape> {
         &self.shape
     }
 
-    /// The same head with an equal shape, and its bytes and the body in one block if the body is small: one
-    /// allocation for both. A large body is not copied.
+    /// Returns the same head with `shape`, which must be equal to its own. A small body is copied into one allocation
+    /// with the head's bytes; a large body is returned unchanged.
     #[must_use]
     pub fn packed(mut self, shape: Arc<HeadShape>, body: Bytes) -> (PackedHead, Bytes) {
         debug_assert_eq!(self.shape, shape);
@@ -195,13 +196,13 @@ impl PackedHead {
         (self, both.slice(end..))
     }
 
-    /// Bytes it takes in memory, beyond its own size and its shape's.
+    /// Returns the memory that the head takes in bytes, in addition to its own size and its shape's weight.
     pub fn weight(&self) -> usize {
         let links = self.links().iter().map(LinkPatch::weight).sum::<usize>();
         self.block.len() + links
     }
 
-    /// Where the values end, and where the first begins.
+    /// Returns the end offsets of the values, relative to the first, and the position of the first value in the block.
     fn parts(&self) -> (impl Iterator<Item = usize>, usize) {
         let at = self.shape.template.len() * OFFSET_BYTES;
         let ends = self.block.get(..at).unwrap_or_default();
@@ -213,10 +214,10 @@ impl PackedHead {
     }
 }
 
-/// Bytes for where a value ends.
+/// Size of the end offset of a value, in bytes.
 const OFFSET_BYTES: usize = 4;
 
-/// A body up to this size is copied when it is stored, to lie beside its head.
+/// Maximum size of a body that is copied into one allocation with its head, in bytes.
 const SMALL: usize = 4096;
 
 #[cfg(test)]

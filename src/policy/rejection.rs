@@ -2,13 +2,13 @@
 
 use http::StatusCode;
 
-/// Why the guard refused a request.
+/// The rejection of a request by the request guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rejection {
-    /// The status to answer with.
+    /// The status of the response.
     pub status: StatusCode,
-    /// The code in the JSON error and in `Cache-Status`.
+    /// The error code in the JSON body and in `Cache-Status`.
     pub code: &'static str,
-    /// What is wrong.
+    /// A description of the error.
     pub message: &'static str,
 }

@@ -1,24 +1,24 @@
-//! `Cache-Control` (RFC 9111 §5.2, RFC 5861) of requests and answers, and `Pragma` (RFC 9111 §5.4).
+//! `Cache-Control` (RFC 9111 §5.2, RFC 5861) of requests and responses, and `Pragma` (RFC 9111 §5.4).
 //!
-//! Names are case-insensitive, values may be quoted, several fields are one list, and of a directive that
-//! is repeated the smaller number counts, so that confusion never keeps something longer.
+//! Names are case-insensitive, values may be quoted, and several field lines form one list. If a directive is
+//! repeated, the smaller number applies, so that conflicting directives never extend a lifetime.
 
 use http::HeaderMap;
 use http::header::{CACHE_CONTROL, HeaderName, PRAGMA};
 
 use super::list_field::members;
 
-/// delta-seconds are capped here: RFC 9111 §1.2.2.
+/// Maximum of delta-seconds, to which larger values are reduced (RFC 9111 §1.2.2).
 const MAX_DELTA: u64 = 1 << 31;
 
-/// The directives we act on. Durations in seconds.
+/// The supported directives. Durations are in seconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CacheControl {
     /// `no-store`.
     pub no_store: bool,
     /// `no-cache` without field names.
     pub no_cache: bool,
-    /// `no-cache="…"` or `private="…"`: these fields are not kept in the stored copy.
+    /// The field names of `no-cache="…"` and `private="…"`, which are removed before the response is stored.
     pub drop_fields: Vec<HeaderName>,
     /// `private` without field names.
     pub private: bool,
@@ -28,17 +28,17 @@ pub struct CacheControl {
     pub must_revalidate: bool,
     /// `proxy-revalidate`.
     pub proxy_revalidate: bool,
-    /// `must-understand`: who knows the status may set `no-store` aside, who does not must not store.
+    /// `must-understand`: overrides `no-store` if the cache understands the status, and forbids storing if not.
     pub must_understand: bool,
     /// `only-if-cached`.
     pub only_if_cached: bool,
-    /// `max-age`; present but unreadable counts as 0.
+    /// `max-age`. An invalid value counts as 0.
     pub max_age: Option<u64>,
-    /// `s-maxage`; present but unreadable counts as 0.
+    /// `s-maxage`. An invalid value counts as 0.
     pub s_maxage: Option<u64>,
     /// `min-fresh`.
     pub min_fresh: Option<u64>,
-    /// `max-stale`; without a value, [`u64::MAX`].
+    /// `max-stale`. [`u64::MAX`] if it has no value.
     pub max_stale: Option<u64>,
     /// `stale-while-revalidate`.
     pub stale_while_revalidate: Option<u64>,
@@ -47,7 +47,7 @@ pub struct CacheControl {
 }
 
 impl CacheControl {
-    /// Reads an answer's `Cache-Control`.
+    /// Parses the `Cache-Control` of a response.
     pub fn of_response(headers: &HeaderMap) -> CacheControl {
         let mut parsed = CacheControl::default();
         for value in headers.get_all(CACHE_CONTROL) {
@@ -56,7 +56,7 @@ impl CacheControl {
         parsed
     }
 
-    /// Reads a request's `Cache-Control`, or `Pragma: no-cache` where that is all there is.
+    /// Parses the `Cache-Control` of a request, or `Pragma: no-cache` if there is no `Cache-Control`.
     pub fn of_request(headers: &HeaderMap) -> CacheControl {
         let mut parsed = Self::of_response(headers);
         if !headers.contains_key(CACHE_CONTROL)
@@ -79,7 +79,7 @@ impl CacheControl {
         }
     }
 
-    /// Takes one directive in. One that we don't know says nothing.
+    /// Adds one directive. Unknown directives are ignored.
     pub(super) fn add(&mut self, name: &[u8], argument: Option<&[u8]>) {
         let zero_if_unreadable = || seconds(argument).unwrap_or(0);
         match name.to_ascii_lowercase().as_slice() {
@@ -101,7 +101,7 @@ impl CacheControl {
         }
     }
 
-    /// Directives whose argument is a number of seconds.
+    /// Returns true if the directive's argument is a number of seconds.
     pub(super) fn takes_seconds(name: &str) -> bool {
         matches!(
             name,
@@ -109,12 +109,12 @@ impl CacheControl {
         )
     }
 
-    /// Directives whose argument is a list of field names.
+    /// Returns true if the directive's argument is a list of field names.
     pub(super) fn takes_fields(name: &str) -> bool {
         matches!(name, "no-cache" | "private")
     }
 
-    /// Directives that we act on.
+    /// Returns true if the directive is supported.
     pub(super) fn knows(name: &str) -> bool {
         let flags =
             ["no-store", "public", "must-revalidate", "proxy-revalidate", "must-understand", "only-if-cached"];
@@ -141,7 +141,7 @@ fn keep_smaller(slot: &mut Option<u64>, value: u64) {
     *slot = Some(slot.map_or(value, |old| old.min(value)));
 }
 
-/// delta-seconds: digits only, RFC 9111 §1.2.2.
+/// Parses delta-seconds, which are digits only (RFC 9111 §1.2.2).
 pub fn seconds(argument: Option<&[u8]>) -> Option<u64> {
     let digits = argument?;
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {

@@ -1,5 +1,4 @@
-//! Conditional requests, in both directions: asked by a client of us (RFC 9110 §13), and by us of the
-//! upstream (RFC 9111 §4.3).
+//! Conditional requests: those of clients (RFC 9110 §13), and validation of entries upstream (RFC 9111 §4.3).
 
 use std::time::SystemTime;
 
@@ -13,8 +12,8 @@ use super::date;
 use super::list_field::members;
 use crate::policy::packed_head::PackedHead;
 
-/// Takes the client's own conditions, and a wish for a part, off a request that the cache makes for itself, and puts
-/// in the conditions of what is stored.
+/// Removes the client's conditions and `Range` from a request that the cache sends upstream, and adds conditions with
+/// the validators of the stored response.
 pub fn set_conditions(request: &mut HeaderMap, stored: Option<&HeaderMap>) {
     for name in [IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_MATCH, IF_UNMODIFIED_SINCE, IF_RANGE, RANGE] {
         request.remove(name);
@@ -28,8 +27,9 @@ pub fn set_conditions(request: &mut HeaderMap, stored: Option<&HeaderMap>) {
     }
 }
 
-/// Would a 304 do for this client? `If-None-Match` first, `If-Modified-Since` only without it:
-/// RFC 9110 §13.2.2.
+/// Returns true if the response to the client may be a 304.
+///
+/// `If-Modified-Since` is evaluated only if there is no `If-None-Match` (RFC 9110 §13.2.2).
 pub fn not_modified(
     method: &Method,
     request: &HeaderMap,
@@ -51,7 +51,7 @@ pub fn not_modified(
     }
 }
 
-/// Weak comparison with each member: RFC 9110 §8.8.3.2, §13.1.2.
+/// Returns true if `If-None-Match` has a member that matches `etag` by weak comparison (RFC 9110 §8.8.3.2, §13.1.2).
 fn none_match_fails(request: &HeaderMap, etag: &[u8]) -> bool {
     let opaque = |tag: &[u8]| tag.strip_prefix(b"W/").unwrap_or(tag).to_vec();
     let stored = opaque(etag);
@@ -59,32 +59,32 @@ fn none_match_fails(request: &HeaderMap, etag: &[u8]) -> bool {
     tags.any(|tag| tag == b"*" || opaque(tag) == stored)
 }
 
-/// The fields of a 304 to a client: RFC 9110 §15.4.5. Everything but what describes the body that is not sent.
+/// Removes the fields that describe the body, which a 304 to a client does not have (RFC 9110 §15.4.5).
 pub fn strip_content_fields(headers: &mut HeaderMap) {
     for name in [CONTENT_LENGTH, CONTENT_TYPE, CONTENT_ENCODING] {
         headers.remove(name);
     }
 }
 
-/// Does a 304 speak of another representation than the stored one? Both name strong validators, and they differ
+/// Returns true if a 304 is about another representation than the stored one: both have strong validators, which differ
 /// (RFC 9111 §4.3.4).
 pub fn is_other_representation(stored: &HeaderMap, answered: &HeaderMap) -> bool {
     let strong = |headers: &HeaderMap| headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")).cloned();
     matches!((strong(stored), strong(answered)), (Some(ours), Some(theirs)) if ours != theirs)
 }
 
-/// What the answer to a HEAD says of what is stored, by its validators (RFC 9111 §4.3.5).
+/// The result of comparing the response to a HEAD request with a stored response (RFC 9111 §4.3.5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeadComparison {
-    /// It is of the same representation.
+    /// Both are of the same representation.
     Same,
-    /// Of another.
+    /// They are of different representations.
     Another,
-    /// It has no validator, or says nothing that could be compared.
+    /// The response to HEAD has no validator, or the same validators but a different length.
     Unknown,
 }
 
-/// Is the answer to a HEAD about what is stored?
+/// Compares the response to a HEAD request with a stored response whose body has `length` bytes.
 pub fn compare_head(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> HeadComparison {
     let said = [ETAG, LAST_MODIFIED].into_iter().filter_map(|name| Some((answered.get(&name)?, stored.get(&name))));
     let (mut same, mut another) = (false, false);
@@ -92,7 +92,7 @@ pub fn compare_head(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> 
         same |= ours == Some(theirs);
         another |= ours != Some(theirs);
     }
-    // Many answer a HEAD with a length of 0: that alone says nothing.
+    // Many origins respond to HEAD with Content-Length: 0, so a different length alone proves nothing.
     let as_long = answered.get(CONTENT_LENGTH).is_none_or(|said| said.as_bytes() == length.to_string().as_bytes());
     match (same, another) {
         (_, true) => HeadComparison::Another,
@@ -101,8 +101,8 @@ pub fn compare_head(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> 
     }
 }
 
-/// The stored head after the upstream's 304: its fields replace ours, but those that describe the stored
-/// bytes stay (RFC 9111 §3.2).
+/// Returns the stored head updated by the upstream's 304: the 304's fields replace the stored ones, except those that
+/// describe the stored body (RFC 9111 §3.2).
 pub fn freshen_head(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {
     const KEPT: [HeaderName; 4] =
         [CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_RANGE, HeaderName::from_static("content-md5")];

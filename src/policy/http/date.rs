@@ -1,5 +1,6 @@
-//! HTTP dates, read as a cache should: all three forms, names and zone in any case (RFC 9110 §5.6.7, RFC 9111 §4.2),
-//! and nothing else: what is not exactly one of them is no date.
+//! Strict parser for HTTP dates.
+//!
+//! Accepts all three forms, with names and zone in any case (RFC 9110 §5.6.7, RFC 9111 §4.2), and nothing else.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -7,23 +8,23 @@ const DAYS: [&[u8]; 7] = [b"monday", b"tuesday", b"wednesday", b"thursday", b"fr
 const MONTHS: [&[u8]; 12] =
     [b"jan", b"feb", b"mar", b"apr", b"may", b"jun", b"jul", b"aug", b"sep", b"oct", b"nov", b"dec"];
 
-/// A year of two digits that would be further ahead than this is of the last century: RFC 9110 §5.6.7.
+/// A two-digit year that would be further in the future than this is in the past century (RFC 9110 §5.6.7).
 const MAX_YEARS_AHEAD: u64 = 50;
 
-/// Reads a date. `now` decides which century a year of two digits is in. What lies before 1970 is 1970.
+/// Parses a date. `now` determines the century of a two-digit year. Dates before 1970 become 1 January 1970, 00:00.
 pub fn parse(value: &[u8], now: SystemTime) -> Option<SystemTime> {
     let lower = value.trim_ascii().to_ascii_lowercase();
     imf_fixdate(&lower).or_else(|| rfc850(&lower, now)).or_else(|| asctime(&lower))
 }
 
-/// `Sun, 06 Nov 1994 08:49:37 GMT`
+/// Parses the form `Sun, 06 Nov 1994 08:49:37 GMT`.
 fn imf_fixdate(text: &[u8]) -> Option<SystemTime> {
     let rest = after_day(text, |day| &day[..3])?.strip_prefix(b", ")?;
     let [day, month, year, time, b"gmt"] = split(rest, b' ')? else { return None };
     at(number(day, 2)?, month, number(year, 4)?, time)
 }
 
-/// `Sunday, 06-Nov-94 08:49:37 GMT`
+/// Parses the form `Sunday, 06-Nov-94 08:49:37 GMT`.
 fn rfc850(text: &[u8], now: SystemTime) -> Option<SystemTime> {
     let rest = after_day(text, |day| day)?.strip_prefix(b", ")?;
     let [date, time, b"gmt"] = split(rest, b' ')? else { return None };
@@ -36,7 +37,7 @@ fn rfc850(text: &[u8], now: SystemTime) -> Option<SystemTime> {
     at(number(day, 2)?, month, year, time)
 }
 
-/// `Sun Nov  6 08:49:37 1994`
+/// Parses the form `Sun Nov  6 08:49:37 1994`.
 fn asctime(text: &[u8]) -> Option<SystemTime> {
     let rest = after_day(text, |day| &day[..3])?.strip_prefix(b" ")?;
     let (month, rest) = (rest.get(..3)?, rest.get(3..)?.strip_prefix(b" ")?);
@@ -50,7 +51,7 @@ fn after_day(text: &[u8], form: impl Fn(&'static [u8]) -> &'static [u8]) -> Opti
     DAYS.iter().find_map(|day| text.strip_prefix(form(day)))
 }
 
-/// Exactly `N` parts.
+/// Splits `text` into exactly `N` parts.
 fn split<const N: usize>(text: &[u8], separator: u8) -> Option<[&[u8]; N]> {
     let mut parts = text.split(|byte| *byte == separator);
     let mut found = [&b""[..]; N];
@@ -69,7 +70,7 @@ fn at(day: u64, month: &[u8], year: u64, time: &[u8]) -> Option<SystemTime> {
     let month = MONTHS.iter().position(|name| *name == month)? as u64 + 1;
     let [hour, minute, second] = split(time, b':')?;
     let (hour, minute, second) = (number(hour, 2)?, number(minute, 2)?, number(second, 2)?);
-    // A leap second is 60: RFC 9110 §5.6.7.
+    // A leap second has the number 60 (RFC 9110 §5.6.7).
     if day == 0 || day > days_in(month, year) || hour > 23 || minute > 59 || second > 60 {
         return None;
     }
@@ -80,7 +81,7 @@ fn at(day: u64, month: &[u8], year: u64, time: &[u8]) -> Option<SystemTime> {
 /// Days from 1 March of the year 0 to 1 January 1970, in a calendar whose years begin in March.
 const EPOCH_DAYS: u64 = 719_468;
 
-/// Days from 1 March of the year 0 to the first of a month.
+/// Returns the days from 1 March of the year 0 to the first day of a month.
 fn days_before(year: u64, month: u64) -> u64 {
     let (year, month) = if month > 2 { (year, month - 3) } else { (year.saturating_sub(1), month + 9) };
     year * 365 + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5
@@ -98,7 +99,7 @@ fn days_in(month: u64, year: u64) -> u64 {
 
 fn year_of(time: SystemTime) -> u64 {
     let days = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() / 86_400) + EPOCH_DAYS;
-    // The year, in March, that these days fall in: RFC 9110 needs no more than which year it is.
+    // The year that begins in March. Only the year is needed, for the century of two-digit years (RFC 9110 §5.6.7).
     let (century, of_century) = (days / 146_097, days % 146_097);
     let of_era = (of_century - of_century / 1_460 + of_century / 36_524 - of_century / 146_096) / 365;
     let day_of_year = of_century - (365 * of_era + of_era / 4 - of_era / 100);

@@ -1,6 +1,6 @@
-//! May this entry be served, now, to this request? (RFC 9111 §4.2, §5.2.1; RFC 5861)
+//! Freshness evaluation: whether an entry may be served to a request (RFC 9111 §4.2, §5.2.1; RFC 5861).
 //!
-//! Everything that can be computed when storing was: a verdict compares a few numbers.
+//! Lifetimes are computed when the response is stored, so that an evaluation only compares a few numbers.
 
 use http::header::{CACHE_CONTROL, HeaderMap, PRAGMA};
 
@@ -11,27 +11,27 @@ use crate::policy::invalidation::ledger::InvalidationState;
 use crate::policy::outcome::{Failure, StaleReason};
 use crate::policy::routing::rule::{CacheMode, Rule};
 
-/// What to do with what was found.
+/// How an entry that was found may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Serve it.
+    /// The entry is fresh: serve it.
     Fresh,
-    /// Serve it, and refresh it behind the client's back.
+    /// The entry is within its stale-while-revalidate window: serve it, and refresh it in the background.
     WhileRevalidate,
-    /// Fetch first. The ladder may come back to it.
+    /// The entry is stale: fetch first. If the fetch fails, the entry may still be served ([`stale_on_failure`]).
     Stale,
-    /// Fetch first: the client insists.
+    /// The client's directives do not allow the entry: fetch first.
     Refused,
-    /// Forget it: it was purged, or has outlived everything.
+    /// The entry was purged or is past all of its windows: remove it.
     Gone,
 }
 
-/// The directives of a request that bear on what may be served to it. Under `override` there are none.
+/// The `Cache-Control` directives of a request. They are ignored unless the rule's mode is [`CacheMode::Http`].
 #[derive(Debug, Clone, Default)]
 pub struct RequestDirectives(Option<Box<CacheControl>>);
 
 impl RequestDirectives {
-    /// Reads them, where the rule lets the client have a say.
+    /// Parses the directives, if the rule's mode respects them.
     pub fn from_request(rule: &Rule, headers: &HeaderMap) -> RequestDirectives {
         let silent = !headers.contains_key(CACHE_CONTROL) && !headers.contains_key(PRAGMA);
         if silent || rule.mode != CacheMode::Http {
@@ -40,18 +40,18 @@ impl RequestDirectives {
         RequestDirectives(Some(Box::new(CacheControl::of_request(headers))))
     }
 
-    /// `no-store`.
+    /// Returns true if the request has `no-store`.
     pub fn no_store(&self) -> bool {
         self.0.as_ref().is_some_and(|d| d.no_store)
     }
 
-    /// `only-if-cached`.
+    /// Returns true if the request has `only-if-cached`.
     pub fn only_if_cached(&self) -> bool {
         self.0.as_ref().is_some_and(|d| d.only_if_cached)
     }
 }
 
-/// The verdict on an entry.
+/// Decides how an entry may be used for a request.
 pub fn evaluate(entry: &Entry, standing: InvalidationState, demands: &RequestDirectives, now: Tick) -> Verdict {
     if standing == InvalidationState::Gone || entry.expired(now) {
         return Verdict::Gone;
@@ -86,7 +86,7 @@ fn with_directives(by_age: Verdict, entry: &Entry, demands: &CacheControl, left:
     by_age
 }
 
-/// Why a stale entry may stand in for a failed fetch, if it may.
+/// Returns the reason why an entry may be served after a failed fetch, or `None` if it may not.
 pub fn stale_on_failure(
     entry: &Entry,
     standing: InvalidationState,
@@ -111,12 +111,12 @@ pub fn stale_on_failure(
     }
 }
 
-/// Milliseconds of freshness left, negative when stale.
+/// Returns the remaining freshness in milliseconds, negative if the entry is stale.
 fn freshness_left(entry: &Entry, now: Tick) -> i64 {
     entry.lifetimes.fresh_for.saturating_sub(i64::try_from(entry.resident_time(now)).unwrap_or(i64::MAX))
 }
 
-/// Is it stale by no more than `window` milliseconds (or fresh, and the window is open at all)?
+/// Returns true if the entry has been stale for at most `window` milliseconds, or is fresh and `window` is not 0.
 fn within(window: u64, left: i64) -> bool {
     window > 0 && (left > 0 || left.unsigned_abs() <= window)
 }

@@ -1,4 +1,4 @@
-//! Fields that are not forwarded, and fields that are not stored.
+//! Hop-by-hop header fields and other fields that are not forwarded or stored (RFC 9110 §7.6.1).
 
 use std::time::SystemTime;
 
@@ -8,7 +8,7 @@ use http::header::{
 };
 use smallvec::SmallVec;
 
-/// Hop-by-hop: RFC 9110 §7.6.1, and what older agents send.
+/// Hop-by-hop fields: those of RFC 9110 §7.6.1, and those of older implementations.
 const HOP_BY_HOP: [HeaderName; 10] = [
     CONNECTION,
     TRANSFER_ENCODING,
@@ -22,16 +22,16 @@ const HOP_BY_HOP: [HeaderName; 10] = [
     HeaderName::from_static("proxy-authentication-info"),
 ];
 
-/// RFC 9211.
+/// `Cache-Status` (RFC 9211).
 pub const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
-/// W3C Server Timing.
+/// `Server-Timing` (W3C Server Timing).
 pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// What could make the upstream see another request than the one the cache keyed.
+/// Request fields that could make the upstream handle another request than the one in the cache key.
 const REQUEST_OVERRIDES: [HeaderName; 3] =
     [FORWARDED, HeaderName::from_static("x-original-url"), HeaderName::from_static("x-rewrite-url")];
 
-/// A `Connection` field may not name these: it would make us drop what decides about the request.
+/// Returns true if `Connection` may not name this field, because removing it would change the meaning of the request.
 pub fn must_not_be_connection_option(name: &HeaderName, keyed: impl Fn(&HeaderName) -> bool) -> bool {
     *name == HOST
         || *name == CONTENT_LENGTH
@@ -41,7 +41,7 @@ pub fn must_not_be_connection_option(name: &HeaderName, keyed: impl Fn(&HeaderNa
         || keyed(name)
 }
 
-/// The names that `Connection` fields nominate. What is no name is passed over.
+/// Returns the field names listed in `Connection`. Invalid names are skipped.
 pub fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = HeaderName> + '_ {
     headers
         .get_all(CONNECTION)
@@ -50,7 +50,7 @@ pub fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = HeaderNam
         .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
 }
 
-/// Takes out the hop-by-hop fields of a request or an answer.
+/// Removes the hop-by-hop fields of a request or a response.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(CONNECTION) {
         let names: Vec<_> = connection_options(headers).collect();
@@ -63,7 +63,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Takes out what `Connection` names, and nothing else.
+/// Removes the fields that `Connection` names, except `Close`, `Keep-Alive` and `Upgrade`, and no other fields.
 pub fn strip_connection_options(headers: &mut HeaderMap) {
     let options = ["close", "keep-alive", "upgrade"];
     let names: SmallVec<[HeaderName; 2]> =
@@ -73,7 +73,7 @@ pub fn strip_connection_options(headers: &mut HeaderMap) {
     }
 }
 
-/// An answer without `Date` gets the time it came: RFC 9110 §6.6.1.
+/// Adds `Date` with the time of arrival to a response that has none (RFC 9110 §6.6.1).
 pub fn add_date(headers: &mut HeaderMap, at: SystemTime) {
     if !headers.contains_key(DATE)
         && let Ok(date) = HeaderValue::from_str(&httpdate::fmt_http_date(at))
@@ -82,7 +82,7 @@ pub fn add_date(headers: &mut HeaderMap, at: SystemTime) {
     }
 }
 
-/// Takes out of a request what is never forwarded.
+/// Removes the fields of a request that are never forwarded: `Forwarded`, `X-Forwarded-*` and other overrides.
 pub fn strip_overrides(headers: &mut HeaderMap) {
     for name in &REQUEST_OVERRIDES {
         headers.remove(name);
@@ -95,7 +95,7 @@ pub fn strip_overrides(headers: &mut HeaderMap) {
     }
 }
 
-/// A copy of just these fields.
+/// Returns a copy of only these fields.
 pub fn pick(names: &[HeaderName], headers: &HeaderMap) -> HeaderMap {
     let lines = names.iter().flat_map(|name| headers.get_all(name).iter().map(move |value| (name.clone(), value)));
     lines.fold(HeaderMap::new(), |mut picked, (name, value)| {

@@ -1,4 +1,4 @@
-//! The beginning of an answer that is not all there yet, and what completes it (RFC 9111 §3.3, §3.4).
+//! Incomplete responses: the first part of a body, and its completion by a range request (RFC 9111 §3.3, §3.4).
 
 use std::sync::Arc;
 
@@ -8,16 +8,16 @@ use http::header::{CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, 
 use super::conditional::freshen_head;
 use crate::policy::entry::Entry;
 
-/// The first bytes of a representation.
+/// A stored response with the first bytes of a representation.
 #[derive(Debug)]
 pub struct IncompleteResponse {
-    /// The 206 that brought them.
+    /// The 206 response with the first bytes.
     pub start: Arc<Entry>,
-    /// How many bytes there are in all.
+    /// The complete length of the representation, in bytes.
     pub length: u64,
 }
 
-/// Which bytes an answer says it has: the first, the one after the last, and how many there are in all
+/// Parses `Content-Range`: the offset of the first byte, the offset after the last byte, and the complete length
 /// (RFC 9110 §14.4).
 fn content_range(headers: &HeaderMap) -> Option<(u64, u64, u64)> {
     let value = headers.get(CONTENT_RANGE)?.to_str().ok()?;
@@ -26,14 +26,14 @@ fn content_range(headers: &HeaderMap) -> Option<(u64, u64, u64)> {
     Some((first.parse().ok()?, last.parse::<u64>().ok()?.checked_add(1)?, length.parse().ok()?))
 }
 
-/// How many bytes a 206 brings, and the length of the whole, if they are its first bytes and not all of them.
+/// Returns the number of bytes in a 206 and the complete length, if the part is the first but not the whole.
 pub fn is_first_part(status: StatusCode, headers: &HeaderMap) -> Option<(u64, u64)> {
     let (first, end, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
     (first == 0 && end < length).then_some((end, length))
 }
 
 impl IncompleteResponse {
-    /// Asks for the rest.
+    /// Turns the request into a range request for the remaining bytes, with `If-Range` if there is a strong validator.
     pub fn ask_for_rest(&self, request: &mut HeaderMap) {
         if let Ok(range) = HeaderValue::try_from(format!("bytes={}-", self.start.body.len())) {
             request.insert(RANGE, range);
@@ -43,12 +43,12 @@ impl IncompleteResponse {
         }
     }
 
-    /// The fields of the whole, if this answer brings the rest of the same representation: both have the same strong
-    /// validator (RFC 9110 §15.3.7.3).
+    /// Returns the header fields of the complete response, if this response has the remaining bytes of the same
+    /// representation: both have the same strong validator (RFC 9110 §15.3.7.3).
     pub fn completed(&self, status: StatusCode, headers: &HeaderMap) -> Option<HeaderMap> {
         let (first, end, length) = content_range(headers).filter(|_| status == StatusCode::PARTIAL_CONTENT)?;
         let same = self.strong_etag().is_some_and(|etag| headers.get(ETAG) == Some(&etag));
-        // Who counts the bytes that come counts them against this.
+        // The number of received body bytes is checked against Content-Length.
         let announced = headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse() == Ok(length.saturating_sub(first));
         let rest = first == self.start.body.len() as u64 && end == length && length == self.length;
         if !same || !announced || !rest {

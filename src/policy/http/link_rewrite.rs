@@ -1,27 +1,28 @@
-//! `Link` and `Location` that name the upstream, rewritten to the address the client used. The grammar
-//! around the URL stays to the byte: clients split these fields on exact strings.
+//! Rewriting of upstream URLs in `Link`, `Location` and `Content-Location` to the address that the client used.
+//!
+//! All bytes around the origin are preserved, because clients split these fields on exact strings.
 
 use bytes::{BufMut, BytesMut};
 use http::header::{CONTENT_LOCATION, HeaderMap, HeaderName, HeaderValue, LINK, LOCATION};
 
-/// One field value with the upstream's origin cut out of it.
+/// A field value from which the upstream's origin has been removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkPatch {
     name: HeaderName,
-    /// Which of the field's lines.
+    /// The index of the line among those of the field.
     line: usize,
-    /// What stands before, between and after the origins.
+    /// The bytes before, between and after the origins.
     pieces: Vec<Box<[u8]>>,
 }
 
 impl LinkPatch {
-    /// Bytes it takes in memory.
+    /// Returns the memory that the patch takes, in bytes.
     pub fn weight(&self) -> usize {
         size_of::<LinkPatch>() + self.pieces.iter().map(|piece| piece.len() + size_of_val(piece)).sum::<usize>()
     }
 }
 
-/// Finds the values that name `authority`, with either scheme.
+/// Finds the values that contain a URL of `authority`, with scheme `http` or `https`.
 pub fn find(headers: &HeaderMap, authority: &str) -> Vec<LinkPatch> {
     let mut patches = Vec::new();
     for name in [LINK, LOCATION, CONTENT_LOCATION] {
@@ -35,7 +36,7 @@ pub fn find(headers: &HeaderMap, authority: &str) -> Vec<LinkPatch> {
     patches
 }
 
-/// Puts `origin` (`http://127.0.0.1:18080`) where the upstream's was.
+/// Inserts `origin` (such as `http://127.0.0.1:18080`) in place of the upstream's origin.
 pub fn apply(patches: &[LinkPatch], headers: &mut HeaderMap, origin: &str) {
     for patch in patches {
         let mut value = BytesMut::new();
@@ -54,7 +55,7 @@ pub fn apply(patches: &[LinkPatch], headers: &mut HeaderMap, origin: &str) {
     }
 }
 
-/// Cuts the origin out. In `Link` it follows a `<`, elsewhere it begins the value.
+/// Splits a value at the origins. In `Link`, an origin follows a `<`; in other fields, it starts the value.
 fn split_at_origin(value: &[u8], authority: &str, in_brackets: bool) -> Vec<Box<[u8]>> {
     let mut pieces = Vec::new();
     let (mut piece, mut at) = (0, 0);
@@ -73,7 +74,7 @@ fn split_at_origin(value: &[u8], authority: &str, in_brackets: bool) -> Vec<Box<
     pieces
 }
 
-/// The length of `http[s]://authority` at the start of `url`, if that is what it starts with.
+/// Returns the length of `http[s]://authority` at the start of `url`, or `None` if `url` starts otherwise.
 fn origin_length(url: &[u8], authority: &str) -> Option<usize> {
     let (scheme, default_port) = [("https://", ":443"), ("http://", ":80")]
         .into_iter()

@@ -1,13 +1,16 @@
-//! Lists in field values: members between commas, without the space around them, empty ones left out
-//! (RFC 9110 §5.6.1). A comma in quotes separates nothing.
+//! Parser for comma-separated lists in field values (RFC 9110 §5.6.1).
+//!
+//! Whitespace around members and empty members are removed. Commas in quotes do not separate members.
 
-/// The members of one field line. `escapes`: a backslash takes the meaning off the quote after it, as in a
-/// quoted-string (RFC 9110 §5.6.4), but not in an entity tag (§8.8.3).
+/// Returns the members of one field line.
+///
+/// If `escapes` is true, a backslash in quotes escapes the next character, as in a quoted-string (RFC 9110 §5.6.4) but
+/// not in an entity tag (§8.8.3).
 pub fn members(list: &[u8], escapes: bool) -> Members<'_> {
     Members { rest: list, escapes }
 }
 
-/// See [`members`].
+/// Iterator over the members of a field line, returned by [`members`].
 #[derive(Debug, Clone)]
 pub struct Members<'l> {
     rest: &'l [u8],
@@ -30,7 +33,7 @@ impl<'l> Iterator for Members<'l> {
     }
 }
 
-/// Index of the comma that ends the first member, or the length.
+/// Returns the index of the comma that ends the first member, or the length of the list.
 fn end_of_first(list: &[u8], escapes: bool) -> usize {
     let (mut quoted, mut escaped) = (false, false);
     for (i, byte) in list.iter().enumerate() {

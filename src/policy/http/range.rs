@@ -1,4 +1,4 @@
-//! Parts of a stored answer: `Range`, `If-Range`, `Content-Range` (RFC 9110 §13.1.5, §14).
+//! Range requests for stored responses: `Range`, `If-Range`, `Content-Range` (RFC 9110 §13.1.5, §14).
 
 use std::ops::Range;
 use std::time::{Duration, SystemTime};
@@ -12,31 +12,31 @@ use super::date;
 use super::list_field::members;
 use crate::policy::packed_head::PackedHead;
 
-/// Who asks for more parts than this gets the whole (RFC 9110 §14.2 leaves it to us).
+/// Maximum number of ranges. A request for more gets the complete response (which RFC 9110 §14.2 allows).
 const MAX_RANGES: usize = 16;
 
-/// Several parts are copied into a body of the client's own: not more than this, in bytes.
+/// Maximum total size of several parts, which are copied into a body for this one client, in bytes.
 const MAX_MULTIPART_BYTES: usize = 256 << 10;
 
-/// How much of a stored answer a request is to get. Offsets in bytes, ends excluded.
+/// The part of a stored response that a request gets. Offsets are in bytes, and ends are exclusive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RangeSelection {
-    /// All of it, with its own status.
+    /// The complete response, with its own status.
     Whole,
     /// One part: 206.
     One(Range<usize>),
-    /// Several: 206, `multipart/byteranges`.
+    /// Several parts: 206 with `multipart/byteranges`.
     Several(Vec<Range<usize>>),
-    /// Nothing of it is where it was looked for: 416.
+    /// No range is satisfiable: 416.
     Nowhere,
 }
 
-/// Does a request ask for a part of something?
+/// Returns true if this is a range request: a GET with `Range`.
 pub fn has_range(method: &Method, request: &HeaderMap) -> bool {
     *method == Method::GET && request.contains_key(RANGE)
 }
 
-/// How much of a stored answer of `length` bytes a GET asks for.
+/// Returns the part of a stored response of `length` bytes that a GET request gets.
 pub fn select_range(
     request: &HeaderMap,
     head: &PackedHead,
@@ -53,13 +53,13 @@ pub fn select_range(
     match &ranges[..] {
         [] => RangeSelection::Nowhere,
         [one] => RangeSelection::One(one.clone()),
-        // A request for more than there is makes work, and no sense.
+        // Overlapping ranges that add up to more than the response only cost work.
         _ if ranges.len() > MAX_RANGES || requested > length.min(MAX_MULTIPART_BYTES) => RangeSelection::Whole,
         _ => RangeSelection::Several(ranges),
     }
 }
 
-/// `If-Range`: is what is stored what the client has the rest of? By strong comparison: RFC 9110 §13.1.5.
+/// Returns true if `If-Range` is absent or matches the stored response by strong comparison (RFC 9110 §13.1.5).
 fn if_range_matches(request: &HeaderMap, head: &PackedHead, now: impl FnOnce() -> SystemTime) -> bool {
     let Some(condition) = request.get(IF_RANGE).map(http::HeaderValue::as_bytes) else { return true };
     if condition.starts_with(b"\"") {
@@ -67,7 +67,7 @@ fn if_range_matches(request: &HeaderMap, head: &PackedHead, now: impl FnOnce() -
     }
     let now = now();
     let of = |name| date::parse(head.get(name)?, now);
-    // A date is a strong validator only if the answer was made a second after it or later: RFC 9110 §8.8.2.2.
+    // Last-Modified is a strong validator only if Date is at least one second later (RFC 9110 §8.8.2.2).
     match (date::parse(condition, now), of(&LAST_MODIFIED), of(&DATE)) {
         (Some(condition), Some(modified), Some(made)) => {
             condition == modified && made.duration_since(modified).is_ok_and(|age| age >= Duration::from_secs(1))
@@ -76,7 +76,7 @@ fn if_range_matches(request: &HeaderMap, head: &PackedHead, now: impl FnOnce() -
     }
 }
 
-/// The parts of `length` bytes that a `Range` value names and that exist; none if it is not one in bytes.
+/// Returns the satisfiable ranges of a `Range` value for `length` bytes, or `None` if it is not a valid byte range set.
 fn parse(value: &[u8], length: usize) -> Option<Vec<Range<usize>>> {
     let (unit, set) = value.split_at(value.iter().position(|byte| *byte == b'=')?);
     if !unit.eq_ignore_ascii_case(b"bytes") {
@@ -105,19 +105,19 @@ fn parse(value: &[u8], length: usize) -> Option<Vec<Range<usize>>> {
     named.then_some(ranges)
 }
 
-/// A number; one that is too large is as large as can be.
+/// Parses a decimal number, saturating.
 fn number(digits: &[u8]) -> Option<usize> {
     let right = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
     right.then(|| digits.iter().fold(0usize, |n, d| n.saturating_mul(10).saturating_add(usize::from(d - b'0'))))
 }
 
-/// The value of `Content-Range` for a part of `length` bytes.
+/// Returns the value of `Content-Range` for a part of a body of `length` bytes.
 pub fn content_range(range: &Range<usize>, length: usize) -> String {
     format!("bytes {}-{}/{length}", range.start, range.end.saturating_sub(1))
 }
 
-/// The body of a `multipart/byteranges` answer (RFC 9110 §14.6), with `boundary` between its parts. None if the
-/// parts have the boundary in them.
+/// Returns the body of a `multipart/byteranges` response (RFC 9110 §14.6) with `boundary` between its parts, or `None`
+/// if a part contains the boundary.
 pub fn multipart(head: &PackedHead, body: &Bytes, ranges: &[Range<usize>], boundary: &str) -> Option<Bytes> {
     let mut whole = BytesMut::new();
     for range in ranges {

@@ -1,5 +1,4 @@
-//! What is refused before anything else looks at a request: RFC 9112 §3, RFC 9110 §7, and what attacks on
-//! caches are made of.
+//! Request validation before any other processing: RFC 9112 §3, RFC 9110 §7, and patterns of attacks on caches.
 
 use http::header::{CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName};
 use http::uri::Authority;
@@ -11,10 +10,10 @@ use crate::policy::http::hop_by_hop::{connection_options, must_not_be_connection
 use crate::policy::rejection::Rejection;
 use crate::policy::routing::target::target;
 
-/// More header lines than this are refused.
+/// Maximum number of header lines of a request.
 const MAX_LINES: usize = 100;
 
-/// Refuses what must not go further.
+/// Validates a request. Returns the [`Rejection`] to respond with if it must not be processed.
 pub fn check<B>(
     request: &Request<B>,
     limits: &ClientLimits,
@@ -79,7 +78,7 @@ fn check_size(headers: &HeaderMap, limits: &ClientLimits) -> Result<(), Rejectio
     Ok(())
 }
 
-/// Exactly one well-formed Host on HTTP/1.1: RFC 9112 §3.2.
+/// Checks that an HTTP/1.1 request has exactly one well-formed Host (RFC 9112 §3.2).
 fn check_host(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Rejection> {
     let mut hosts = headers.get_all(HOST).iter();
     match (hosts.next(), hosts.next()) {
@@ -87,7 +86,8 @@ fn check_host(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Re
         (None, _) => bad_request("bad_host", "HTTP/1.1 needs a Host."),
         (Some(_), Some(_)) => bad_request("bad_host", "There is more than one Host."),
         (Some(host), None) => {
-            // An empty Host goes with a target that has no authority: RFC 9110 §7.2.
+            // RFC 9110 §7.2: Host is empty if the target URI has no authority. Here, it is accepted only with an
+            // absolute-form target, which has its own.
             let empty_and_absolute = host.is_empty() && uri.authority().is_some();
             if empty_and_absolute || host.to_str().is_ok_and(is_authority) {
                 Ok(())
@@ -102,7 +102,7 @@ fn is_authority(text: &str) -> bool {
     is_simple_authority(text.as_bytes()) || is_unusual_authority(text)
 }
 
-/// A name or an IPv4 address, with or without a port: what nearly every client sends.
+/// Fast path: returns true for a name or an IPv4 address with or without a port, which nearly every client sends.
 fn is_simple_authority(text: &[u8]) -> bool {
     let colon = memchr(b':', text);
     let (name, port) = text.split_at(colon.unwrap_or(text.len()));
@@ -119,7 +119,8 @@ fn is_unusual_authority(text: &str) -> bool {
     !text.contains(['@', ',']) && text.parse::<Authority>().as_ref().is_ok_and(port_is_number)
 }
 
-/// The scanner has read HTTP/1.1's framing, the HTTP/2 library its own: here it is only too large, or said twice.
+/// Checks that Content-Length is a single number within the limit. The framing itself has been validated before, by the
+/// scanner (HTTP/1.1) or the HTTP/2 library.
 fn check_length(headers: &HeaderMap, limits: &ClientLimits) -> Result<(), Rejection> {
     let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
     let (Some(first), second) = (lengths.next(), lengths.next()) else { return Ok(()) };

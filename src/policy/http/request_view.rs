@@ -1,4 +1,4 @@
-//! The parts of a request that decisions and answers depend on, wherever they are kept.
+//! A borrowed view of a request's method, target and header fields, independent of how the request is stored.
 
 use http::header::HeaderMap;
 use http::{Method, Request, Uri, request};
@@ -6,11 +6,11 @@ use http::{Method, Request, Uri, request};
 /// A request without its body.
 #[derive(Debug, Clone, Copy)]
 pub struct RequestView<'r> {
-    /// Its method.
+    /// The method.
     pub method: &'r Method,
-    /// Its target.
+    /// The request target.
     pub uri: &'r Uri,
-    /// Its headers.
+    /// The header fields.
     pub headers: &'r HeaderMap,
 }
 

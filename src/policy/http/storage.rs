@@ -1,4 +1,4 @@
-//! Why wasn't this cached? Here: may this answer be stored, and for how long? (RFC 9111 §3, §4.2)
+//! Storage decision: whether a response may be stored, and its freshness lifetime (RFC 9111 §3, §4.2).
 
 use std::time::{Duration, SystemTime};
 
@@ -17,26 +17,26 @@ use crate::policy::millis;
 use crate::policy::outcome::NotStored;
 use crate::policy::routing::rule::{CacheMode, Rule};
 
-/// Without a lifetime, a tenth of the time since Last-Modified (RFC 9111 §4.2.2), at most this.
+/// Maximum heuristic freshness lifetime, which is a tenth of the time since Last-Modified (RFC 9111 §4.2.2).
 const HEURISTIC_CAP: Duration = Duration::from_hours(24);
 
-/// How long a stale answer may stand in for an upstream that gives none, where nothing forbids it
-/// (RFC 9111 §4.2.4), and how long one that can be validated is kept for that.
+/// Time for which a stale response may be served when the upstream sends no response and no directive forbids it
+/// (RFC 9111 §4.2.4), and for which a stale response with a validator is kept for validation.
 const DISCONNECTED_WINDOW: Duration = Duration::from_hours(24);
 
-/// A request with a larger head may itself be the reason of a 400, 405 or 414: not stored then.
+/// Size of a request head in bytes from which a 400, 405 or 414 is not stored: the large head may have caused it.
 const MAX_HEAD_OF_CACHED_ERROR: usize = 4096;
 
-/// An answer's head, and when it came.
+/// The head of a response, and the time of its arrival.
 #[derive(Debug, Clone, Copy)]
 pub struct ResponseView<'a> {
-    /// Its status.
+    /// The status.
     pub status: StatusCode,
-    /// Its headers.
+    /// The header fields.
     pub headers: &'a HeaderMap,
-    /// Wall time of its arrival.
+    /// The wall clock time of arrival: `response_time` (RFC 9111 §4.2.3).
     pub at: SystemTime,
-    /// Time from the request to the head: RFC 9111 §4.2.3 `response_delay`.
+    /// Time from the request to the head of the response: `response_delay` (RFC 9111 §4.2.3).
     pub delay: Duration,
 }
 
@@ -49,15 +49,15 @@ impl ResponseView<'_> {
 /// How a response is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StorePlan {
-    /// For so long.
+    /// The freshness lifetime and the stale windows.
     pub lifetimes: Lifetimes,
-    /// Under these request headers: RFC 9111 §4.1.
+    /// The request header fields that select the response (RFC 9111 §4.1).
     pub vary: Vec<HeaderName>,
-    /// Without these fields.
+    /// The response header fields that are not stored.
     pub drop: Vec<HeaderName>,
 }
 
-/// The decision.
+/// Decides whether a response is stored, and how. Returns the reason if it is not.
 pub fn decide(request: &RequestView<'_>, response: &ResponseView<'_>, rule: &Rule) -> Result<StorePlan, NotStored> {
     if response.status == StatusCode::PARTIAL_CONTENT {
         return Err(NotStored::Partial);
@@ -76,8 +76,9 @@ pub fn decide(request: &RequestView<'_>, response: &ResponseView<'_>, rule: &Rul
     }
 }
 
-/// May others who asked for the same share even an answer that is not stored, because it is a failure? Then
-/// those with the same values in these request headers.
+/// Decides whether a failure response that is not stored may be shared with collapsed requests.
+///
+/// Returns the request header fields whose values must be equal for that, or `None` if it must not be shared.
 pub fn failure_vary(response: &ResponseView<'_>, rule: &Rule) -> Option<Vec<HeaderName>> {
     let directives = targeted_cache_control::directives(response.headers)
         .unwrap_or_else(|| CacheControl::of_response(response.headers));
@@ -92,7 +93,7 @@ pub fn failure_vary(response: &ResponseView<'_>, rule: &Rule) -> Option<Vec<Head
     Some(vary)
 }
 
-/// `text/event-stream`: whatever its headers say, it goes through as it comes.
+/// Returns true for `text/event-stream`, which is always streamed and never stored, whatever its other fields.
 fn is_event_stream(headers: &HeaderMap) -> bool {
     let essence = |value: &HeaderValue| {
         value.as_bytes().get(..17).is_some_and(|v| v.eq_ignore_ascii_case(b"text/event-stream"))
@@ -169,7 +170,7 @@ fn decide_by_headers(
         || directives.proxy_revalidate
         || directives.s_maxage.is_some()
         || directives.no_cache
-        // A failure that may be kept for a while stands in for nothing afterwards.
+        // A stored 5xx response is never served stale.
         || response.status.is_server_error();
     let window = |said: Option<u64>, configured: Option<Duration>| {
         if never_stale { 0 } else { said.map_or_else(|| configured.map_or(0, millis), |s| s.saturating_mul(1000)) }
@@ -198,9 +199,9 @@ fn dropped_fields(rule: &Rule, mut drop: Vec<HeaderName>) -> Vec<HeaderName> {
     drop
 }
 
-/// Freshness lifetime in milliseconds: RFC 9111 §4.2.1, then §4.2.2.
+/// Returns the freshness lifetime in milliseconds: explicit (RFC 9111 §4.2.1), or else heuristic (§4.2.2).
 ///
-/// `with_expires`: no targeted field has displaced it (RFC 9213 §2.2).
+/// `with_expires` is false if a targeted field overrides `Expires` (RFC 9213 §2.2).
 fn lifetime(response: &ResponseView<'_>, directives: &CacheControl, with_expires: bool) -> Option<u64> {
     if let Some(seconds) = directives.s_maxage.or(directives.max_age) {
         return Some(seconds.saturating_mul(1000));
@@ -218,7 +219,7 @@ fn lifetime(response: &ResponseView<'_>, directives: &CacheControl, with_expires
     Some(millis((since / 10).min(HEURISTIC_CAP)))
 }
 
-/// Does it say itself how long it is good for (RFC 9111 §4.2.1)?
+/// Returns true if the response has an explicit freshness lifetime (RFC 9111 §4.2.1).
 pub fn has_explicit_lifetime(response: &ResponseView<'_>) -> bool {
     let directives = targeted_cache_control::directives(response.headers);
     let with_expires = directives.is_none() && response.headers.contains_key(EXPIRES);
@@ -226,11 +227,11 @@ pub fn has_explicit_lifetime(response: &ResponseView<'_>) -> bool {
     with_expires || directives.max_age.is_some() || directives.s_maxage.is_some()
 }
 
-/// RFC 9111 §4.2.3 `corrected_initial_age`, in milliseconds.
+/// Returns `corrected_initial_age` (RFC 9111 §4.2.3), in milliseconds.
 pub fn initial_age(response: &ResponseView<'_>) -> u64 {
     let first = response.headers.get(AGE).map(|v| v.as_bytes().split(|b| *b == b',').next().unwrap_or_default());
     let age = seconds(first.map(<[u8]>::trim_ascii)).unwrap_or(0).saturating_mul(1000);
-    // Date has whole seconds: compare whole seconds, so that a fresh answer is not a second old.
+    // Date has whole seconds: compare whole seconds, so that a new response is not considered one second old.
     let second = |t: SystemTime| t.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let apparent = response.date(&DATE).map_or(0, |date| second(response.at).saturating_sub(second(date)));
     age.saturating_add(millis(response.delay)).max(apparent.saturating_mul(1000))
@@ -240,7 +241,7 @@ fn has_validator(headers: &HeaderMap) -> bool {
     headers.contains_key(ETAG) || headers.contains_key(LAST_MODIFIED)
 }
 
-/// The request headers an answer says it depends on: RFC 9111 §4.1, RFC 9110 §12.5.5.
+/// Returns the request header fields listed in `Vary` (RFC 9111 §4.1, RFC 9110 §12.5.5).
 fn vary(headers: &HeaderMap) -> Result<Vec<HeaderName>, NotStored> {
     let mut names = Vec::new();
     let members = headers.get_all(VARY).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
@@ -256,13 +257,13 @@ fn vary(headers: &HeaderMap) -> Result<Vec<HeaderName>, NotStored> {
     Ok(names)
 }
 
-/// RFC 9110 §15.1.
+/// Returns true if the status is heuristically cacheable (RFC 9110 §15.1).
 fn heuristically_cacheable(status: StatusCode) -> bool {
     matches!(status.as_u16(), 200 | 203 | 204 | 300 | 301 | 308 | 404 | 405 | 410 | 414 | 501)
 }
 
-/// Final statuses whose meaning we know, for `must-understand`: those of RFC 9110 §15, but what is about a part or
-/// about nothing (206, 304).
+/// Returns true if the status is understood as `must-understand` requires: the final statuses of RFC 9110 §15, except
+/// those of partial content (206) and without content of their own (304).
 fn is_understood(status: StatusCode) -> bool {
     matches!(status.as_u16(), 200..=205 | 300..=303 | 305 | 307 | 308 | 400..=417 | 421 | 422 | 426 | 500..=505)
 }

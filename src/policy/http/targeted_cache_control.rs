@@ -1,16 +1,17 @@
-//! Targeted cache control (RFC 9213): directives for caches like this one, which displace `Cache-Control` and `Expires`.
+//! Targeted cache control (RFC 9213): fields for specific caches that override `Cache-Control` and `Expires`.
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use sfv::{BareItem, Dictionary, ListEntry, Parser};
 
 use super::cache_control::CacheControl;
 
-/// Fields that are meant for us, the closest first.
+/// The target list (RFC 9213 §2.2): the fields that apply to sidecache, the most specific first.
 const TARGETED_FIELDS: [HeaderName; 2] =
     [HeaderName::from_static("sidecache-cache-control"), HeaderName::from_static("cdn-cache-control")];
 
-/// The directives of the first field for us that is valid and not empty (RFC 9213 §2.2). A field that is no
-/// dictionary, or in which a directive we know has a value of the wrong type, is not valid: as if it were not there.
+/// Returns the directives of the first applicable field that is valid and not empty (RFC 9213 §2.2).
+///
+/// A field is invalid and ignored if it is not a dictionary, or if a supported directive has a value of the wrong type.
 pub fn directives(headers: &HeaderMap) -> Option<CacheControl> {
     TARGETED_FIELDS.iter().filter(|name| headers.contains_key(*name)).find_map(|name| {
         let lines: Vec<&[u8]> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
@@ -30,7 +31,7 @@ fn read(members: &Dictionary) -> Option<CacheControl> {
         };
         let argument = match &item.bare_item {
             BareItem::Boolean(true) => None,
-            // `no-store=?0`: it does not apply.
+            // A false value, as in `no-store=?0`, means that the directive does not apply.
             BareItem::Boolean(false) => continue,
             BareItem::Integer(number) if CacheControl::takes_seconds(name.as_str()) => {
                 Some(i64::from(*number).max(0).to_string())

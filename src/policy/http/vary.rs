@@ -1,5 +1,4 @@
-//! Which requests a stored answer is for, among those of its key: `Vary`, and when two requests say the same
-//! (RFC 9111 §4.1).
+//! Variants of a stored response: `Vary`, and the comparison of request header fields (RFC 9111 §4.1).
 
 use http::header::{
     ACCEPT_CHARSET, ACCEPT_ENCODING, ACCEPT_LANGUAGE, AUTHORIZATION, COOKIE, HOST, HeaderMap, HeaderName,
@@ -8,28 +7,28 @@ use http::header::{
 
 use super::list_field::members;
 
-/// The request headers an answer depends on, and what they were: a list of names and their lines.
+/// The request header fields that a response depends on, with their values: a list of names and their lines.
 #[derive(Debug, Clone, Default)]
 pub struct Variant(pub Box<[(HeaderName, Box<[HeaderValue]>)]>);
 
-/// When the values of a request header say the same.
+/// How the values of a request header field are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum VaryComparison {
-    /// To the byte: a comma in it need not separate anything.
+    /// Byte by byte: a comma in the value does not have to be a separator.
     Exact,
-    /// As lists with the same members in the same order, on however many lines (RFC 9110 §5.3).
+    /// As lists with the same members in the same order, on any number of lines (RFC 9110 §5.3).
     List,
     /// As lists of tokens with weights, in any order and case (RFC 9110 §12.4.2, §12.5).
     Preferences,
 }
 
-/// Preferences with more members or bytes than this are compared to the byte: they are nobody's, and comparing each
-/// member with each takes its time.
+/// Preferences with more members or bytes than this are compared byte by byte: real clients do not send them, and
+/// comparing each member with each takes quadratic time.
 const MAX_PREFERENCES: usize = 32;
 const MAX_PREFERENCE_BYTES: usize = 512;
 
 impl VaryComparison {
-    /// Its number in digests.
+    /// Returns the number of the comparison in digests.
     fn number(self) -> u8 {
         match self {
             VaryComparison::Exact => 0,
@@ -54,13 +53,13 @@ impl VaryComparison {
 }
 
 impl Variant {
-    /// What `names` were in a request.
+    /// Creates a variant with the values that the fields `names` have in a request.
     pub fn of(names: Vec<HeaderName>, request: &HeaderMap) -> Variant {
         let values = |name: &HeaderName| request.get_all(name).iter().map(detached_copy).collect();
         Variant(names.into_iter().map(|name| (name.clone(), values(&name))).collect())
     }
 
-    /// A digest of the names and of what the values say: equal variants have equal digests.
+    /// Returns a digest of the names and the normalized values: equal variants have equal digests.
     pub fn digest(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         for (name, values) in &self.0 {
@@ -86,7 +85,7 @@ impl Variant {
         hasher.finalize()
     }
 
-    /// Would this request select the same answer? Allocates nothing.
+    /// Returns true if this request selects the same response (RFC 9111 §4.1). Does not allocate.
     pub fn selected_by(&self, request: &HeaderMap) -> bool {
         self.0.iter().all(|(name, values)| equivalent(name, || values.iter(), || request.get_all(name).iter()))
     }
@@ -103,7 +102,7 @@ impl PartialEq for Variant {
 
 impl Eq for Variant {}
 
-/// Do these lines of a request header say the same?
+/// Returns true if the two values of a request header field, each given as its lines, are equivalent.
 fn equivalent<'v, A, B>(name: &HeaderName, one: impl Fn() -> A, other: impl Fn() -> B) -> bool
 where
     A: Iterator<Item = &'v HeaderValue>,
@@ -112,7 +111,7 @@ where
     if one().eq(other()) {
         return true;
     }
-    // To say nothing is not the same as not to speak.
+    // An empty field is not equivalent to an absent one.
     if one().next().is_none() || other().next().is_none() {
         return false;
     }
@@ -134,12 +133,12 @@ fn list_members<'v>(lines: impl Iterator<Item = &'v HeaderValue>) -> impl Iterat
     lines.flat_map(|line| members(line.as_bytes(), true))
 }
 
-/// A token and its weight without case and space.
+/// Returns a token with its weight in lowercase and without whitespace.
 fn normalized_bytes(token: &[u8]) -> impl Iterator<Item = u8> {
     token.iter().filter(|byte| !byte.is_ascii_whitespace()).map(u8::to_ascii_lowercase)
 }
 
-/// A copy of a value that shares no bytes with the buffer it was read into.
+/// Returns a copy of a value that does not share memory with the buffer from which it was parsed.
 fn detached_copy(value: &HeaderValue) -> HeaderValue {
     let mut copy = HeaderValue::from_bytes(value.as_bytes()).unwrap_or_else(|_| HeaderValue::from_static(""));
     copy.set_sensitive(value.is_sensitive());
@@ -183,7 +182,7 @@ mod tests {
         }
     }
 
-    // Digests of variants are part of keys in Redis, and of the names of leases.
+    // Digests of variants are part of Redis keys and of the names of leases.
     #[test]
     fn encoding_of_variants_is_golden() {
         let digest = |name: &'static str, lines: &[&str]| {
