@@ -1,4 +1,4 @@
-//! The one body type of the house. What hyper hands in is wrapped at the door and never seen further in.
+//! The body type of requests and responses. Bodies of hyper are wrapped on receipt and not used beyond that point.
 
 pub mod fanout;
 pub mod tee;
@@ -15,31 +15,31 @@ use http_body_util::combinators::UnsyncBoxBody;
 use crate::policy::outcome::Failure;
 use fanout::Reader;
 
-/// A request's or an answer's body.
+/// The body of a request or response.
 #[derive(Debug)]
 pub enum Body {
-    /// None, or none left.
+    /// No data, or none left.
     Empty,
-    /// All of it, at once.
+    /// The complete body.
     Full(Bytes),
-    /// As it comes from the network.
+    /// A stream from the network.
     Stream(UnsyncBoxBody<Bytes, BodyError>),
-    /// As it comes from a fetch that others share.
+    /// A stream from a shared fetch.
     Shared(Reader),
 }
 
-/// Why a body ended before its end.
+/// The reason why a body ended early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyError {
-    /// The upstream's fault.
+    /// The upstream failed.
     Upstream(Failure),
-    /// The client's connection broke, or what it sent is not HTTP.
+    /// The client's connection broke, or the client sent invalid HTTP.
     Client,
-    /// The client's body is larger than `limits.request_body`.
+    /// The request body is larger than `limits.request_body`.
     TooLarge,
-    /// The client sends less than the least rate.
+    /// The client sends more slowly than the minimum rate.
     TooSlow,
-    /// This reader held others up for longer than `limits.shared_write_stall`.
+    /// This reader delayed other readers for longer than `limits.shared_write_stall`.
     Stalled,
 }
 
@@ -63,13 +63,13 @@ impl Body {
         if body.is_end_stream() { Body::Empty } else { Body::Stream(body.boxed_unsync()) }
     }
 
-    /// `first`, then `rest`: for a body whose beginning was read to be looked at.
+    /// Returns a body of `first` followed by `rest`, for a body whose beginning was read in advance.
     pub fn prefixed(first: Bytes, rest: Body) -> Body {
         let rest = Prefixed { first: Some(first), rest };
         Body::Stream(rest.boxed_unsync())
     }
 
-    /// A second copy, for a second attempt, where that is possible.
+    /// Returns a copy for a retry, or `None` for a stream.
     pub fn try_clone(&self) -> Option<Body> {
         match self {
             Body::Empty => Some(Body::Empty),
@@ -78,7 +78,7 @@ impl Body {
         }
     }
 
-    /// The next piece of data; trailers are passed over.
+    /// Returns the next chunk of data. Trailers are skipped.
     pub async fn next(&mut self) -> Option<Result<Bytes, BodyError>> {
         loop {
             match self.frame().await? {
@@ -145,7 +145,8 @@ impl HttpBody for Prefixed {
         }
     }
 
-    /// Known with the last of it, as the rest knows it: what is stored is stored before its client has it whole.
+    /// True as soon as the last frame was read, if `rest` knows its end: a response is then stored before its client
+    /// has received all of it.
     fn is_end_stream(&self) -> bool {
         self.first.is_none() && self.rest.is_end_stream()
     }

@@ -1,4 +1,4 @@
-//! The demo and its shop. Reached only from the command line and the tests.
+//! The demo and the mock shop. Used only by the command line and the tests.
 
 mod api;
 pub mod bucket;
@@ -33,25 +33,25 @@ pub struct ShopArgs {
     /// Products in each shop
     #[arg(long, value_name = "N", default_value_t = 5000)]
     products: usize,
-    /// Every answer takes so long, give or take half
+    /// Mean latency of a response; each one varies by up to half of it
     #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "0ms")]
     latency: Duration,
-    /// This part of all answers is a 503 (0 to 1)
+    /// Fraction of responses that are a 503 (0 to 1)
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     errors: f64,
-    /// This part never gets an answer
+    /// Fraction of requests that never get a response
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     hangs: f64,
-    /// This part breaks off in the middle of the body
+    /// Fraction of responses that are truncated in the body
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     truncated: f64,
-    /// This part is reset before the answer
+    /// Fraction of connections that are reset before the response
     #[arg(long, value_name = "PART", default_value_t = 0.0)]
     resets: f64,
-    /// Calls that a token may have in its bucket
+    /// Bucket size of a token, in calls
     #[arg(long, value_name = "N", default_value_t = 40)]
     bucket: u32,
-    /// Calls that leak out of it per second
+    /// Leak rate of a bucket, in calls per second
     #[arg(long, value_name = "N", default_value_t = 2.0)]
     leak: f64,
 }
@@ -59,10 +59,10 @@ pub struct ShopArgs {
 /// Arguments of `sidecache demo`.
 #[derive(Debug, Clone, Args)]
 pub struct DemoArgs {
-    /// End after the table instead of staying up
+    /// Exit after printing the table
     #[arg(long)]
     once: bool,
-    /// How long to drive each of the two loads
+    /// Duration of each of the two load runs
     #[arg(long, value_name = "DUR", value_parser = parse_duration, default_value = "20s")]
     each: Duration,
 }
@@ -74,7 +74,7 @@ impl From<&ShopArgs> for Options {
     }
 }
 
-/// The shop alone, until it is told to stop.
+/// Runs the mock shop alone until a stop signal.
 pub async fn mock_shop(args: ShopArgs) -> Result<ExitCode, String> {
     let stop = stop_signal()?;
     let listener = crate::server::bind(args.listen, "mock-shop")?;
@@ -94,7 +94,7 @@ pub async fn mock_shop(args: ShopArgs) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A slow, failing shop; load on it directly, then through the sidecar; one table.
+/// Runs the demo: a slow, failing shop, load on it directly and then through the sidecar, and a table of the results.
 pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     let stop = stop_signal()?;
     let (end, ended) = watch::channel(false);
@@ -147,7 +147,7 @@ fn invite(sidecar: SocketAddr, admin: SocketAddr) {
     print_line("Ctrl-C ends it.");
 }
 
-/// The usual port, or any free one.
+/// Binds the given port, or any free one if it is taken.
 fn bind_near(port: u16, what: &str) -> Result<tokio::net::TcpListener, String> {
     match crate::server::bind(SocketAddr::from(([127, 0, 0, 1], port)), what) {
         Ok(listener) => Ok(listener),
@@ -155,7 +155,7 @@ fn bind_near(port: u16, what: &str) -> Result<tokio::net::TcpListener, String> {
     }
 }
 
-/// A sidecar with its defaults before the shop, on its usual ports or any free ones.
+/// Builds a sidecar with default settings in front of the shop, on its usual ports or any free ones.
 fn sidecar(shop: SocketAddr) -> Result<App, String> {
     let with_ports = |listen: u16, admin: u16| {
         let text = format!(

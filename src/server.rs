@@ -1,4 +1,4 @@
-//! The listeners: accept, limit, guard, hand to the proxy, drain.
+//! The listeners: accept client connections, apply the connection limit, serve requests, drain at shutdown.
 
 mod connection;
 mod connection_limit;
@@ -31,13 +31,13 @@ use crate::proxy::active::ActiveProxy;
 use connection::ConnectionHandler;
 use connection_limit::{ConnectionSlot, ConnectionSlots};
 
-/// Connections that may wait in the kernel to be accepted.
+/// Maximum number of connections in the kernel's accept queue.
 const BACKLOG: u32 = 1024;
 
-/// After a failed `accept` (no file descriptors left, say).
+/// Pause after a failed `accept` (for example when no file descriptors are left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Binds an address. The error says what to do.
+/// Binds an address. The error message says how to fix the problem.
 pub fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
     let listening = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
@@ -56,12 +56,12 @@ pub fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
     })
 }
 
-/// What speaks TLS to clients.
+/// Returns the TLS acceptor for client connections.
 pub fn acceptor(tls: &ServerTls) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(Arc::new(tls::server_config(tls)?)))
 }
 
-/// TLS of a listener, `None` inside without TLS. A reload replaces it for the connections that come after.
+/// TLS acceptor of a listener, or `None` without TLS. A reload replaces it for subsequent connections.
 pub type SharedTls = Arc<ArcSwap<Option<TlsAcceptor>>>;
 
 /// Returns the TLS of a listener, for [`serve`].
@@ -69,13 +69,13 @@ pub fn shared_tls(tls: Option<TlsAcceptor>) -> SharedTls {
     Arc::new(ArcSwap::from_pointee(tls))
 }
 
-/// A listener, and what is behind it.
+/// A listener and the proxy behind it.
 pub struct Listener {
-    /// Where clients come in.
+    /// The socket that accepts client connections.
     pub socket: TcpListener,
-    /// TLS towards them.
+    /// TLS towards clients.
     pub tls: SharedTls,
-    /// Who answers, and what they may do.
+    /// The proxy that handles the requests, with the client limits.
     pub proxy: Arc<ActiveProxy>,
 }
 
@@ -85,9 +85,10 @@ impl std::fmt::Debug for Listener {
     }
 }
 
-/// Serves until `drain` turns true, then lets what runs finish until `grace` (in milliseconds, as it is then) has passed.
+/// Serves until `drain` turns true, then waits for the open connections to finish, for at most `grace` milliseconds
+/// (read when the drain starts).
 ///
-/// Returns how many connections had to be cut.
+/// Returns the number of connections that were cut.
 pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: Arc<AtomicU64>) -> usize {
     let Listener { socket, tls, proxy: active } = listener;
     let slots = ConnectionSlots::new(active.load().limits.connections);
@@ -103,7 +104,7 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
             };
         }
         slots.resize(active.load().limits.connections);
-        // Beyond `limits.connections`, one that does nothing is asked to leave for each that comes.
+        // Beyond `limits.connections`, an idle connection is evicted for each new one.
         let slot = tokio::select! {
             biased;
             () = wait_true(&mut drain) => break,
@@ -113,7 +114,7 @@ pub async fn serve(listener: Listener, mut drain: watch::Receiver<bool>, grace: 
             spawn_connection(&active, &tls, stream, slot, &mut connections);
         }
     }
-    // Who is in the kernel's queue already has been let in.
+    // Connections in the kernel's accept queue are already established: serve them as far as there are free slots.
     while let Some(slot) = slots.try_acquire() {
         if waiting.is_none() {
             let queued = tokio::time::timeout(Duration::ZERO, socket.accept()).await;
@@ -142,7 +143,7 @@ async fn accept(socket: &TcpListener) -> Option<TcpStream> {
     }
 }
 
-/// With what counts when it comes.
+/// Serves a connection in a new task, with the limits and TLS settings that are current when it is accepted.
 fn spawn_connection(
     active: &Arc<ActiveProxy>,
     tls: &SharedTls,
@@ -158,14 +159,14 @@ fn spawn_connection(
     });
 }
 
-/// Until the switch is on, or its owner gone.
+/// Waits until the switch is on or its sender is dropped.
 async fn wait_true(switch: &mut watch::Receiver<bool>) {
     let _ = switch.wait_for(|on| *on).await;
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    /// Until `holds`, at most a few thousand turns of the executor.
+    /// Yields to the executor until `holds` returns true. Panics after 10 000 yields.
     pub(crate) async fn until(mut holds: impl FnMut() -> bool) {
         for _ in 0..10_000 {
             if holds() {

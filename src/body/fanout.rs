@@ -1,12 +1,12 @@
-//! One upstream body, many readers.
+//! Fan-out of one upstream body to many readers.
 //!
-//! The fetch writes at the upstream's speed into a buffer that grows to the size of one entry, within what
-//! all fetches together may hold. Readers stream along from its beginning, whenever they join. States:
+//! The fetch writes at the upstream's speed into a buffer that grows up to the size limit of an entry, within the
+//! byte budget of all fetches. Readers stream from its beginning, whenever they join. States:
 //!
-//! * **growing**: everything is kept, anyone may join, the result can be stored;
-//! * **windowed**: the buffer was outgrown. Nobody joins any more, what all have read is dropped, and the
-//!   fetch waits for the slowest reader, but cuts one that stands still while others wait;
-//! * **ended**, well or not: readers get the rest, and then the end.
+//! * **growing**: all chunks are kept, readers may join, the body can be stored;
+//! * **windowed**: the body has outgrown the buffer. No reader can join, chunks that all readers have read are dropped,
+//!   and the fetch waits for the slowest reader, but cuts a reader that makes no progress while others wait;
+//! * **ended**, with or without an error: readers get the remaining chunks, and then the end.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,10 +22,10 @@ use tokio::time::Instant;
 use super::BodyError;
 use crate::policy::outcome::Failure;
 
-/// What a windowed fetch may be ahead of its slowest reader.
+/// Number of bytes that a windowed fetch may be ahead of its slowest reader.
 const WINDOW: u64 = 256 << 10;
 
-/// Bytes that all running fetches hold together, and may hold.
+/// The number of bytes that all running fetches hold together, and its maximum.
 #[derive(Debug)]
 pub struct InflightBudget {
     held: AtomicU64,
@@ -33,17 +33,17 @@ pub struct InflightBudget {
 }
 
 impl InflightBudget {
-    /// A purse of so many bytes.
+    /// Creates a budget of `max` bytes.
     pub fn new(max: u64) -> Arc<InflightBudget> {
         Arc::new(InflightBudget { held: AtomicU64::new(0), max })
     }
 
-    /// Bytes that may be held.
+    /// Returns the number of bytes that may be held.
     pub fn max(&self) -> u64 {
         self.max
     }
 
-    /// Bytes held now.
+    /// Returns the number of bytes held now.
     pub fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
     }
@@ -61,7 +61,7 @@ impl InflightBudget {
     }
 }
 
-/// What somebody holds of a purse; given back when dropped.
+/// Bytes taken from an [`InflightBudget`]; given back on drop.
 #[derive(Debug)]
 pub struct InflightGuard {
     budget: Arc<InflightBudget>,
@@ -69,12 +69,12 @@ pub struct InflightGuard {
 }
 
 impl InflightGuard {
-    /// Nothing yet.
+    /// Creates a guard that holds no bytes.
     pub fn new(budget: &Arc<InflightBudget>) -> InflightGuard {
         InflightGuard { budget: budget.clone(), bytes: 0 }
     }
 
-    /// Takes so much more, if it is there.
+    /// Takes `bytes` more. Returns false if the budget does not have them.
     pub fn take(&mut self, bytes: u64) -> bool {
         let taken = self.budget.take(bytes);
         self.bytes += if taken { bytes } else { 0 };
@@ -94,7 +94,7 @@ impl Drop for InflightGuard {
     }
 }
 
-/// Ends a body in whatever way its fetch ends, by panic too.
+/// Ends a body on drop, however its fetch ends, including by a panic.
 #[derive(Debug)]
 pub struct FinishOnDrop<'f>(pub &'f Fanout);
 
@@ -108,22 +108,22 @@ impl Drop for FinishOnDrop<'_> {
 #[derive(Debug)]
 pub struct Fanout {
     state: Mutex<FanoutState>,
-    /// A reader moved on or left.
+    /// Notified when a reader has read a chunk or was dropped.
     moved: Notify,
     max_bytes: u64,
     stall: Duration,
-    /// Content-Length, where the answer has one.
+    /// The Content-Length of the response, if it has one.
     length: Option<u64>,
 }
 
 #[derive(Debug)]
 struct FanoutState {
     chunks: VecDeque<Bytes>,
-    /// How many chunks were dropped from the front.
+    /// Number of chunks that were dropped from the front.
     dropped: usize,
     /// Bytes in `chunks`.
     buffered: u64,
-    /// What it holds of the purse.
+    /// The bytes taken from the budget.
     held: InflightGuard,
     windowed: bool,
     end: Option<Result<(), BodyError>>,
@@ -132,18 +132,18 @@ struct FanoutState {
 
 #[derive(Debug)]
 struct ReaderSlot {
-    /// The next chunk to read, counted from the first ever.
+    /// Index of the next chunk to read, counted from the first chunk of the body.
     next: usize,
     waker: Option<Waker>,
     cut: bool,
 }
 
-/// Nobody reads any more, and it can't be stored: stop fetching.
+/// Error: no reader is left and the body can't be stored, so the fetch should stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Abandoned;
 
 impl Fanout {
-    /// An empty one, growing up to `max_bytes`.
+    /// Creates an empty body whose buffer grows up to `max_bytes`.
     pub fn new(budget: &Arc<InflightBudget>, max_bytes: u64, stall: Duration, length: Option<u64>) -> Arc<Fanout> {
         let state = Mutex::new(FanoutState {
             chunks: VecDeque::new(),
@@ -158,11 +158,11 @@ impl Fanout {
     }
 
     fn lock(&self) -> MutexGuard<'_, FanoutState> {
-        // A panic elsewhere leaves chunks and seats as they are: still true.
+        // A panic of another task leaves chunks and reader slots consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A reader from the first byte on, unless it is too late.
+    /// Returns a reader that starts at the first byte, or `None` if the body is windowed.
     pub fn join(self: &Arc<Self>) -> Option<Reader> {
         let mut state = self.lock();
         if state.windowed {
@@ -172,7 +172,7 @@ impl Fanout {
         Some(Reader { fanout: self.clone(), slot: state.readers.len() - 1 })
     }
 
-    /// Adds a chunk, waiting for room if the buffer was outgrown.
+    /// Adds a chunk. Waits for room if the body is windowed.
     pub async fn push(&self, chunk: Bytes) -> Result<(), Abandoned> {
         let size = chunk.len() as u64;
         let due = Instant::now() + self.stall;
@@ -202,7 +202,8 @@ impl Fanout {
         }
     }
 
-    /// The whole is stored: who still reads does so from there, and nothing is held here any more.
+    /// Replaces the chunks by slices of the stored body `whole`, from which the remaining readers then read, and gives
+    /// the held bytes back to the budget.
     pub fn replace_chunks(&self, whole: &Bytes) {
         let mut state = self.lock();
         let mut start = 0;
@@ -215,19 +216,20 @@ impl Fanout {
         state.held.give_back(held);
     }
 
-    /// The end: no chunk follows. Only the first word counts.
+    /// Ends the body: no chunk follows. Only the first call has an effect.
     pub fn finish(&self, end: Result<(), BodyError>) {
         let mut state = self.lock();
         state.end.get_or_insert(end);
         state.wake_all();
     }
 
-    /// Was the buffer outgrown?
+    /// Returns true if the body has outgrown the buffer.
     pub fn is_windowed(&self) -> bool {
         self.lock().windowed
     }
 
-    /// Everything so far and `last`, in one allocation of its size; if all of it is still here, and not too much.
+    /// Returns all chunks so far and `last`, in one allocation of the exact size. Returns `None` if the body is
+    /// windowed or larger than `max_bytes`.
     pub fn complete_body_with(&self, last: &[u8]) -> Option<Bytes> {
         let state = self.lock();
         let size = state.buffered + last.len() as u64;
@@ -246,7 +248,7 @@ impl FanoutState {
         self.readers.iter_mut().flatten().filter_map(|reader| reader.waker.take()).for_each(Waker::wake);
     }
 
-    /// Drops the chunks that every reader has had.
+    /// Drops the chunks that all readers have read.
     fn drop_read(&mut self) {
         let slowest = self.readers.iter().flatten().filter(|s| !s.cut).map(|s| s.next).min();
         while slowest.is_none_or(|next| next > self.dropped) {
@@ -257,7 +259,8 @@ impl FanoutState {
         }
     }
 
-    /// Cuts those at the tail, if that frees others. Who reads alone only waits for its own connection's limit.
+    /// Cuts the slowest readers if other readers wait for them. A single reader is subject only to the write timeout of
+    /// its own connection.
     fn cut_slowest(&mut self) {
         let positions: Vec<usize> = self.readers.iter().flatten().filter(|s| !s.cut).map(|s| s.next).collect();
         let (Some(slowest), Some(fastest)) = (positions.iter().min(), positions.iter().max()) else { return };
@@ -281,7 +284,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// The next chunk, the end, or why there is none.
+    /// Polls for the next chunk, the end, or the error that ended the body.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
         let mut state = self.fanout.lock();
         let FanoutState { chunks, dropped, end, readers, windowed, .. } = &mut *state;
@@ -306,7 +309,7 @@ impl Reader {
         }
     }
 
-    /// The Content-Length, where the answer has one.
+    /// Returns the Content-Length of the response, if it has one.
     pub fn size_hint(&self) -> SizeHint {
         self.fanout.length.map_or_else(SizeHint::default, SizeHint::with_exact)
     }

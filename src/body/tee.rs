@@ -1,4 +1,4 @@
-//! A body that passes by, and what it was in all.
+//! A tee on a body: copies the data while it is streamed, and delivers the copy when the body is complete.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ struct TeeBody {
     copied: BytesMut,
     max_bytes: usize,
     held: Option<InflightGuard>,
-    /// None: it has become too large, or has been told.
+    /// `None` if the body has become too large or the callback has been called.
     on_complete: Option<OnComplete>,
 }
 
-/// The same body; when the last of it has passed, and it was not more than `most` bytes, `hear` is told all of it.
-/// Meanwhile it is held at the cost of `purse`.
+/// Returns the same body. When its last byte has passed, calls `hear` with all of it, unless it was larger than `most`
+/// bytes. Until then the copied bytes are taken from `budget`; if it has none left, `hear` is not called.
 pub fn tee(body: Body, most: usize, budget: &Arc<InflightBudget>, hear: impl FnOnce(Bytes) + Send + 'static) -> Body {
     let hear: Option<OnComplete> = Some(Box::new(hear));
     let mut body = TeeBody {
@@ -50,13 +50,13 @@ impl TeeBody {
 
     fn ended(&mut self) {
         if let Some(hear) = self.on_complete.take() {
-            // In as many bytes as it has: it may be kept for long.
+            // Copy into an allocation of the exact size, because it may be kept for long.
             hear(Bytes::copy_from_slice(&self.copied));
         }
         self.stop_copying();
     }
 
-    /// Hears nothing more, and gives back what that cost.
+    /// Stops copying and gives the held bytes back to the budget.
     fn stop_copying(&mut self) {
         self.on_complete = None;
         self.held = None;

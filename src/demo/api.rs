@@ -1,4 +1,4 @@
-//! The shop's REST Admin API: lists with cursor pages, single things, and writes to products.
+//! REST Admin API of the mock shop: lists with cursor pagination, single resources, and writes to products.
 
 use std::collections::HashMap;
 
@@ -11,14 +11,14 @@ use super::catalogue;
 
 const VERSION: HeaderName = HeaderName::from_static("x-shopify-api-version");
 
-/// The largest page.
+/// Maximum number of items on a page.
 const MAX_LIMIT: usize = 250;
 
-/// What both shops have on their shelves.
+/// The resources of both shops.
 #[derive(Debug)]
 pub(super) struct Catalogue {
     products: [Vec<Value>; 2],
-    /// Products made by requests.
+    /// Number of products created by requests.
     made: u64,
 }
 
@@ -27,7 +27,7 @@ impl Catalogue {
         Catalogue { products: [0, 1].map(|shop| catalogue::products(shop, products)), made: 0 }
     }
 
-    /// Answers a request that has paid for itself.
+    /// Returns the response to a request that the rate limit has admitted.
     pub(super) fn serve(&mut self, shop: usize, parts: &http::request::Parts, body: &[u8]) -> Response<Bytes> {
         let path: Vec<&str> = parts.uri.path().trim_matches('/').split('/').collect();
         let ["admin", "api", version, rest @ ..] = path.as_slice() else { return not_found() };
@@ -88,7 +88,7 @@ impl Catalogue {
     }
 }
 
-/// Sets a header, if its value can be one.
+/// Sets a header field if `value` is a valid field value.
 pub(super) fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
@@ -105,7 +105,7 @@ fn merge(product: &mut Value, fields: serde_json::Map<String, Value>) {
     }
 }
 
-/// One page; the cursor is the offset, in a form that invites nobody to compute with it.
+/// Returns one page. The cursor is the offset in an opaque form, so that clients do not compute with it.
 fn list(products: &[Value], parts: &http::request::Parts) -> Response<Bytes> {
     let parameters: HashMap<&str, &str> =
         parts.uri.query().into_iter().flat_map(|q| q.split('&')).filter_map(|pair| pair.split_once('=')).collect();
@@ -142,7 +142,7 @@ fn unprocessable() -> Response<Bytes> {
     json(StatusCode::UNPROCESSABLE_ENTITY, &json!({"errors": {"product": ["Required parameter missing or invalid"]}}))
 }
 
-/// A JSON answer.
+/// Returns a JSON response.
 pub(super) fn json(status: StatusCode, body: &Value) -> Response<Bytes> {
     let mut response = Response::new(Bytes::from(body.to_string()));
     *response.status_mut() = status;

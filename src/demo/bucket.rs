@@ -1,30 +1,30 @@
-//! Shopify's leaky bucket: each call adds one, so many leak out per second, and a full one answers 429.
+//! Shopify's leaky bucket: each call adds one, calls leak at a constant rate, and a full bucket causes a 429.
 
 use std::time::Instant;
 
-/// One token's bucket.
+/// The bucket of one token.
 #[derive(Debug, Clone, Copy)]
 pub struct LeakyBucket {
     level: f64,
     at: Instant,
 }
 
-/// What became of a call.
+/// The result of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BucketResult {
-    /// It fits; so many are in the bucket now.
+    /// The call fits; the number of calls in the bucket now.
     Fits(u32),
-    /// It does not; wait so many seconds.
+    /// The bucket is full; the number of seconds to wait.
     Full(f64),
 }
 
 impl LeakyBucket {
-    /// An empty one.
+    /// Creates an empty bucket.
     pub fn new(at: Instant) -> LeakyBucket {
         LeakyBucket { level: 0.0, at }
     }
 
-    /// One call at `now`.
+    /// Adds one call at `now` to a bucket of `size` calls that leaks `leak` calls per second.
     pub fn pour(&mut self, now: Instant, size: u32, leak: f64) -> BucketResult {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.level = (self.level - passed * leak).max(0.0);

@@ -1,9 +1,10 @@
-//! A shop's goods: generated, the same at every start, in the shapes of the REST Admin API, with ids above
-//! 2^53, which no client that reads numbers as floats survives.
+//! Generated resources of the mock shop, in the format of the REST Admin API.
+//!
+//! They are the same at every start. Product ids are above 2^53, so that a client that parses numbers as floats fails.
 
 use serde_json::{Value, json};
 
-/// The first product's id: 2^53 + 1, which a double can't hold.
+/// The id of the first product: 2^53 + 1, which a double can't represent.
 pub const FIRST_ID: u64 = 9_007_199_254_740_993;
 
 const NOUNS: [&str; 12] =
@@ -14,12 +15,12 @@ const VENDORS: [&str; 5] = ["Hafen & Co", "Brandt", "Östlund", "Keramik Süd", 
 const SIZES: [&str; 3] = ["Small", "Medium", "Large"];
 const WHEN: &str = "2026-03-01T09:00:00+01:00";
 
-/// All products of a shop.
+/// Returns all products of a shop.
 pub fn products(shop: usize, count: usize) -> Vec<Value> {
     (0..count).map(|index| product(shop, index)).collect()
 }
 
-/// The id of the `index`-th product of a shop.
+/// Returns the id of the `index`-th product of a shop.
 pub fn product_id(shop: usize, index: usize) -> u64 {
     FIRST_ID + (shop as u64) * 1_000_000_000 + index as u64
 }
@@ -81,7 +82,7 @@ fn variant(product: u64, index: usize, position: usize) -> Value {
     })
 }
 
-/// The shop itself.
+/// Returns the shop resource.
 pub fn shop(index: usize) -> Value {
     json!({"shop": {
         "id": 690_933_842 + index, "name": format!("Mock Shop {index}"), "email": "owner@shop.example",
@@ -91,7 +92,7 @@ pub fn shop(index: usize) -> Value {
     }})
 }
 
-/// Small collections of other things, by the name of their list.
+/// Returns a small list of other resources by its name, or `None` if there is no such list.
 pub fn others(shop: usize, name: &str) -> Option<Vec<Value>> {
     let titles: &[&str] = match name {
         "locations" => &["Harbour Warehouse", "Station Store"],

@@ -1,4 +1,4 @@
-//! The demo's traffic: the same mixture of reads, first at the shop directly, then through the sidecar.
+//! Load generator of the demo: the same mix of reads, sent to the shop directly and then through the sidecar.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,22 +18,22 @@ use crate::upstream::Timeouts;
 use crate::upstream::UpstreamClient;
 use crate::upstream::client::PooledClient;
 
-/// Applications at once.
+/// Number of concurrent applications.
 const WORKERS: usize = 8;
 
-/// What an application does between two calls.
+/// Pause of an application between two calls.
 const THINKING: Duration = Duration::from_millis(10);
 
-/// Where the load goes.
+/// The target of the load.
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) name: &'static str,
     pub(super) base: SocketAddr,
-    /// The sidecar's admin listener. Without one, a health check has to ask the shop, as it did in the old days.
+    /// The sidecar's admin listener. `None`: health checks send a request to the shop, as without a sidecar.
     pub(super) health: Option<SocketAddr>,
 }
 
-/// What was seen.
+/// The measurements of a load run.
 #[derive(Debug, Default)]
 pub(super) struct LoadResult {
     /// Latencies of all product reads that succeeded.
@@ -45,7 +45,7 @@ pub(super) struct LoadResult {
     pub(super) lasted: Duration,
 }
 
-/// How to drive.
+/// The parameters of a load run.
 #[derive(Debug)]
 pub(super) struct Load<'a> {
     pub(super) shop: &'a Arc<Shop>,
@@ -55,7 +55,7 @@ pub(super) struct Load<'a> {
 }
 
 impl Load<'_> {
-    /// Drives one target, with a progress bar.
+    /// Sends load to one target and shows a progress bar.
     pub(super) async fn drive(&self, target: &Target) -> Result<LoadResult, String> {
         let limit = Duration::from_secs(30);
         let timeouts = Timeouts { connect: limit, first_byte: limit, idle: limit, fetch: limit };
@@ -154,7 +154,7 @@ impl Worker {
         seen
     }
 
-    /// The answer, its body read to the end.
+    /// Returns the response after its body was read to the end, or `None` if that failed.
     async fn get(&self, path: &str) -> Option<Response<()>> {
         let request = Request::get(format!("http://{}{path}", self.base))
             .header("host", self.base.to_string())
@@ -169,7 +169,7 @@ impl Worker {
     }
 }
 
-/// Two pages, a count, and a dozen products.
+/// Returns the paths to request: two pages, a count, and twelve products.
 fn paths() -> Vec<String> {
     let api = "/admin/api/2026-07";
     let lists = ["products.json?limit=50", "products.json?limit=250", "products/count.json"];

@@ -1,6 +1,7 @@
-//! A Shopify-style shop: REST Admin with cursor pages, a leaky bucket for each token, and faults on request.
+//! The mock shop: a Shopify-style REST Admin API with a leaky bucket for each token and fault injection.
 //!
-//! A token tells which shop is meant. `POST /__faults` sets faults, `GET /__stats` counts requests.
+//! Lists have cursor pagination. The token selects the shop. `POST /__faults` sets the faults, `GET /__stats` returns
+//! the request counts.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -27,7 +28,7 @@ use super::api::{Catalogue, json, set};
 use super::bucket::{BucketResult, LeakyBucket};
 use crate::clock::Clock;
 
-/// Tokens and their shops: two apps in the first shop, one in the second.
+/// Access tokens: two apps in the first shop, one in the second.
 pub const TOKENS: [&str; 3] = ["shpat_shop0_app0", "shpat_shop0_app1", "shpat_shop1_app0"];
 const SHOP_OF: [usize; 3] = [0, 0, 1];
 
@@ -35,38 +36,38 @@ const TOKEN: HeaderName = HeaderName::from_static("x-shopify-access-token");
 const CALL_LIMIT: HeaderName = HeaderName::from_static("x-shopify-shop-api-call-limit");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// How a shop is set up.
+/// Options of the mock shop.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// Products in each shop.
     pub products: usize,
-    /// Size of a bucket.
+    /// Size of a bucket, in calls.
     pub bucket: u32,
-    /// Calls that leak out of it per second.
+    /// Calls that leak out of a bucket per second.
     pub leak: f64,
-    /// What goes wrong.
+    /// The faults to inject.
     pub faults: Faults,
 }
 
-/// What goes wrong, as parts of all answers.
+/// Injected faults, as fractions of all responses (0 to 1).
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Faults {
-    /// Every answer takes so long, give or take half.
+    /// Mean latency of a response; each one varies by up to half of it.
     #[serde(with = "duration_text")]
     pub latency: Duration,
-    /// 503.
+    /// 503 responses.
     pub errors: f64,
-    /// No answer at all.
+    /// Requests that never get a response.
     pub hangs: f64,
-    /// Broken off in the body.
+    /// Responses that are truncated in the body.
     pub truncated: f64,
-    /// Reset before the answer.
+    /// Connections that are reset before the response.
     pub resets: f64,
 }
 
 mod duration_text {
-    //! `"2s"`.
+    //! Serialization of a duration as text, such as `"2s"`.
 
     use std::time::Duration;
 
@@ -82,7 +83,7 @@ mod duration_text {
     }
 }
 
-/// Which fault a request meets.
+/// The fault injected into a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     None,
@@ -92,7 +93,7 @@ enum Fault {
     Reset,
 }
 
-/// Both shops, their buckets and their faults.
+/// Both shops, with their buckets and faults.
 #[derive(Debug)]
 pub struct Shop {
     options: Options,
@@ -107,13 +108,13 @@ struct ShopState {
     shelves: Catalogue,
     buckets: HashMap<String, LeakyBucket>,
     faults: Faults,
-    /// How often each target was asked for.
+    /// Number of requests for each target.
     attempts: HashMap<String, u32>,
 }
 
 type ShopResponse = Response<UnsyncBoxBody<Bytes, ConnectionAborted>>;
 
-/// The connection ends here, on purpose.
+/// Error: the connection is deliberately aborted.
 #[derive(Debug)]
 struct ConnectionAborted;
 
@@ -126,14 +127,14 @@ impl std::fmt::Display for ConnectionAborted {
 impl std::error::Error for ConnectionAborted {}
 
 impl Shop {
-    /// Two shops with full shelves.
+    /// Creates both shops with `options.products` products each.
     pub fn new(options: Options, clock: Clock) -> Shop {
         let shelves = Catalogue::new(options.products);
         let state = ShopState { shelves, buckets: HashMap::new(), faults: options.faults, attempts: HashMap::new() };
         Shop { options, clock, state: Mutex::new(state), requests: AtomicU64::new(0), throttled: AtomicU64::new(0) }
     }
 
-    /// Requests so far.
+    /// Returns the number of requests so far.
     pub fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }
@@ -166,7 +167,7 @@ impl Shop {
                 response
             }
         };
-        // A full bucket answers at once; everything else takes its time.
+        // A 429 is sent at once; all other responses are delayed.
         if response.status() == StatusCode::TOO_MANY_REQUESTS {
             return Ok(full(response));
         }
@@ -183,8 +184,9 @@ impl Shop {
         }
     }
 
-    /// A request's fault and delay. Faults are spread evenly over the requests for each target (multiples of the golden
-    /// ratio): half of them fail where half are to, and never more than two in a row, so that nothing depends on luck.
+    /// Returns the fault and delay of a request. Faults are spread evenly over the requests for each target (multiples
+    /// of the golden ratio), so that results do not depend on chance: at a rate of one half, half of the requests fail,
+    /// and never more than two in a row.
     fn fate(&self, number: u64, target: String) -> (Fault, Duration) {
         const GOLDEN: f64 = 0.618_033_988_749_895;
         let mut state = self.lock();
@@ -225,7 +227,7 @@ impl Shop {
         }
     }
 
-    /// Which shop a request is for, and how full its bucket is; or 401, or 429.
+    /// Returns the shop that a request is for and the level of its bucket, or a 401 or 429 response.
     fn admit(&self, headers: &HeaderMap) -> Result<(usize, u32), Box<Response<Bytes>>> {
         let token = headers.get(TOKEN).and_then(|token| token.to_str().ok()).unwrap_or_default();
         let Some(app) = TOKENS.iter().position(|known| *known == token) else {
@@ -255,7 +257,7 @@ fn full(response: Response<Bytes>) -> ShopResponse {
     response.map(|body| Full::new(body).map_err(|never| match never {}).boxed_unsync())
 }
 
-/// Announces the whole body and sends half of it.
+/// Returns a response with the Content-Length of the complete body and half of its data.
 fn truncated(response: Response<Bytes>) -> ShopResponse {
     let (mut parts, body) = response.into_parts();
     parts.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
@@ -263,7 +265,7 @@ fn truncated(response: Response<Bytes>) -> ShopResponse {
     Response::from_parts(parts, TruncatedBody { first: Some(half), paused: false }.boxed_unsync())
 }
 
-/// A body that ends in an error, after what came before it has left.
+/// A body that ends in an error after its data has been sent.
 struct TruncatedBody {
     first: Option<Bytes>,
     paused: bool,
@@ -316,7 +318,7 @@ async fn connection(stream: TcpStream, shop: Arc<Shop>) {
             match shop.answer(request).await {
                 Ok(answer) => Ok::<_, ConnectionAborted>(answer),
                 Err(cut) => {
-                    // Closing with nothing to linger for sends a reset.
+                    // Closing a socket with a linger time of zero sends a reset.
                     let _ = socket2::SockRef::from(&*handle).set_linger(Some(Duration::ZERO));
                     Err(cut)
                 }

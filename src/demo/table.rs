@@ -1,4 +1,4 @@
-//! The demo's table of before and after, each figure beside its target.
+//! Result table of the demo: the figures without and with the sidecar, each beside its target.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -9,11 +9,11 @@ struct TableRow {
     name: &'static str,
     before: String,
     after: String,
-    /// What the sidecar is to reach, and whether it did.
+    /// The target of the sidecar, and whether it was met.
     target: Option<(&'static str, bool)>,
 }
 
-/// The table.
+/// Renders the table.
 pub(super) fn render(before: &LoadResult, after: &LoadResult) -> String {
     let row = |name, of: &dyn Fn(&LoadResult) -> String, target| TableRow {
         name,

@@ -1,5 +1,6 @@
-//! One connection: TLS where it is configured, then what its first bytes say it speaks, then requests until it
-//! ends or is asked to leave.
+//! Client connections: TLS handshake if configured, protocol detection, and serving of HTTP/1.1 or HTTP/2.
+//!
+//! The first bytes determine the protocol. Requests are served until the connection ends or is evicted.
 
 use std::convert::Infallible;
 use std::future::{Future as _, poll_fn};
@@ -33,20 +34,20 @@ use crate::proxy::Handled;
 use crate::proxy::active::ActiveProxy;
 use crate::upstream::InformationalSink;
 
-/// Streams at once on one HTTP/2 connection.
+/// Maximum number of concurrent streams on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 100;
 
-/// How often an HTTP/2 connection is looked at.
+/// Maximum interval between checks of an HTTP/2 connection.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
-/// For so long the other side may take its leave.
+/// How long a closing connection without requests stays open for the client to close it.
 const GOAWAY_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a listener knows.
+/// Serves a connection of a listener.
 #[derive(Clone)]
 pub(super) struct ConnectionHandler {
     pub(super) proxy: Arc<ActiveProxy>,
-    /// As they were when the connection came.
+    /// The limits that applied when the connection was accepted.
     pub(super) limits: ClientLimits,
     pub(super) tls: Option<TlsAcceptor>,
 }
@@ -124,7 +125,7 @@ impl ConnectionHandler {
         let mut connection = pin!(connection);
         let mut asked = false;
         let ended = poll_fn(|cx| {
-            // A request that has come is read before it is noticed that it is time to leave.
+            // Poll the connection first: a request that has arrived is read before an eviction takes effect.
             let polled = connection.as_mut().poll(cx);
             if polled.is_ready() || asked || activity.poll_evicted(cx).is_pending() {
                 return polled;
@@ -144,7 +145,7 @@ impl ConnectionHandler {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (wire, word) = GuardedStream::new(stream, Protocol::Http2(FrameRate::new()), first, &self.limits);
-        // The HTTP library has no way to send interim answers on a stream.
+        // The HTTP library can't send informational responses on a stream.
         let handler = RequestHandler {
             proxy: self.proxy.clone(),
             flags: word,
@@ -168,7 +169,7 @@ impl ConnectionHandler {
         let mut connection = pin!(connection);
         let mut watch = pin!(self.watch(&stalls, activity));
         poll_fn(|cx| {
-            // Again at once if it was asked to end: it says goodbye.
+            // Poll again right after the start of a graceful shutdown, so that GOAWAY is sent.
             loop {
                 if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
                     return Poll::Ready(ended.map_err(|e| error_text(&e)));
@@ -186,8 +187,8 @@ impl ConnectionHandler {
         .await
     }
 
-    /// Ends a connection that is closing once nothing is asked on it (a client need not answer our goodbye), and one
-    /// whose client takes nothing. Notes one on which nothing was asked for `limits.keep_alive`.
+    /// Ends a closing connection once it has no requests (a client need not react to GOAWAY), and a connection whose
+    /// client reads nothing. Marks a connection as idle after `limits.keep_alive` without requests.
     async fn watch(&self, stalls: &StalledStreams, activity: &ConnectionActivity) -> Result<(), String> {
         let ClientLimits { keep_alive, write_stall, .. } = self.limits;
         let mut every = interval(WATCH_INTERVAL.min(write_stall / 4).min(keep_alive / 4) + Duration::from_millis(1));
@@ -211,7 +212,7 @@ impl ConnectionHandler {
     }
 }
 
-/// Enough of what comes first to know what is spoken: all of HTTP/2's preface, or something that is not.
+/// Reads enough bytes to determine the protocol: the complete HTTP/2 preface, or bytes that differ from it.
 async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &ClientLimits) -> io::Result<BytesMut> {
     let mut first = BytesMut::with_capacity(4096);
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "nothing came");
@@ -226,12 +227,13 @@ async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, limits: &ClientLimits
     Ok(first)
 }
 
-/// Until the one in the seat is to leave.
+/// Waits until the connection is evicted.
 async fn wait_evicted(activity: &ConnectionActivity) {
     poll_fn(|cx| activity.poll_evicted(cx)).await;
 }
 
-/// The largest head the HTTP library is to read: what is too large is for the guard to say.
+/// Returns the maximum head size in bytes of the scanner and the HTTP library. It exceeds `limits.headers` plus
+/// `limits.url`, so that the request guard rejects a head that is too large.
 fn max_head(limits: &ClientLimits) -> usize {
     usize::try_from(limits.headers + limits.url).unwrap_or(usize::MAX) + 1024
 }

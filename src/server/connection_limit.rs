@@ -1,6 +1,8 @@
-//! Who is here: a place for every connection, and what happens when there is none left. Then one that has done
-//! nothing since it was last looked at (the clock algorithm of page replacement) is asked to leave: it finishes
-//! what it does, and closes. An idle flood makes room for those who work.
+//! Connection limit: slots for client connections, and eviction of idle ones when all are taken.
+//!
+//! The clock algorithm of page replacement selects a connection that has received no request since it was last
+//! checked. It finishes the request in progress and closes, so that a flood of idle connections does not displace
+//! active ones.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,13 +13,13 @@ use atomic_waker::AtomicWaker;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-/// Who is asked to leave has so long before the next one is asked.
+/// How long an evicted connection has to close before the next one is evicted.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
 
-/// One connection's.
+/// The activity and eviction state of one connection.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionActivity {
-    /// Requests so far.
+    /// Number of requests so far.
     requests: AtomicU32,
     evicted: AtomicBool,
     waker_registered: AtomicBool,
@@ -25,17 +27,17 @@ pub(super) struct ConnectionActivity {
 }
 
 impl ConnectionActivity {
-    /// A request has come.
+    /// Counts a request.
     pub(super) fn count_request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many have.
+    /// Returns the number of requests so far.
     pub(super) fn requests(&self) -> u32 {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// Ready once it is to leave. One task asks, always the same: its waker is noted once.
+    /// Ready once the connection is evicted. Always polled by the same task, so its waker is registered once.
     pub(super) fn poll_evicted(&self, cx: &mut Context<'_>) -> Poll<()> {
         if !self.waker_registered.swap(true, Ordering::Relaxed) {
             self.waker.register(cx.waker());
@@ -49,7 +51,7 @@ impl ConnectionActivity {
     }
 }
 
-/// All connections of a listener.
+/// The slots of a listener's connections.
 #[derive(Debug)]
 pub(super) struct ConnectionSlots {
     places: Mutex<SlotTable>,
@@ -64,7 +66,7 @@ struct SlotTable {
     most: usize,
 }
 
-/// A place that is taken.
+/// A taken slot, freed on drop.
 #[derive(Debug)]
 pub(super) struct ConnectionSlot {
     slots: Arc<ConnectionSlots>,
@@ -83,13 +85,13 @@ impl Drop for ConnectionSlot {
 }
 
 impl ConnectionSlots {
-    /// For at most so many.
+    /// Creates slots for at most `most` connections.
     pub(super) fn new(most: usize) -> Arc<ConnectionSlots> {
         let places = SlotTable { taken: Vec::new(), free: Vec::new(), hand: 0, most };
         Arc::new(ConnectionSlots { places: Mutex::new(places), freed: Notify::new() })
     }
 
-    /// From now on for so many; who is here beyond that stays until asked to leave.
+    /// Changes the number of slots. Connections in excess of it stay open until they are evicted.
     pub(super) fn resize(&self, most: usize) {
         self.lock().most = most;
     }
@@ -98,19 +100,19 @@ impl ConnectionSlots {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place, as soon as there is one.
+    /// Waits for a free slot and takes it. Evicts idle connections meanwhile.
     pub(super) async fn acquire(self: &Arc<Self>) -> ConnectionSlot {
         loop {
             if let Some(place) = self.try_acquire() {
                 return place;
             }
             self.lock().evict_idle();
-            // It may have a long answer to finish: then another one is asked.
+            // The evicted connection may have a long response to finish: then another one is evicted.
             let _ = timeout(EVICTION_INTERVAL, self.freed.notified()).await;
         }
     }
 
-    /// A place, if there is one now.
+    /// Takes a slot if one is free.
     pub(super) fn try_acquire(self: &Arc<Self>) -> Option<ConnectionSlot> {
         let activity = Arc::new(ConnectionActivity::default());
         let mut places = self.lock();
@@ -125,7 +127,7 @@ impl ConnectionSlots {
         Some(ConnectionSlot { slots: self.clone(), index, activity })
     }
 
-    /// Everybody is to leave.
+    /// Evicts all connections.
     pub(super) fn evict_all(&self) {
         for (activity, _) in self.lock().taken.iter().flatten() {
             activity.evict();
@@ -135,7 +137,7 @@ impl ConnectionSlots {
 
 impl SlotTable {
     fn evict_idle(&mut self) {
-        // Twice round: after the first, whoever is busy has been noted.
+        // Two rounds: the first one updates the request counts of the busy connections.
         for _ in 0..self.taken.len() * 2 {
             self.hand = (self.hand + 1) % self.taken.len();
             let Some((activity, noted)) = &mut self.taken[self.hand] else { continue };

@@ -1,12 +1,14 @@
-//! Where a client's requests begin and end: RFC 9112 §2 to §7, read strictly, before the HTTP library reads a
-//! byte. What is ambiguous is refused here, so that nobody further on can take it for something else.
+//! HTTP/1.1 request framing: a strict scanner for RFC 9112 §2 to §7 that runs before the HTTP library.
 //!
-//! A [`RequestScanner`] gets the bytes as they come and says how many of them may pass. A line is held back until it is
-//! whole, and a head until all of its lines are. States:
+//! Ambiguous framing is refused here, so that no later stage or upstream can interpret it differently (request
+//! smuggling, RFC 9112 §11.2).
 //!
-//! * **head**: the request line and the fields; ends in one of the others, or in a new head;
-//! * **length**: so many bytes of a body with a Content-Length are to come;
-//! * **chunk size**, **chunk**, **chunk end**, **trailers**: a body in chunks.
+//! A [`RequestScanner`] receives the bytes as they arrive and returns how many of them may pass. A line is held back
+//! until it is complete, and a head until all of its lines are. States:
+//!
+//! * **head**: the request line and the header fields; followed by one of the other states, or by a new head;
+//! * **length**: the given number of bytes remains of a body with a Content-Length;
+//! * **chunk size**, **chunk**, **chunk end**, **trailers**: a chunked body.
 
 mod extensions;
 
@@ -16,26 +18,26 @@ use memchr::{memchr, memchr3_iter};
 use crate::policy::rejection::Rejection;
 use extensions::is_extension;
 
-/// All chunk extensions of a body together: beyond this they are an attack.
+/// Maximum total size of the chunk extensions of a body, in bytes. More is an attack.
 const MAX_EXTENSIONS: usize = 4 << 10;
 
-/// Hexadecimal digits of a chunk's size: more can't be counted.
+/// Maximum number of hexadecimal digits of a chunk size. More would overflow.
 const MAX_DIGITS: usize = 15;
 
-/// Empty lines before a request line, which RFC 9112 §2.2 lets pass.
+/// Maximum number of empty lines before a request line, which RFC 9112 §2.2 allows.
 const MAX_EMPTY_LINES: usize = 4;
 
-/// Reads one connection's requests.
+/// Scans the requests of one connection.
 #[derive(Debug)]
 pub struct RequestScanner {
     state: FramingState,
-    /// How far into the bytes that are held back the whole lines reach.
+    /// Offset of the end of the last complete line within the bytes that are held back.
     checked: usize,
-    /// What the head said so far.
+    /// The content of the current head so far.
     head: RequestHead,
-    /// Bytes of chunk extensions in this body.
+    /// Bytes of chunk extensions in the current body.
     extensions: usize,
-    /// The last head asked for another protocol: what follows is that, or nothing yet.
+    /// The last head requested an upgrade: the bytes that follow are held back until the response is known.
     waits: bool,
     max_head: usize,
 }
@@ -45,7 +47,7 @@ enum FramingState {
     Head,
     Length(u64),
     ChunkSize,
-    /// With the line end after it.
+    /// Remaining bytes, including the line end after the data.
     Chunk(u64),
     Trailers,
 }
@@ -60,19 +62,19 @@ struct RequestHead {
     upgrade: bool,
 }
 
-/// What came of a look at some bytes.
+/// The result of a scan.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ScanResult {
-    /// So many of them may pass. What follows is not whole yet, and has to be shown again with what comes next.
+    /// Number of bytes that may pass. The rest is incomplete, and must be scanned again together with the next bytes.
     pub passed: usize,
-    /// What follows them is refused.
+    /// The rejection of what follows those bytes.
     pub refused: Option<Rejection>,
 }
 
 type FramingResult<T> = Result<T, Rejection>;
 
 impl RequestScanner {
-    /// For a new connection. Heads beyond `max_head` bytes are refused.
+    /// Creates the scanner of a new connection. Heads larger than `max_head` bytes are refused.
     pub fn new(max_head: usize) -> RequestScanner {
         RequestScanner {
             state: FramingState::Head,
@@ -84,22 +86,22 @@ impl RequestScanner {
         }
     }
 
-    /// Is a body under way?
+    /// Returns true if a body has begun and is not complete.
     pub fn in_body(&self) -> bool {
         self.state != FramingState::Head
     }
 
-    /// Does what follows depend on the answer to the last head, which asked for another protocol?
+    /// Returns true if the last head requested an upgrade and the protocol of the following bytes is not yet known.
     pub fn waits(&self) -> bool {
         self.waits
     }
 
-    /// It stays HTTP/1.1.
+    /// Resumes scanning: the connection stays HTTP/1.1.
     pub fn go_on(&mut self) {
         self.waits = false;
     }
 
-    /// Looks at bytes: all that have come and not passed.
+    /// Scans bytes: all that have been received and have not passed.
     pub fn scan(&mut self, bytes: &[u8]) -> ScanResult {
         let mut passed = 0;
         loop {
@@ -125,7 +127,7 @@ impl RequestScanner {
         }
     }
 
-    /// A whole head, or `None` if it is not whole yet.
+    /// Reads a head. Returns its size in bytes, or `None` if it is incomplete.
     fn read_head(&mut self, bytes: &[u8]) -> FramingResult<Option<usize>> {
         let mut lines = LineReader::from(bytes, self.checked);
         while let Some((line, end)) = lines.next()? {
@@ -187,10 +189,10 @@ impl RequestScanner {
         Ok(Some(end))
     }
 
-    /// The data, and the line end that closes it.
+    /// Reads the data of a chunk and the line end after it.
     fn read_chunk(&mut self, left: u64, bytes: &[u8]) -> FramingResult<Option<usize>> {
         let taken = min_length(left, bytes.len());
-        // How far the last two bytes of the chunk are in what came.
+        // Offsets of the last two bytes of the chunk (CR, LF) within `bytes`.
         for (expected, from_end) in [(b'\r', 2), (b'\n', 1)] {
             let at = left.checked_sub(from_end).and_then(|at| usize::try_from(at).ok());
             if at.and_then(|at| bytes.get(at)).is_some_and(|byte| *byte != expected) {
@@ -266,7 +268,7 @@ impl RequestHead {
     }
 }
 
-/// `method SP target SP HTTP/1.x`: RFC 9112 §3. The parts themselves are the guard's and the HTTP library's.
+/// Checks `method SP target SP HTTP/1.x`: RFC 9112 §3. The guard and the HTTP library check the parts in detail.
 fn request_line(line: &[u8]) -> FramingResult<()> {
     let fault = bad_request("bad_request_line", "The request line is not method, target and HTTP/1.0 or HTTP/1.1.");
     let (Some(first), Some(last)) = (memchr(b' ', line), line.len().checked_sub(9)) else { return Err(fault) };
@@ -282,7 +284,7 @@ fn request_line(line: &[u8]) -> FramingResult<()> {
     if is_token(method) { Ok(()) } else { Err(fault) }
 }
 
-/// `name ":" value`: RFC 9112 §5. No space before the colon, no folded line, no field without a name.
+/// Parses `name ":" value`: RFC 9112 §5. Refuses space before the colon, folded lines, and fields without a name.
 fn parse_field(line: &[u8]) -> FramingResult<(&[u8], &[u8])> {
     let colon = memchr(b':', line).unwrap_or(0);
     let (name, value) = line.split_at(colon);
@@ -296,7 +298,7 @@ fn is_token(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|b| TOKEN[usize::from(*b)])
 }
 
-/// `tchar`: RFC 9110 §5.6.2.
+/// The `tchar` characters: RFC 9110 §5.6.2.
 const TOKEN: [bool; 256] = {
     let mut table = [false; 256];
     let members = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
@@ -341,7 +343,7 @@ const URL_TOO_LONG: Rejection = Rejection {
     message: "The request target is longer than limits.url.",
 };
 
-/// Whole lines, each ended by CR LF: a CR or LF that stands alone, or a NUL, is an error.
+/// Reader of complete lines that end in CR LF. A bare CR or LF, or a NUL, is an error.
 struct LineReader<'b> {
     bytes: &'b [u8],
     start: usize,
@@ -354,7 +356,7 @@ impl<'b> LineReader<'b> {
         LineReader { bytes, start, hits: memchr3_iter(b'\r', b'\n', 0, &bytes[start..]), offset: start }
     }
 
-    /// The next whole line without its end, and where the one after it starts.
+    /// Returns the next complete line without its line end, and the offset of the line after it.
     fn next(&mut self) -> FramingResult<Option<(&'b [u8], usize)>> {
         let alone = bad_request("bad_line_end", "A line does not end in CR LF, or holds a CR, LF or NUL.");
         let Some(at) = self.hits.next().map(|at| at + self.offset) else { return Ok(None) };
@@ -486,7 +488,7 @@ mod tests {
         "X: \t y \t\r\n",
     ];
 
-    /// Requests back to back, cut anywhere: the same bytes pass.
+    /// Scans `bytes` in the pieces between `cuts`. Returns the bytes that passed and the rejection.
     fn feed(bytes: &[u8], cuts: &[usize]) -> (Vec<u8>, Option<Rejection>) {
         let (mut scanner, mut held, mut passed) = (scanner(), Vec::new(), Vec::new());
         let mut last = 0;
@@ -523,7 +525,7 @@ mod tests {
             prop_assert_eq!(refused.is_some(), broken);
         }
 
-        /// What passes as one head is one head to the HTTP library too, and of the same length.
+        /// The HTTP library also parses what passes as one head, with the same length.
         #[test]
         fn what_passes_is_what_the_library_reads(
             pieces in prop::collection::vec(prop::sample::select(PIECES), 0..10),

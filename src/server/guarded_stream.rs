@@ -1,6 +1,8 @@
-//! A client's connection, read strictly and under clocks of ours: what it sends is scanned before the HTTP library
-//! sees it, a head that has begun must end within `limits.header_time`, and a client that takes nothing for
-//! `limits.write_stall` is cut. Timers exist only while something waits.
+//! The stream of a client connection, with request scanning and timeouts below the HTTP library.
+//!
+//! Received bytes are scanned before the HTTP library reads them, a head that has begun must be complete within
+//! `limits.header_time`, and a client that reads nothing for `limits.write_stall` is disconnected. A timer exists only
+//! while an operation is pending.
 
 use std::future::Future;
 use std::io;
@@ -22,12 +24,12 @@ use super::linger::LingeringClose;
 use crate::policy::client_limits::ClientLimits;
 use crate::policy::rejection::Rejection;
 
-/// What the HTTP library is given to read in place of a head that was refused: in its turn, behind requests that
-/// came before it. Should a client use this method itself, it is one that nobody knows, like any other.
+/// Method of the placeholder head that the HTTP library reads in place of a refused head, in order after the requests
+/// before it. A client that sends this method gets the treatment of any unknown method.
 pub(super) const REFUSED_METHOD: &str = "~refused~";
 const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
 
-/// What the one who serves a connection and its wire tell each other.
+/// State shared between a connection's [`GuardedStream`] and the code that serves its requests.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionFlags {
     refused: OnceLock<Rejection>,
@@ -35,61 +37,61 @@ pub(super) struct ConnectionFlags {
     set_evicted: AtomicBool,
     set_tunnel: AtomicBool,
     answered: AtomicBool,
-    /// What goes ahead of answers.
+    /// Informational responses that are to be sent before the final responses.
     pub(super) informational: Arc<InformationalQueue>,
-    /// Who waits to hear which of the two it is.
+    /// The reading task, which waits until the upgrade has succeeded or failed.
     reader: AtomicWaker,
 }
 
 impl ConnectionFlags {
-    /// Why the head was refused that [`REFUSED_METHOD`] stands for.
+    /// Returns the rejection of the head that [`REFUSED_METHOD`] stands for.
     pub(super) fn refused(&self) -> Option<&Rejection> {
         self.refused.get()
     }
 
-    /// The client is sent away while it may still be sending.
+    /// Requests a lingering close: the client is rejected while it may still be sending.
     pub(super) fn set_linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }
 
-    /// The connection is asked to make room.
+    /// Marks the connection as evicted.
     pub(super) fn set_evicted(&self) {
         self.set_evicted.store(true, Ordering::Relaxed);
     }
 
-    /// What comes from now on is another protocol.
+    /// Marks the connection as a tunnel: all following bytes belong to another protocol.
     pub(super) fn set_tunnel(&self) {
         self.set_tunnel.store(true, Ordering::Release);
         self.reader.wake();
     }
 
-    /// A request that asked for another protocol is answered, and this was not the answer.
+    /// Records that a request for an upgrade got a response without a switch of protocols.
     pub(super) fn set_no_upgrade(&self) {
         self.answered.store(true, Ordering::Release);
         self.reader.wake();
     }
 }
 
-/// What the bytes are.
+/// The protocol of a connection, with the state of its scanner.
 #[derive(Debug)]
 pub(super) enum Protocol {
     Http1(RequestScanner),
     Http2(FrameRate),
 }
 
-/// The connection.
+/// A client connection whose reads are scanned and whose reads and writes have timeouts.
 #[derive(Debug)]
 pub(super) struct GuardedStream<S> {
     stream: S,
     protocol: Protocol,
     flags: Arc<ConnectionFlags>,
-    /// What came, and was not given on yet.
+    /// Bytes that were received and not yet passed to the reader.
     buffered: BytesMut,
-    /// So much of it may be.
+    /// How many bytes of `buffered` may be passed to the reader.
     passed: usize,
-    /// Some of the rest was not looked at.
+    /// True if the bytes after those contain some that were not scanned.
     unscanned: bool,
-    /// What follows them is refused.
+    /// The rejection of what follows the bytes that may pass.
     refusal: Option<Rejection>,
     header_time: Duration,
     write_stall: Duration,
@@ -99,7 +101,7 @@ pub(super) struct GuardedStream<S> {
 }
 
 impl<S> GuardedStream<S> {
-    /// A connection of which the `first` bytes were read already.
+    /// Wraps a connection whose `first` bytes were already read.
     pub(super) fn new(
         stream: S,
         protocol: Protocol,
@@ -131,7 +133,7 @@ impl<S> GuardedStream<S> {
             Protocol::Http1(scanner) => {
                 let scanned = scanner.scan(bytes);
                 if scanned.passed > 0 {
-                    // A head was whole: the next one has all of its time.
+                    // A head is complete: the timeout starts anew for the next one.
                     self.head_due = None;
                 }
                 Ok(scanned)
@@ -142,7 +144,8 @@ impl<S> GuardedStream<S> {
         }
     }
 
-    /// Instead of a head, its refusal is read. A body just ends: its request is being answered already.
+    /// Replaces a refused head by the placeholder head. Returns an error within a body, because its request is already
+    /// being served.
     fn refuse(&mut self, rejection: Rejection) -> io::Result<()> {
         self.flags.set_linger();
         let in_body = self.in_body();
@@ -157,7 +160,7 @@ impl<S> GuardedStream<S> {
         Ok(())
     }
 
-    /// Looks at what is held.
+    /// Scans the buffered bytes.
     fn scan_buffered(&mut self) -> io::Result<()> {
         self.unscanned = false;
         let held = std::mem::take(&mut self.buffered);
@@ -202,8 +205,8 @@ impl<S> GuardedStream<S> {
 }
 
 impl<S: AsyncRead + Unpin> GuardedStream<S> {
-    /// The usual way: into the reader's own buffer, all of which passes. What does not is held. True once there is
-    /// something for the reader, or nothing more at all.
+    /// Fast path: reads into the reader's own buffer, and moves the bytes that may not pass yet to `buffered`.
+    /// Returns true if there is data for the reader, or at the end of the stream.
     fn poll_direct(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
@@ -220,7 +223,7 @@ impl<S: AsyncRead + Unpin> GuardedStream<S> {
         Poll::Ready(Ok(buf.filled().len() > before))
     }
 
-    /// While a request for another protocol is being answered, nothing more is read; after a 101 everything passes.
+    /// Passes no bytes while the response to an upgrade request is pending, and all bytes after a 101.
     fn poll_upgrade_pending(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Option<Poll<io::Result<()>>> {
         let Protocol::Http1(scanner) = &mut self.protocol else { return None };
         if !scanner.waits() || self.passed > 0 {
@@ -239,13 +242,13 @@ impl<S: AsyncRead + Unpin> GuardedStream<S> {
                 self.passed = self.buffered.len();
                 None
             }
-            // That the client leaves is still noticed.
+            // Keep reading, so that a disconnect of the client is noticed.
             (false, true) => None,
             (false, false) => Some(Poll::Pending),
         }
     }
 
-    /// Reads what a line or head still lacks. True at the end.
+    /// Reads more bytes of an incomplete line or head. Returns true at the end of the stream.
     fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut space = [0; 4096];
         let mut came = ReadBuf::new(&mut space);
@@ -287,7 +290,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedStream<S> {
                 continue;
             }
             if this.flags.refused.get().is_some() {
-                // What follows a refused head is nobody's request.
+                // Bytes after a refused head are not a request.
                 return Poll::Pending;
             }
             let read = if this.buffered.is_empty() { this.poll_direct(cx, buf) } else { this.poll_more(cx) };
@@ -308,7 +311,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        // The library flushes when nothing of its own is left to write.
+        // The HTTP library flushes when it has nothing left to write itself.
         let mut polled = this.flags.informational.poll_write(&mut this.stream, cx);
         if matches!(polled, Poll::Ready(Ok(()))) {
             polled = Pin::new(&mut this.stream).poll_flush(cx);

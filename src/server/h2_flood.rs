@@ -1,36 +1,37 @@
-//! What an HTTP/2 client may make us do for nothing. The HTTP/2 library answers each PING and SETTINGS; the ones a
-//! client sends are counted here, before it (RFC 9113 §10.5). And a header block that was begun is noticed.
+//! HTTP/2 flood protection: rate limit of control frames (RFC 9113 §10.5) and detection of unfinished header blocks.
+//!
+//! The HTTP/2 library replies to each PING and SETTINGS frame, so the frames are counted before it reads them.
 
 use tokio::time::Instant;
 
-/// Control frames a client may send at once …
+/// Number of control frames that a client may send in a burst.
 const BURST: f64 = 1000.0;
 
-/// … and a second, for as long as it likes.
+/// Sustained limit of control frames per second.
 const RATE: f64 = 200.0;
 
-/// The client's preface: RFC 9113 §3.4.
+/// The client connection preface: RFC 9113 §3.4.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 const FRAME_HEADER: usize = 9;
 const END_HEADERS: u8 = 0x4;
 
-/// Counts one connection's frames.
+/// Counts the control frames of one connection.
 #[derive(Debug)]
 pub(super) struct FrameRate {
-    /// Bytes to pass over: of the preface, then of payloads.
+    /// Bytes left to skip: of the preface, then of frame payloads.
     skip: usize,
-    /// A frame's own head.
+    /// The header of the current frame, of which the first `have` bytes have been read.
     head: [u8; FRAME_HEADER],
     have: usize,
-    /// Between HEADERS and the frame that ends them.
+    /// True between HEADERS and the frame that ends the header block.
     in_block: bool,
     left: f64,
     at: Instant,
 }
 
 impl FrameRate {
-    /// For a connection that begins with its preface.
+    /// Creates the counter for a connection that begins with the preface.
     pub(super) fn new() -> FrameRate {
         FrameRate {
             skip: PREFACE.len(),
@@ -42,12 +43,12 @@ impl FrameRate {
         }
     }
 
-    /// Is a header block under way?
+    /// Returns true if a frame header or a header block has begun and is not complete.
     pub(super) fn in_head(&self) -> bool {
         self.in_block || self.have > 0 || (matches!(self.head[3], 1 | 9) && self.skip > 0)
     }
 
-    /// Counts what came; too many control frames are an error.
+    /// Counts the frames in received bytes. Returns an error if there are too many control frames.
     pub(super) fn count(&mut self, mut bytes: &[u8]) -> Result<(), &'static str> {
         while !bytes.is_empty() {
             if self.skip > 0 {
@@ -74,10 +75,10 @@ impl FrameRate {
         match kind {
             // HEADERS, CONTINUATION.
             1 | 9 => self.in_block = flags & END_HEADERS == 0,
-            // DATA, unless it is empty, and WINDOW_UPDATE are the library's to account for.
+            // The HTTP/2 library accounts for non-empty DATA and for WINDOW_UPDATE.
             0 if self.skip > 0 => {}
             8 => {}
-            // PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, what nobody knows; empty DATA.
+            // PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, unknown types; empty DATA.
             _ => return self.spend(),
         }
         Ok(())

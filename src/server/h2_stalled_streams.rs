@@ -1,5 +1,7 @@
-//! HTTP/2 clients that open no window: their streams wait for room while the connection itself moves on, so no
-//! write ever stalls. Each body that had a piece taken from it and is not asked for the next one is noted here.
+//! Detection of stalled HTTP/2 streams: clients that do not open their flow-control window.
+//!
+//! Such streams wait for window while the connection itself makes progress, so no write ever stalls. Each body that
+//! has yielded a frame and is not polled for the next one is recorded here.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -14,18 +16,18 @@ use tokio::time::Instant;
 
 use crate::body::{Body, BodyError};
 
-/// What is at hand goes out in such pieces: a body that was handed over whole would not be seen to wait.
+/// Maximum size of a frame of a [`Body::Full`], in bytes: a body yielded in one piece would not be seen to wait.
 const MAX_FRAME: usize = 16 << 10;
 
-/// The bodies of one connection that wait for their client.
+/// The response bodies of one connection that wait for the client.
 #[derive(Debug, Default)]
 pub(super) struct StalledStreams {
     since: Mutex<HashMap<u64, Instant>>,
     next: AtomicU64,
     open: AtomicU64,
-    /// Nothing was asked for a long time.
+    /// No request has come for `limits.keep_alive`.
     pub(super) idle: AtomicBool,
-    /// It has been asked to end.
+    /// Graceful shutdown of the connection has begun.
     pub(super) closing: AtomicBool,
 }
 
@@ -34,29 +36,29 @@ impl StalledStreams {
         self.since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has one of them waited for so long?
+    /// Returns true if one of the bodies has waited for at least `limit`.
     pub(super) fn any_stalled(&self, limit: Duration) -> bool {
         self.lock().values().any(|since| since.elapsed() >= limit)
     }
 
-    /// Is anything being answered?
+    /// Returns true if a request is in progress.
     pub(super) fn has_open_streams(&self) -> bool {
         self.open.load(Ordering::Relaxed) > 0
     }
 
-    /// Was nothing asked for a long time?
+    /// Returns true if no request has come for `limits.keep_alive`.
     pub(super) fn is_idle(&self) -> bool {
         self.idle.load(Ordering::Relaxed)
     }
 
-    /// From the request's coming to its answer's end.
+    /// Registers a stream, from the arrival of its request to the end of its response.
     pub(super) fn open_stream(self: &Arc<Self>) -> OpenStream {
         self.open.fetch_add(1, Ordering::Relaxed);
         OpenStream { streams: self.clone(), id: self.next.fetch_add(1, Ordering::Relaxed) }
     }
 }
 
-/// A request that is being answered.
+/// A request in progress.
 #[derive(Debug)]
 pub(super) struct OpenStream {
     streams: Arc<StalledStreams>,
@@ -70,7 +72,7 @@ impl Drop for OpenStream {
     }
 }
 
-/// Its answer's body.
+/// A response body that records when it waits for the client.
 #[derive(Debug)]
 pub(super) struct WatchedBody {
     pub(super) body: Body,

@@ -1,12 +1,12 @@
-//! HTTP/2's way of saying things, said in HTTP/1.1's: nobody further on has to know two.
+//! Converts HTTP/2 requests to their HTTP/1.1 form (authority, cookie crumbs), so that later stages handle one form.
 
 use http::header::{COOKIE, HOST, HeaderMap, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{Request, Uri, Version};
 
-/// `:authority` becomes Host (RFC 9113 §8.3.1), the target origin-form, and a Cookie in pieces one (§8.2.3).
+/// Converts `:authority` to Host (RFC 9113 §8.3.1), the target to origin-form, and joins Cookie fields (§8.2.3).
 ///
-/// A Host that says something else than `:authority` stays beside it: the guard refuses two.
+/// A Host that differs from `:authority` is kept beside it: the request guard rejects requests with two Host fields.
 pub(super) fn to_http1_form<B>(request: &mut Request<B>) {
     if request.version() != Version::HTTP_2 {
         return;

@@ -1,5 +1,7 @@
-//! Interim answers (RFC 9110 §15.2) on their way to an HTTP/1.1 client. The HTTP library's server can't send them;
-//! our wire below it can, at moments when the library has nothing of its own half written: when it flushes.
+//! Informational responses (RFC 9110 §15.2) to HTTP/1.1 clients.
+//!
+//! The HTTP library's server can't send them. The stream below it writes them when the library flushes, because then
+//! the library has no partially written response.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -17,14 +19,14 @@ use tokio::io::AsyncWrite;
 use crate::policy::http::hop_by_hop::strip_hop_by_hop;
 use crate::upstream::InformationalSink;
 
-/// An upstream may say so much before its answer to one request, in bytes; the rest of it is not passed on.
+/// Maximum size of the informational responses to one request, in bytes; further ones are not forwarded.
 const MAX_BYTES: usize = 16 << 10;
 
-/// What is to be sent ahead of the answers on one connection.
+/// The informational responses that are to be sent before the final responses on one connection.
 #[derive(Debug, Default)]
 pub(super) struct InformationalQueue {
     state: Mutex<QueueState>,
-    /// Something waits to be written.
+    /// True if there are bytes to be written.
     waiting: AtomicBool,
     /// The task that drives the connection.
     driver: AtomicWaker,
@@ -32,7 +34,7 @@ pub(super) struct InformationalQueue {
 
 #[derive(Debug, Default)]
 struct QueueState {
-    /// Which request of the connection is being answered.
+    /// Number of the request whose response is pending, counted per connection.
     current_request: u64,
     so_far: usize,
     unwritten: BytesMut,
@@ -43,7 +45,7 @@ impl InformationalQueue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers a request: first with what is said meanwhile.
+    /// Awaits the final response, and returns it once the informational responses before it are written.
     pub(super) async fn deliver_before<T>(&self, answer: impl Future<Output = T>) -> T {
         let mut answer = pin!(answer);
         let answer = poll_fn(|cx| {
@@ -56,7 +58,7 @@ impl InformationalQueue {
             if self.waiting.load(Ordering::Acquire) { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
-        // Who speaks up from now on speaks of a request that has its answer.
+        // Informational responses from now on belong to a request that has its final response: they are dropped.
         let mut said = self.state();
         said.current_request += 1;
         said.so_far = 0;
@@ -65,7 +67,7 @@ impl InformationalQueue {
         answer
     }
 
-    /// Writes what waits.
+    /// Writes the queued bytes.
     pub(super) fn poll_write<S: AsyncWrite + Unpin>(
         &self,
         stream: &mut S,

@@ -1,6 +1,6 @@
-//! The last of a connection: what a client sends that is sent away, or was answered before its request's body had
-//! ended, is read and thrown away for a while. Closing a connection with unread bytes resets it, and takes our answer
-//! from the client (RFC 9112 §9.6).
+//! Lingering close: reads and discards the rest of a request after a refusal or an early response (RFC 9112 §9.6).
+//!
+//! Closing a connection with unread bytes resets it, and the client may lose the response.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -10,31 +10,31 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// So much is taken, with no longer pause.
+/// Maximum number of bytes that are discarded, with pauses of at most [`MAX_PAUSE`].
 const MAX_BYTES: usize = 64 << 20;
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// For no longer in all: one that was answered, and one that was refused.
+/// Maximum total duration: after a response, and (below) after a refusal.
 const ANSWERED_TIMEOUT: Duration = Duration::from_secs(5);
 const REFUSED_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// One that stays for a while after it has said goodbye.
+/// A lingering close in progress.
 #[derive(Debug)]
 pub(super) struct LingeringClose {
     pause: Pin<Box<Sleep>>,
     until: Instant,
     left: usize,
-    /// It goes at once if somebody wants its place.
+    /// True if the connection is closed at once when its slot is needed.
     yields: bool,
 }
 
 impl LingeringClose {
-    /// After an answer.
+    /// Returns a lingering close after a response.
     pub(super) fn answered() -> LingeringClose {
         LingeringClose { yields: true, ..Self::for_at_most(ANSWERED_TIMEOUT) }
     }
 
-    /// After a refusal.
+    /// Returns a lingering close after a refusal.
     pub(super) fn refused() -> LingeringClose {
         Self::for_at_most(REFUSED_TIMEOUT)
     }
@@ -48,7 +48,7 @@ impl LingeringClose {
         }
     }
 
-    /// Until the client has gone too, or has had its time. `wanted`: its place is.
+    /// Ready once the client has closed the connection or a limit is reached. `wanted`: the slot is needed.
     pub(super) fn poll<S>(&mut self, stream: &mut S, wanted: bool, cx: &mut Context<'_>) -> Poll<()>
     where
         S: AsyncRead + Unpin,
@@ -75,7 +75,7 @@ mod tests {
     use std::future::poll_fn;
     use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
 
-    /// For how long, in milliseconds, it stays with a client that writes so many bytes every 900 ms, so many times.
+    /// Returns how many milliseconds a close lingers if the client writes `size` bytes every 900 ms, `times` times.
     async fn stays(goodbye: fn() -> LingeringClose, size: usize, times: usize) -> u128 {
         let (mut client, mut ours) = duplex(1 << 20);
         let mut lingering = goodbye();

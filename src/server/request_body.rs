@@ -1,5 +1,6 @@
-//! A request's body on its way in: counted, paced, and its first mebibyte read whole, so that a body that is
-//! broken early never reaches the upstream.
+//! Reading of request bodies: size limit, minimum rate, and buffering before the request is sent upstream.
+//!
+//! The first 1 MiB is buffered, so that a body that fails early never reaches the upstream.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -16,14 +17,14 @@ use crate::body::fanout::{InflightBudget, InflightGuard};
 use crate::body::{Body, BodyError};
 use crate::policy::client_limits::ClientLimits;
 
-/// So much is read before the upstream hears of the request.
+/// Number of bytes that are buffered before the request is sent upstream.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// A body may come this slowly: bytes per second, after a first allowance.
+/// Minimum average rate of a body in bytes per second, enforced after [`RATE_GRACE`].
 const MIN_BYTES_PER_SECOND: u64 = 1024;
 const RATE_GRACE: Duration = Duration::from_secs(5);
 
-/// The body of a request: nothing after all, all of it, or its beginning and the rest to come.
+/// Reads the body of a request. Returns an empty body, the complete body, or its beginning followed by a stream.
 pub(super) async fn read_body(
     incoming: Incoming,
     limits: &ClientLimits,
@@ -37,7 +38,7 @@ pub(super) async fn read_body(
     while let Some(chunk) = body.next().await {
         let chunk = chunk?;
         buffer.extend_from_slice(&chunk);
-        // What all connections hold back together has its bound too.
+        // The bytes that all connections buffer together are bounded too.
         if buffer.len() >= BUFFER_BYTES || !held.take(chunk.len() as u64) {
             return Ok(Body::prefixed(buffer.freeze(), body));
         }

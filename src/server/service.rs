@@ -1,5 +1,4 @@
-//! One request at the door: what the scanner refused, the guard, the body, the proxy; and the other protocol that
-//! may follow an upgrade.
+//! The service behind a client connection: request guard, request body, proxy call, and upgrades.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,20 +26,20 @@ use crate::proxy::respond::error::body_rejection;
 use crate::telemetry::spans;
 use crate::upstream::InformationalSink;
 
-/// Where the two ends of a tunnel meet: filled by the request that asked for it, emptied by its connection.
+/// Slot for the two ends of a tunnel: filled by the upgrade request, emptied by its connection.
 pub(super) type UpgradeSlot = Arc<Mutex<Option<(OnUpgrade, Tunnel)>>>;
 
-/// What requests of one connection have in common.
+/// Handles the requests of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct RequestHandler {
     pub(super) proxy: Arc<ActiveProxy>,
     pub(super) flags: Arc<ConnectionFlags>,
     pub(super) upgrade_slot: UpgradeSlot,
-    /// Where interim answers go; none: they can't be passed on.
+    /// Sink for informational responses. `None` if they can't be forwarded.
     pub(super) informational: Option<Arc<dyn InformationalSink>>,
 }
 
-/// Has a request handled, in its span.
+/// Passes a request to the proxy within a tracing span.
 fn handle_in_span(proxy: &Arc<Proxy>, request: Request<Body>, sink: Option<&Arc<dyn InformationalSink>>) -> Handled {
     let span = spans::request(request.method(), request.uri().path(), request.headers());
     match span.in_scope(|| proxy.handle(request, sink)) {
@@ -58,7 +57,7 @@ fn handle_in_span(proxy: &Arc<Proxy>, request: Request<Body>, sink: Option<&Arc<
 }
 
 impl RequestHandler {
-    /// One request: guard, body, proxy.
+    /// Handles a request: checks it with the guard, reads its body, and passes it to the proxy.
     pub(super) fn handle(&self, mut request: Request<Incoming>) -> Handled {
         if let (Some(rejection), REFUSED_METHOD) = (self.flags.refused(), request.method().as_str()) {
             return self.refuse(&request.into_parts().0, rejection);
@@ -95,7 +94,7 @@ impl RequestHandler {
         }
     }
 
-    /// A client of HTTP/1.0 knows no interim answers: RFC 9110 §15.2.
+    /// Returns the sink for informational responses, which must not be sent to HTTP/1.0 clients: RFC 9110 §15.2.
     fn sink(&self, parts: &Parts) -> Option<&Arc<dyn InformationalSink>> {
         self.informational.as_ref().filter(|_| parts.version == Version::HTTP_11)
     }
@@ -114,7 +113,7 @@ impl RequestHandler {
         })
     }
 
-    /// A request that asked for another protocol, and may have got it.
+    /// Handles the response to an upgrade request: stores the tunnel if the protocol was switched.
     fn may_upgrade(&self, handled: Handled, client: OnUpgrade) -> Handled {
         let handler = self.clone();
         Handled::later(async move {
@@ -130,7 +129,8 @@ impl RequestHandler {
         })
     }
 
-    /// After a refusal nothing more is read from the connection: what follows may be part of what was refused.
+    /// Returns the response to a refused request. Nothing more is read from the connection, because the bytes that
+    /// follow may be part of the refused request.
     fn refuse(&self, parts: &Parts, rejection: &Rejection) -> Handled {
         self.flags.set_linger();
         let mut response = self.proxy.load().proxy.reject(parts, rejection);
@@ -148,14 +148,15 @@ impl RequestHandler {
     }
 }
 
-/// RFC 9110 §7.8: over HTTP/1.1, named by Connection too. One with a body stays what it is.
+/// Returns true if an HTTP/1.1 request asks for an upgrade, which Connection must name too: RFC 9110 §7.8.
+/// Requests with a body are not upgraded.
 fn asks_upgrade(request: &Request<Incoming>) -> bool {
     request.version() == Version::HTTP_11
         && request.body().is_end_stream()
         && connection_options(request.headers()).any(|name| name == UPGRADE)
 }
 
-/// Carries bytes both ways until one side ends, if the connection has become a tunnel.
+/// Copies bytes in both directions until one side ends, if the connection has become a tunnel.
 pub(super) async fn run_tunnel(meeting: &UpgradeSlot) {
     let met = meeting.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some((client, tunnel)) = met else { return };

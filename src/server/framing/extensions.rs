@@ -1,8 +1,8 @@
-//! Chunk extensions: what is after a chunk's size. They mean nothing to us, but a broken one is no chunk.
+//! Chunk extension syntax (RFC 9112 §7.1.1). Extensions are ignored, but an invalid one makes the chunk invalid.
 
 use super::TOKEN;
 
-/// `*( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] )`: RFC 9112 §7.1.1.
+/// Returns true if `rest` is `*( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] )`: RFC 9112 §7.1.1.
 pub(super) fn is_extension(mut rest: &[u8]) -> bool {
     while !rest.is_empty() {
         let Some(after) = blank(rest).strip_prefix(b";") else { return false };
