@@ -74,34 +74,28 @@ pub struct Entry {
     pub rule: Arc<str>,
     /// Whether the shape of the head counts towards this entry's weight: true unless it is another entry's shape.
     pub owns_shape: bool,
+    /// What changes while the entry is stored.
+    pub state: EntryState,
+}
+
+/// The mutable state of an entry.
+#[derive(Debug)]
+pub struct EntryState {
     /// The ledger's epoch at the last check and the state found then, as `epoch << 2 | standing`.
-    cached_state_bits: AtomicU64,
+    checked: AtomicU64,
     /// Whether a refresh before expiry has been claimed.
     refresh_claimed: AtomicBool,
 }
 
-impl Entry {
-    /// Creates an entry. Its cached state at its own position is valid.
-    pub fn new(parts: EntryParts) -> Entry {
-        let EntryParts { head, body, variant, received_at, lifetimes, resource, position, labels } = parts;
-        let EntryLabels { key_name, tags, rule } = labels;
-        Entry {
-            head,
-            body,
-            variant,
-            received_at,
-            lifetimes,
-            resource,
-            position,
-            key_name,
-            tags,
-            rule,
-            owns_shape: true,
-            cached_state_bits: AtomicU64::new(pack(position, InvalidationState::Valid)),
-            refresh_claimed: AtomicBool::new(false),
-        }
+impl EntryState {
+    /// Returns the state of a new entry: valid at the position where its fetch began.
+    pub fn valid_at(position: Position) -> EntryState {
+        let checked = AtomicU64::new(pack(position, InvalidationState::Valid));
+        EntryState { checked, refresh_claimed: AtomicBool::new(false) }
     }
+}
 
+impl Entry {
     /// Returns the milliseconds since arrival: `resident_time` (RFC 9111 §4.2.3).
     pub fn resident_time(&self, now: Tick) -> u64 {
         now.since(self.received_at)
@@ -134,7 +128,7 @@ impl Entry {
 
     /// Claims the refresh of the entry. Returns true if it was claimed before.
     pub fn claim_refresh(&self) -> bool {
-        self.refresh_claimed.swap(true, Ordering::Relaxed)
+        self.state.refresh_claimed.swap(true, Ordering::Relaxed)
     }
 
     /// Returns true if the entry is past all of its stale windows.
@@ -144,7 +138,7 @@ impl Entry {
 
     /// Returns the invalidation state if it was last checked at `epoch`.
     pub fn cached_state(&self, epoch: Position) -> Option<InvalidationState> {
-        let checked = self.cached_state_bits.load(Ordering::Relaxed);
+        let checked = self.state.checked.load(Ordering::Relaxed);
         (checked >> 2 == epoch.0).then_some(match checked & 3 {
             0 => InvalidationState::Valid,
             1 => InvalidationState::Stale,
@@ -155,7 +149,7 @@ impl Entry {
 
     /// Caches the invalidation state that the ledger returned at `epoch`.
     pub fn cache_state(&self, epoch: Position, standing: InvalidationState) {
-        self.cached_state_bits.store(pack(epoch, standing), Ordering::Relaxed);
+        self.state.checked.store(pack(epoch, standing), Ordering::Relaxed);
     }
 
     /// Returns the memory that the entry takes, in bytes, including overhead.
@@ -169,38 +163,6 @@ impl Entry {
             + size_of::<Entry>() as u64
             + ALLOCATIONS
     }
-}
-
-/// The parts from which an entry is created.
-#[derive(Debug)]
-pub struct EntryParts {
-    /// The head of the response.
-    pub head: PackedHead,
-    /// The complete body.
-    pub body: Bytes,
-    /// The request header values that select the entry among those of its key.
-    pub variant: Variant,
-    /// The arrival of the head.
-    pub received_at: Tick,
-    /// The freshness lifetime and the stale windows.
-    pub lifetimes: Lifetimes,
-    /// The subjects by which the entry can be purged.
-    pub resource: ResourceId,
-    /// The ledger's position before the fetch began.
-    pub position: Position,
-    /// The labels, for display.
-    pub labels: EntryLabels,
-}
-
-/// The labels of an entry in the admin API and in logs.
-#[derive(Debug, Clone)]
-pub struct EntryLabels {
-    /// The short public name of the key.
-    pub key_name: KeyName,
-    /// The tags.
-    pub tags: Box<[String]>,
-    /// The name of the rule.
-    pub rule: Arc<str>,
 }
 
 /// Overhead of reference counts and the allocator for the about four allocations of an entry, in bytes.
@@ -294,15 +256,14 @@ pub(crate) mod testing {
     use crate::policy::invalidation::tag::UpstreamId;
 
     use super::{
-        Bytes, Entry, EntryLabels, EntryParts, HeaderMap, KeyName, Lifetimes, PackedHead, Position, ResourceId, Tick,
-        Variant,
+        Bytes, Entry, EntryState, HeaderMap, KeyName, Lifetimes, PackedHead, Position, ResourceId, Tick, Variant,
     };
 
-    /// Returns the parts of a 200 response without header fields, received at tick 0.
-    pub(crate) fn parts(body: Bytes, lifetimes: Lifetimes) -> EntryParts {
-        EntryParts {
+    /// Returns the entry of a 200 response without header fields and with the body `body`, received at tick 0.
+    pub(crate) fn entry(lifetimes: Lifetimes) -> Entry {
+        Entry {
             head: PackedHead::new(StatusCode::OK, &HeaderMap::new(), None, Vec::new()),
-            body,
+            body: Bytes::from_static(b"body"),
             variant: Variant::default(),
             received_at: Tick(0),
             lifetimes,
@@ -313,12 +274,11 @@ pub(crate) mod testing {
                 subjects: Box::default(),
             },
             position: Position(0),
-            labels: EntryLabels { key_name: KeyName::default(), tags: Box::default(), rule: "".into() },
+            key_name: KeyName::default(),
+            tags: Box::default(),
+            rule: "".into(),
+            owns_shape: true,
+            state: EntryState::valid_at(Position(0)),
         }
-    }
-
-    /// Returns an entry with these lifetimes.
-    pub(crate) fn entry(lifetimes: Lifetimes) -> Entry {
-        Entry::new(parts(Bytes::from_static(b"body"), lifetimes))
     }
 }

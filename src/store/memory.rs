@@ -245,7 +245,9 @@ mod tests {
 
     fn entry(size: usize) -> Arc<Entry> {
         let lifetimes = Lifetimes { fresh_for: 1000, ..Lifetimes::default() };
-        Arc::new(Entry::new(testing::parts(bytes::Bytes::from(vec![0; size]), lifetimes)))
+        let mut entry = testing::entry(lifetimes);
+        entry.body = vec![0; size].into();
+        Arc::new(entry)
     }
 
     #[test]

@@ -83,7 +83,7 @@ pub struct StoredResponse {
     /// The last log entry that its fetch had seen.
     pub seen: LogId,
     /// Freshness lifetime and stale windows.
-    pub terms: Lifetimes,
+    pub lifetimes: Lifetimes,
     /// The request headers that it varies by.
     pub vary: Vec<HeaderName>,
     /// Its tags.
@@ -156,7 +156,7 @@ impl RecordCodec {
             },
             status: entry.head.status.as_u16(),
             born,
-            terms: entry.lifetimes.into(),
+            lifetimes: entry.lifetimes,
             vary: entry.variant.0.iter().map(|(name, _)| name.as_str()).collect(),
             headers: entry.head.lines().map(|(name, value)| (name.as_str(), value)).collect(),
             header_case: entry.head.header_case().map_or(&[], |header_case| &header_case.names),
@@ -340,7 +340,7 @@ fn read(head: &FixedHeader, meta: &[u8], body: &[u8]) -> Result<Record, RecordEr
         body,
         born: meta.born,
         seen: LogId { ms: meta.start.seen.0, seq: meta.start.seen.1 },
-        terms: meta.terms.into(),
+        lifetimes: meta.lifetimes,
         vary: names(meta.vary).ok_or(RecordError::Forged)?,
         tags: meta.tags.into_iter().map(str::to_owned).collect(),
         rule: meta.rule.to_owned(),
@@ -373,17 +373,18 @@ mod tests {
         }
         let lifetimes =
             Lifetimes { initial_age: 1, fresh_for: -2, if_error: 3, always_validate: true, ..Lifetimes::default() };
-        let mut parts = testing::parts(Bytes::copy_from_slice(body), lifetimes);
-        parts.head = EntryHead::new(StatusCode::OK, &headers, None, Vec::new());
-        parts.resource.upstream = UpstreamId(7);
-        parts.resource.authority = "shop.example".into();
-        parts.resource.target = "/products/7?x=1".into();
-        parts.labels.tags = tags.iter().map(|&tag| tag.to_owned()).collect();
-        parts.labels.rule = "product".into();
+        let mut entry = testing::entry(lifetimes);
+        entry.body = Bytes::copy_from_slice(body);
+        entry.head = EntryHead::new(StatusCode::OK, &headers, None, Vec::new());
+        entry.resource.upstream = UpstreamId(7);
+        entry.resource.authority = "shop.example".into();
+        entry.resource.target = "/products/7?x=1".into();
+        entry.tags = tags.iter().map(|&tag| tag.to_owned()).collect();
+        entry.rule = "product".into();
         let codings = [HeaderValue::from_static("gzip")];
-        parts.variant = Variant([(http::header::ACCEPT_ENCODING, codings.into())].into());
-        parts.position = Position(1);
-        Entry::new(parts)
+        entry.variant = Variant([(http::header::ACCEPT_ENCODING, codings.into())].into());
+        entry.position = Position(1);
+        entry
     }
 
     fn encode_response(codec: &RecordCodec, record: &[u8]) -> StoredResponse {
@@ -405,7 +406,7 @@ mod tests {
         let read = encode_response(&codec(false, Compression::None), golden);
         assert_eq!((read.status, read.born, read.seen), (StatusCode::OK, 1_763_700_000_123, SEEN));
         assert_eq!(read.headers.get_all("x-twice").iter().collect::<Vec<_>>(), ["1", "2"]);
-        assert_eq!((&read.body[..], read.terms, read.rule.as_str()), (&b"body"[..], entry.lifetimes, "product"));
+        assert_eq!((&read.body[..], read.lifetimes, read.rule.as_str()), (&b"body"[..], entry.lifetimes, "product"));
         assert_eq!((read.vary, read.tags), (vec![http::header::ACCEPT_ENCODING], vec!["product:7".to_owned()]));
         assert_eq!((read.address.upstream, read.address.target.as_str()), (UpstreamId(7), "/products/7?x=1"));
     }

@@ -17,7 +17,7 @@ use crate::fleet::Fleet;
 use crate::fleet::invalidations::{Invalidations, PurgeReceipt};
 use crate::fleet::lease::{self, ClaimResult, Lease, LeaseMessage, claim, subject};
 use crate::policy::Tick;
-use crate::policy::entry::{Entry, EntryLabels, EntryParts};
+use crate::policy::entry::{Entry, EntryState};
 use crate::policy::http::freshness::{RequestDirectives, Verdict, evaluate};
 use crate::policy::http::link_rewrite;
 use crate::policy::http::vary::Variant;
@@ -215,7 +215,7 @@ impl FleetLookup {
         request: &CacheRequest,
         stored: StoredResponse,
     ) -> Option<Arc<Entry>> {
-        let StoredResponse { address, status, headers, header_case, body, born, seen, terms, vary, tags, rule } =
+        let StoredResponse { address, status, headers, header_case, body, born, seen, lifetimes, vary, tags, rule } =
             stored;
         let received_at: Tick = fleet.redis.clock().tick(born)?;
         if received_at > self.clock.now().plus(MAX_CLOCK_ERROR) {
@@ -226,17 +226,21 @@ impl FleetLookup {
         let resource = self.resource_of_record(request, address, &tags);
         let name = &request.rule.name;
         let rule = if *rule == **name { name.clone() } else { rule.into() };
-        let labels = EntryLabels { key_name: KeyName::from_hex(record.digest()), tags: tags.into(), rule };
-        let entry = Entry::new(EntryParts {
+        let position = self.invalidations.position_of(seen);
+        let entry = Entry {
             head: PackedHead::new(status, &headers, case, links),
             body,
             variant: Variant::of(vary, &request.parts.headers),
             received_at,
-            lifetimes: terms,
+            lifetimes,
             resource,
-            position: self.invalidations.position_of(seen),
-            labels,
-        });
+            position,
+            key_name: KeyName::from_hex(record.digest()),
+            tags: tags.into(),
+            rule,
+            owns_shape: true,
+            state: EntryState::valid_at(position),
+        };
         Some(self.memory.intern(entry))
     }
 

@@ -15,7 +15,7 @@ use crate::body::Body;
 use crate::clock::Clock;
 use crate::fleet::Fleet;
 use crate::policy::Tick;
-use crate::policy::entry::{Entry, EntryLabels, EntryParts};
+use crate::policy::entry::{Entry, EntryState};
 use crate::policy::http::freshness::stale_on_failure;
 use crate::policy::http::hop_by_hop::add_date;
 use crate::policy::http::link_rewrite;
@@ -100,12 +100,7 @@ impl ResponseStore {
         received_at: Tick,
     ) -> Arc<Entry> {
         let request = &spec.request;
-        let labels = EntryLabels {
-            key_name: short_name(&request.key),
-            tags: rule_tags(&request.rule, request.parts.uri.path()).into(),
-            rule: request.rule.name.clone(),
-        };
-        self.lookup.memory.intern(Entry::new(EntryParts {
+        self.lookup.memory.intern(Entry {
             head,
             body,
             variant: Variant::of(plan.vary.clone(), &request.parts.headers),
@@ -113,8 +108,12 @@ impl ResponseStore {
             lifetimes: plan.lifetimes,
             resource: spec.resource.clone(),
             position: spec.position,
-            labels,
-        }))
+            key_name: short_name(&request.key),
+            tags: rule_tags(&request.rule, request.parts.uri.path()).into(),
+            rule: request.rule.name.clone(),
+            owns_shape: true,
+            state: EntryState::valid_at(spec.position),
+        })
     }
 
     /// Stores an entry, unless it was purged while it was fetched.

@@ -23,16 +23,18 @@ pub(super) struct MetaAddress<'a> {
     pub(super) target: &'a str,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct MetaTerms {
-    pub(super) initial_age: u64,
-    pub(super) fresh_for: i64,
-    pub(super) while_revalidate: u64,
-    pub(super) if_error: u64,
-    pub(super) disconnected: u64,
-    pub(super) last_known_good: u64,
-    pub(super) validation: u64,
-    pub(super) always_validate: bool,
+/// The serialized form of [`Lifetimes`].
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Lifetimes")]
+struct MetaLifetimes {
+    initial_age: u64,
+    fresh_for: i64,
+    while_revalidate: u64,
+    if_error: u64,
+    disconnected: u64,
+    last_known_good: u64,
+    validation: u64,
+    always_validate: bool,
 }
 
 /// The meta part.
@@ -42,7 +44,8 @@ pub(super) struct Meta<'a> {
     pub(super) start: MetaStart<'a>,
     pub(super) status: u16,
     pub(super) born: u64,
-    pub(super) terms: MetaTerms,
+    #[serde(with = "MetaLifetimes")]
+    pub(super) lifetimes: Lifetimes,
     #[serde(borrow)]
     pub(super) vary: Vec<&'a str>,
     #[serde(borrow)]
@@ -51,40 +54,6 @@ pub(super) struct Meta<'a> {
     #[serde(borrow)]
     pub(super) tags: Vec<&'a str>,
     pub(super) rule: &'a str,
-}
-
-impl From<Lifetimes> for MetaTerms {
-    fn from(terms: Lifetimes) -> MetaTerms {
-        let Lifetimes { initial_age, fresh_for, while_revalidate, if_error, disconnected, .. } = terms;
-        let Lifetimes { last_known_good, validation, always_validate, .. } = terms;
-        MetaTerms {
-            initial_age,
-            fresh_for,
-            while_revalidate,
-            if_error,
-            disconnected,
-            last_known_good,
-            validation,
-            always_validate,
-        }
-    }
-}
-
-impl From<MetaTerms> for Lifetimes {
-    fn from(meta: MetaTerms) -> Lifetimes {
-        let MetaTerms { initial_age, fresh_for, while_revalidate, if_error, disconnected, .. } = meta;
-        let MetaTerms { last_known_good, validation, always_validate, .. } = meta;
-        Lifetimes {
-            initial_age,
-            fresh_for,
-            while_revalidate,
-            if_error,
-            disconnected,
-            last_known_good,
-            validation,
-            always_validate,
-        }
-    }
 }
 
 impl From<MetaAddress<'_>> for RecordAddress {
