@@ -165,6 +165,9 @@ fn files_are_small_and_have_a_first_line_that_says_what_they_are_for() {
         assert!(!name.ends_with("/mod.rs"), "{name}: write foo.rs beside foo/");
         lengths.push(length);
     }
+    for (name, text) in sources("benches") {
+        assert!(text.lines().count() <= 400, "{name} has {} lines", text.lines().count());
+    }
     lengths.sort_unstable();
     assert!(lengths[lengths.len() / 2] <= 130, "half of the files have at most 130 lines");
 }
