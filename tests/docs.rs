@@ -142,8 +142,8 @@ async fn the_commands_of_the_other_pages_work() {
 fn reference(example: &str) -> String {
     let mut page = String::from(
         "# Every setting\n\nMade from `config.example.toml`, which has every setting that the program reads, with its default or \
-         an example. `${VAR}` and\n`${VAR:-default}` work in any string. A variable of the environment beats the file: \
-         `SIDECACHE_MEMORY__MAX_BYTES=128MiB` for `max_bytes`\nin `[memory]`; lists (`[[upstream]]`) can't be reached so. \
+         an example. `${VAR}` and\n`${VAR:-default}` work in any string. A variable of the environment overrides the file: \
+         `SIDECACHE_MEMORY__MAX_BYTES=128MiB` for `max_bytes`\nin `[memory]`; lists (`[[upstream]]`) can't be set so. \
          Durations: `ms s m h d`. Sizes: `B KiB MiB GiB`.\n\n| setting | default or example | |\n|---|---|---|\n",
     );
     let mut row: Option<(String, String, String)> = None;
