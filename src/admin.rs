@@ -148,12 +148,12 @@ async fn openapi() -> impl IntoResponse {
 }
 
 async fn not_found() -> Response {
-    let message = "There is nothing under this path: GET /openapi.json says what there is.";
+    let message = "No such path: GET /openapi.json lists them.";
     problem(StatusCode::NOT_FOUND, "not_found", message)
 }
 
 async fn method_not_allowed() -> Response {
-    let message = "This path has another method: GET /openapi.json says which.";
+    let message = "Method not allowed for this path: GET /openapi.json lists the methods.";
     problem(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }
 

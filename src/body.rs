@@ -49,7 +49,7 @@ impl std::fmt::Display for BodyError {
             BodyError::Upstream(failure) => failure.code(),
             BodyError::Client => "the client went away",
             BodyError::TooLarge => "the request body is too large",
-            BodyError::TooSlow => "the request body comes too slowly",
+            BodyError::TooSlow => "the request body arrives too slowly",
             BodyError::Stalled => "the client reads too slowly",
         })
     }
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_body_with_a_beginning_knows_its_end_with_the_last_of_it() {
+    async fn prefixed_body_yields_the_prefix_first_and_ends_with_the_last_chunk() {
         let mut body = Body::prefixed(Bytes::from_static(b"ab"), Body::Full(Bytes::from_static(b"cd")));
         assert_eq!(body.next().await, Some(Ok(Bytes::from_static(b"ab"))));
         assert!(!body.is_end_stream());

@@ -211,7 +211,7 @@ struct ModeArgs {
     /// All sidecars that share its Redis, also those that start later
     #[arg(long)]
     fleet: bool,
-    /// Only say what would reach each upstream, and whether that fits its limit
+    /// Only estimate the requests that would reach each upstream, and compare with its budget
     #[arg(long)]
     dry_run: bool,
 }

@@ -82,13 +82,13 @@ pub struct ServerTime {
 pub struct FleetClock {
     clock: Clock,
     /// The minimum and maximum of the difference between server time and ticks. `None` until the first reply.
-    ahead: Mutex<Option<(i64, i64)>>,
+    offset: Mutex<Option<(i64, i64)>>,
 }
 
 impl FleetClock {
     /// Creates a clock that has not had a reply yet.
     pub fn new(clock: Clock) -> FleetClock {
-        FleetClock { clock, ahead: Mutex::default() }
+        FleetClock { clock, offset: Mutex::default() }
     }
 
     /// Adds a reply of the server. The server read its clock between the request and now, so every quick reply narrows
@@ -99,15 +99,15 @@ impl FleetClock {
         let ahead_of = |tick: u64| server_time.server.cast_signed() - tick.cast_signed();
         // Rounding errors: of ticks, and of the server's milliseconds.
         let (least, most) = (ahead_of(received_at) - 1, ahead_of(sent_at) + 2);
-        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        *ahead = Some(match *ahead {
+        let mut offset = self.offset.lock().unwrap_or_else(PoisonError::into_inner);
+        *offset = Some(match *offset {
             Some(known) if least <= known.1 && known.0 <= most => (least.max(known.0), most.min(known.1)),
             Some(_) | None => (least, most),
         });
     }
 
-    fn ahead(&self) -> Option<(i64, i64)> {
-        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    fn offset(&self) -> Option<(i64, i64)> {
+        *self.offset.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the present fleet time. `None` until the first reply.
@@ -117,12 +117,12 @@ impl FleetClock {
 
     /// Returns the earliest fleet time of a tick. `None` until the first reply.
     pub fn at(&self, tick: Tick) -> Option<u64> {
-        self.ahead().map(|(least, _)| tick.0.saturating_add_signed(least))
+        self.offset().map(|(least, _)| tick.0.saturating_add_signed(least))
     }
 
     /// Returns the earliest tick of a fleet time. `None` until the first reply.
     pub fn tick(&self, time: u64) -> Option<Tick> {
-        self.ahead().map(|(_, most)| Tick(time.saturating_add_signed(-most)))
+        self.offset().map(|(_, most)| Tick(time.saturating_add_signed(-most)))
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn it_translates_both_ways_and_before_our_start() {
+    fn fleet_clock_converts_ticks_and_fleet_time_also_before_process_start() {
         let fleet = fleet();
         assert_eq!(fleet.at(fleet.clock.now()), None);
         hear(&fleet, SERVER, 0);
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_taken_for_younger_than_it_is_however_slow_the_answers() {
+    fn age_is_not_reduced_by_conversion_to_the_clock_of_another_sidecar() {
         let epoch = Clock::start().start;
         let (writer, reader) = (started(epoch), started(epoch));
         for slow in [900, 0, 400] {
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn another_server_replaces_what_was_known() {
+    fn reply_outside_the_known_bounds_replaces_the_fleet_time() {
         let fleet = fleet();
         hear(&fleet, SERVER, 0);
         hear(&fleet, SERVER - DAY, 0);

@@ -109,9 +109,11 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     let admin = app.admin_address().ok_or("the sidecar has no admin listener")?;
     let running = tokio::spawn(app.run(ended));
     print_line(format!(
-        "A shop as in the bad old days is at http://{shop_address}: 1 to 3 s an answer, half of them 503,"
+        "A slow mock shop is at http://{shop_address}: 1 to 3 s for each response, half of them 503,"
     ));
-    print_line(format!("40 calls in the bucket, 2 a second. The sidecar before it is at http://{sidecar}.\n"));
+    print_line(format!(
+        "a bucket of 40 calls that refills at 2 a second. The sidecar in front of it is at http://{sidecar}.\n"
+    ));
     let direct = Target { name: "direct", base: shop_address, health: None };
     let through = Target { name: "through the sidecar", base: sidecar, health: Some(admin) };
     let load = Load { shop: &shop, clock: &clock, lasting: args.each, stop: stop.clone() };
@@ -134,17 +136,17 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
 
 fn invite(sidecar: SocketAddr, admin: SocketAddr) {
     let token = shop::TOKENS[0];
-    print_line("Both stay up. Try, from another terminal:");
+    print_line("Both keep running. Try, from another terminal:");
     print_line(format!(
         "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=3'"
     ));
-    print_line(format!("  http://{admin}/ in a browser: what it does, as pictures"));
+    print_line(format!("  http://{admin}/ in a browser: the dashboard"));
     print_line(format!("  curl -s http://{admin}/health"));
     print_line(format!("  curl -s http://{admin}/stats"));
     print_line(format!(
         "  curl -s -X POST http://{admin}/purge -H 'Content-Type: application/json' -d '{{\"tags\":[\"products\"]}}'"
     ));
-    print_line("Ctrl-C ends it.");
+    print_line("Ctrl-C stops both.");
 }
 
 /// Binds the given port, or any free one if it is taken.

@@ -47,7 +47,7 @@ pub struct SidecarId(pub u64);
 impl SidecarId {
     /// Returns a random ID. Fails if the system has no randomness.
     pub fn random() -> Result<SidecarId, String> {
-        getrandom::u64().map(SidecarId).map_err(|e| format!("no randomness to be had: {e}"))
+        getrandom::u64().map(SidecarId).map_err(|e| format!("no random numbers available: {e}"))
     }
 }
 

@@ -83,14 +83,14 @@ pub struct RedisError {
 
 impl fmt::Display for RedisError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = match self.why {
+        let text = match self.why {
             RedisErrorKind::Down => "no connection",
-            RedisErrorKind::Open => "the breaker is open",
-            RedisErrorKind::Busy => "too many commands under way",
-            RedisErrorKind::Silent => "no answer in time",
+            RedisErrorKind::Open => "the circuit breaker is open",
+            RedisErrorKind::Busy => "too many commands in flight",
+            RedisErrorKind::Silent => "no reply in time",
             RedisErrorKind::Refused => "refused",
         };
-        f.write_str(word)?;
+        f.write_str(text)?;
         if self.message.is_empty() { Ok(()) } else { write!(f, ": {}", self.message) }
     }
 }
@@ -141,34 +141,35 @@ impl Redis {
         let mut supervisors = JoinSet::new();
         let coordinates: Box<str> = format!("{{{}}}:1", config.key_prefix).into();
         let slot = scripts::slot_of(&coordinates);
-        let mut link = |name, database, waits| {
-            let link = SupervisedConnection::new(name, slot, waits, clock.clone(), log_throttle.clone());
+        let mut connection = |name, database, waits| {
+            let connection = SupervisedConnection::new(name, slot, waits, clock.clone(), log_throttle.clone());
             let time = time.clone();
-            let supervise =
-                link.clone().supervise(Arc::new(config.clone()), database, move |server_time| time.hear(server_time));
+            let supervise = connection
+                .clone()
+                .supervise(Arc::new(config.clone()), database, move |server_time| time.hear(server_time));
             supervisors.spawn(supervise);
-            link
+            connection
         };
         let databases = config.databases;
         let shared = ReadWritePair {
-            reader: link("reader", databases.cache, false),
-            writer: link("writer", databases.cache, false),
+            reader: connection("reader", databases.cache, false),
+            writer: connection("writer", databases.cache, false),
         };
         let private = if databases.private == databases.cache {
             shared.clone()
         } else {
             ReadWritePair {
-                reader: link("private-reader", databases.private, false),
-                writer: link("private-writer", databases.private, false),
+                reader: connection("private-reader", databases.private, false),
+                writer: connection("private-writer", databases.private, false),
             }
         };
         let coordination = if databases.coordination == databases.cache {
             shared.writer.clone()
         } else {
-            link("coordination", databases.coordination, false)
+            connection("coordination", databases.coordination, false)
         };
-        let follower = link("follower", databases.coordination, true);
-        let worker = works.then(|| link("worker", databases.coordination, true));
+        let follower = connection("follower", databases.coordination, true);
+        let worker = works.then(|| connection("worker", databases.coordination, true));
         Redis {
             shared,
             private,
@@ -208,7 +209,7 @@ impl Redis {
 
     /// Returns the command latencies of each connection.
     pub fn latencies(&self) -> std::collections::BTreeMap<&'static str, &Histogram> {
-        self.links().map(|link| (link.name, link.latencies())).collect()
+        self.links().map(|connection| (connection.name, connection.latencies())).collect()
     }
 
     /// Returns the state of Redis.
@@ -216,7 +217,7 @@ impl Redis {
         RedisState {
             place: self.place.clone(),
             trouble: self.log_throttle.last_error().map(|why| format!("{why}{}", advice(&why))),
-            connections: self.links().map(|link| (link.name, link.state())).collect(),
+            connections: self.links().map(|connection| (connection.name, connection.state())).collect(),
         }
     }
 

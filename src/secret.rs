@@ -58,7 +58,7 @@ impl SecretSource {
             SecretSource::File(path) => fs::read_to_string(path).map_err(|e| e.to_string()),
             SecretSource::Env(name) => std::env::var(name).map_err(|e| match e {
                 VarError::NotPresent => "it is not set".to_owned(),
-                VarError::NotUnicode(_) => "it is not text".to_owned(),
+                VarError::NotUnicode(_) => "it is not valid UTF-8".to_owned(),
             }),
         };
         match text.as_deref().map(str::trim) {

@@ -47,7 +47,7 @@ pub fn bind(address: SocketAddr, what: &str) -> Result<TcpListener, String> {
     };
     listening().map_err(|error| {
         if error.kind() == io::ErrorKind::AddrInUse {
-            format!("{what}: {address} is taken: stop who listens there (in a reload that may be this sidecar itself), or choose another address")
+            format!("{what}: {address} is in use: stop the process that listens there (in a reload that may be this sidecar itself), or choose another address")
         } else if error.kind() == io::ErrorKind::PermissionDenied {
             format!("{what}: no permission to listen on {address}: choose a port above 1023")
         } else {

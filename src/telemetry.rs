@@ -125,19 +125,19 @@ impl Telemetry {
         let reason = self.counters.commonest_skip().unwrap_or("no-freshness");
         let advice = match reason {
             "no-freshness" => {
-                "the upstream's answers have no Cache-Control, Expires or validators. Start with --ttl 30s, or write \
+                "the upstream's responses have no Cache-Control, Expires or validators. Start with --ttl 30s, or write \
                  a rule with cache = \"override\" and a ttl"
             }
             "no-store" | "private" | "authorization" => {
-                "the upstream's headers forbid a shared cache to store them. If you know better, write a rule with \
+                "the upstream's headers forbid a shared cache to store them. To store them anyway, write a rule with \
                  cache = \"override\" and a ttl"
             }
             "unkeyed-credential" => {
                 "requests carry a header that looks like a credential and is not keyed. Add it to \
                  [security] credential_headers"
             }
-            "rule-off" => "the rule that matches says cache = \"off\". Write a rule of yours for these paths",
-            _ => "see Cache-Status in the answers: detail names the reason of each",
+            "rule-off" => "the matching rule has cache = \"off\". Add a rule for these paths before it",
+            _ => "see Cache-Status in the responses: its detail parameter names the reason",
         };
         info!(upstream, reason, "{HINT_AFTER} GETs and nothing was stored: {advice}");
     }

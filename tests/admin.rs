@@ -23,7 +23,7 @@ async fn fill(sidecar: &Sidecar) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_takes_what_it_names_and_no_other() {
+async fn purge_removes_only_the_entries_it_matches() {
     let (origin, sidecar) = filled().await;
     let address = format!("\"urls\":[\"http://{}/shop?a=1\"]", origin.address);
     let table: &[(&str, &[&str])] = &[
@@ -49,7 +49,7 @@ async fn a_purge_takes_what_it_names_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_soft_purge_serves_stale_while_it_refreshes() {
+async fn soft_purge_serves_stale_while_revalidating() {
     let (_origin, sidecar) = filled().await;
     sidecar.purge(r#"{"tags":["product:1"],"soft":true}"#).await;
     let stale = sidecar.get("/products/1").await;
@@ -58,7 +58,7 @@ async fn a_soft_purge_serves_stale_while_it_refreshes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_that_names_nothing_or_nonsense_is_a_clear_400() {
+async fn invalid_purge_selector_is_400_with_a_reason() {
     let (_origin, sidecar) = filled().await;
     let lines = [("Content-Type", "application/json")];
     let bad = [
@@ -78,7 +78,7 @@ async fn a_purge_that_names_nothing_or_nonsense_is_a_clear_400() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_may_ask() {
+async fn admin_api_requires_the_token() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let file = std::env::temp_dir().join(format!("sidecache-token-{}", std::process::id()));
     std::fs::write(&file, "canary-token\n").expect("writable");
@@ -110,7 +110,7 @@ async fn who_may_ask() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stats_and_health_tell_what_happened() {
+async fn stats_and_health_report_recent_traffic() {
     let (_origin, sidecar) = filled().await;
     let stats = sidecar.stats().await;
     assert_eq!(stats["requests"]["outcomes"]["hit"], 4);
@@ -130,7 +130,7 @@ fn sample(text: &str, series: &str) -> Option<f64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_tell_by_upstream_rule_and_outcome_what_happened() {
+async fn metrics_are_labelled_by_upstream_rule_and_outcome() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/bad" => Reply::new(503, "x"),
         _ => Reply::new(200, "x"),
@@ -169,7 +169,7 @@ async fn metrics_tell_by_upstream_rule_and_outcome_what_happened() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_label_holds_a_path_a_host_or_a_credential() {
+async fn metric_labels_contain_no_path_host_or_credential() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let sidecar = Sidecar::before(&origin, "");
     for i in 0..200 {
@@ -184,7 +184,7 @@ async fn no_label_holds_a_path_a_host_or_a_credential() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_answer_anybody_and_nothing_else() {
+async fn probe_listener_serves_only_probes_without_a_token() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let text = crate::support::sidecar::text(origin.address, "", "[probes]\nlisten = \"127.0.0.1:0\"\n");
     let config = sidecache::config::from_text("test", &text, std::path::Path::new(".")).expect("it is good");
@@ -203,7 +203,7 @@ async fn probes_answer_anybody_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing_old() {
+async fn kill_switch_passes_through_and_revalidates_when_switched_back() {
     let origin = Origin::start(|ask| Reply::new(200, format!("{} {}", ask.method, ask.number))).await;
     let sidecar = Sidecar::before(&origin, RULES);
     let mode = async |json: &str| {
@@ -234,7 +234,7 @@ async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing
     for (wrong, word) in [
         (r#"{"mode":"off"}"#, "write \\\"normal\\\""),
         (r#"{"mode":"bypass","for":"30"}"#, "unit"),
-        (r#"{"mode":"bypass","fleet":true}"#, "no [redis]"),
+        (r#"{"mode":"bypass","fleet":true}"#, "needs [redis]"),
         (r#"{"mode":"bypass","until":1}"#, "unknown field"),
         ("nonsense", "JSON"),
     ] {
@@ -244,7 +244,7 @@ async fn the_kill_switch_hands_everything_through_and_coming_back_serves_nothing
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
+async fn configured_bypass_mode_holds_until_changed_by_the_admin_api() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let text = format!("mode = \"bypass\"\n{}", crate::support::sidecar::text(origin.address, "", ""));
     let sidecar = Sidecar::from_text(&text);
@@ -260,7 +260,7 @@ async fn a_configured_bypass_counts_until_a_hand_says_otherwise() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
+async fn entries_are_listed_in_pages_without_credentials() {
     let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
     let sidecar = Sidecar::before(&origin, RULES);
     for i in 0..25 {
@@ -295,7 +295,7 @@ async fn what_is_stored_is_told_a_page_at_a_time_and_without_credentials() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_dashboard_is_one_page_that_asks_nobody_else() {
+async fn dashboard_loads_nothing_from_other_hosts() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, "");
     let page = get(sidecar.admin, "/", &[]).await;
@@ -307,7 +307,7 @@ async fn the_dashboard_is_one_page_that_asks_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_last_requests_are_told_with_their_reasons_and_without_their_secrets() {
+async fn recent_requests_show_reasons_and_no_secrets() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/plain" => Reply::new(200, "x"),
         _ => Reply::fresh(60, "x"),
@@ -352,7 +352,7 @@ async fn the_last_requests_are_told_with_their_reasons_and_without_their_secrets
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_configuration_in_force_and_the_process_are_told() {
+async fn effective_configuration_and_process_figures_are_served() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, RULES);
     let config = get(sidecar.admin, "/config", &[]).await.json();
@@ -367,7 +367,7 @@ async fn the_configuration_in_force_and_the_process_are_told() {
 
 /// Requests are checked against the document by `tests/openapi/run`; here, that nothing is missing in it.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_openapi_document_names_every_path() {
+async fn openapi_document_lists_every_path() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, "");
     let document = get(sidecar.admin, "/openapi.json", &[]).await.json();

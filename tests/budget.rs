@@ -32,7 +32,7 @@ async fn throttling(often: usize, retry_after: &'static str) -> (Origin, Times) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_429_that_says_when_is_absorbed() {
+async fn response_429_with_retry_after_is_retried_within_the_deadline() {
     let (origin, times) = throttling(2, "0.4").await;
     let sidecar = Sidecar::before(&origin, "");
     let answer = sidecar.get("/a").await;
@@ -46,7 +46,7 @@ async fn a_429_that_says_when_is_absorbed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_passes_through_waits_too_but_a_write_is_not_repeated() {
+async fn passed_through_reads_wait_for_the_budget_and_writes_are_not_retried() {
     let (origin, times) = throttling(1, "0.3").await;
     let rule = "[[upstream.rule]]\npath = \"/**\"\ncache = \"off\"\n";
     let sidecar = Sidecar::before(&origin, rule);
@@ -61,7 +61,7 @@ async fn what_passes_through_waits_too_but_a_write_is_not_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
+async fn no_request_is_sent_during_retry_after() {
     let origin = Origin::start(|ask| match ask.number {
         0 | 1 => Reply::new(200, "old"),
         _ => Reply::new(429, "slow down").header("Retry-After", "600"),
@@ -90,7 +90,7 @@ async fn while_the_upstream_wants_to_hear_nothing_it_hears_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_always_says_at_once_is_not_asked_for_ever() {
+async fn retries_of_retry_after_zero_are_bounded() {
     let (origin, times) = throttling(usize::MAX, "0").await;
     let budget = "budget = { rate = \"1000/s\", burst = 1000, max_wait = \"350ms\" }";
     let sidecar = Sidecar::before(&origin, budget);
@@ -100,7 +100,7 @@ async fn an_upstream_that_always_says_at_once_is_not_asked_for_ever() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_configured_pace_is_kept_and_who_would_wait_too_long_is_told_at_once() {
+async fn configured_rate_is_kept_and_long_waits_are_refused_at_once() {
     let (origin, times) = throttling(0, "").await;
     let budget = "budget = { rate = \"10/s\", burst = 2, max_wait = \"350ms\", per = \"host\" }";
     let sidecar = Sidecar::before(&origin, budget);
@@ -122,7 +122,7 @@ async fn a_configured_pace_is_kept_and_who_would_wait_too_long_is_told_at_once()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_breaker_spares_a_host_where_nobody_is() {
+async fn circuit_breaker_opens_for_an_unreachable_host() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
     drop(listener);
@@ -166,7 +166,7 @@ async fn the_breaker_spares_a_host_where_nobody_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_gets_no_more_connections_than_allowed() {
+async fn upstream_connections_are_limited() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "x").after(&held)).await;
@@ -177,7 +177,7 @@ async fn an_upstream_gets_no_more_connections_than_allowed() {
         client.ask("GET", &format!("/{n}"), &[], b"").await;
         clients.push(client);
     }
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     until("all six are under way", || (sidecar.shared.coalescer.running() == 6).then_some(())).await;
     assert_eq!(origin.connections(), 2);
     gate.open();

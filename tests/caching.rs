@@ -5,7 +5,7 @@ use crate::support::{Gate, Origin, Reply, Sidecar, until};
 const OVERRIDE: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nnegative_ttl = \"10s\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fresh_answer_is_served_until_it_expires() {
+async fn fresh_response_is_served_until_it_expires() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("answer {}", ask.number))).await;
     let sidecar = Sidecar::before(&origin, "");
     let first = sidecar.get("/a?x=1").await;
@@ -27,7 +27,7 @@ async fn a_fresh_answer_is_served_until_it_expires() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_not_stored_says_why() {
+async fn cache_status_says_why_a_response_was_not_stored() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/plain" => Reply::new(200, "x"),
         "/no-store" => Reply::new(200, "x").header("Cache-Control", "no-store"),
@@ -61,7 +61,7 @@ async fn an_answer_that_is_not_stored_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn header_case_order_of_values_and_repeated_fields_survive() {
+async fn field_name_case_value_order_and_repeated_fields_are_preserved() {
     let origin = Origin::start(|_| {
         Reply::fresh(60, "x")
             .header("ETag", "\"1\"")
@@ -84,7 +84,7 @@ async fn header_case_order_of_values_and_repeated_fields_survive() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_goes_upstream_as_it_came() {
+async fn request_is_forwarded_unchanged() {
     let origin = Origin::start(|ask| Reply::new(200, ask.body.clone())).await;
     let sidecar = Sidecar::before(&origin, "");
     let lines = [
@@ -111,7 +111,7 @@ async fn a_request_goes_upstream_as_it_came() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn links_and_redirects_lead_back_to_the_sidecar() {
+async fn link_and_location_fields_are_rewritten_to_the_sidecar() {
     let origin = Origin::start(|ask| {
         let host = ask.header("host").expect("a host");
         let link = format!("<http://{host}/p?page=1>; rel=\"previous\", <https://{host}/p?page=3>; rel=\"next\"");
@@ -132,7 +132,7 @@ async fn links_and_redirects_lead_back_to_the_sidecar() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn variants_of_one_url_live_side_by_side() {
+async fn variants_of_one_url_are_stored_separately() {
     let origin = Origin::start(|ask| {
         let language = ask.header("accept-language").unwrap_or("none");
         Reply::fresh(60, language).header("Vary", "Accept-Language")
@@ -151,7 +151,7 @@ async fn variants_of_one_url_live_side_by_side() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stale_answer_is_validated_and_a_304_makes_it_fresh() {
+async fn stale_response_is_validated_and_freshened_by_304() {
     let origin = Origin::start(|ask| {
         if ask.header("if-none-match") == Some("\"v1\"") {
             return Reply::new(304, "").header("Cache-Control", "max-age=60").header("X-New", "yes");
@@ -172,7 +172,7 @@ async fn a_stale_answer_is_validated_and_a_304_makes_it_fresh() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clients_condition_is_answered_from_the_cache() {
+async fn conditional_request_is_answered_from_the_cache() {
     let origin = Origin::start(|_| Reply::fresh(60, "body").header("ETag", "\"v1\"")).await;
     let sidecar = Sidecar::before(&origin, "");
     for _ in 0..2 {
@@ -186,7 +186,7 @@ async fn a_clients_condition_is_answered_from_the_cache() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn head_is_answered_from_a_stored_get_and_stores_nothing() {
+async fn head_request_uses_a_stored_get_and_stores_nothing() {
     let origin = Origin::start(|_| Reply::fresh(60, "twelve bytes")).await;
     let sidecar = Sidecar::before(&origin, "");
     let missed = sidecar.send("HEAD", "/", "").await;
@@ -199,7 +199,7 @@ async fn head_is_answered_from_a_stored_get_and_stores_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn override_asks_nobody_and_keeps_no_cookie() {
+async fn override_ignores_upstream_directives_and_drops_set_cookie() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/gone" => Reply::new(404, "no"),
         "/teapot" => Reply::new(418, "no"),
@@ -222,7 +222,7 @@ async fn override_asks_nobody_and_keeps_no_cookie() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_too_large_streams_through_unstored() {
+async fn oversized_response_is_streamed_and_not_stored() {
     let big = vec![b'x'; 600_000];
     let body = big.clone();
     let gate = Gate::new();
@@ -249,7 +249,7 @@ async fn what_is_too_large_streams_through_unstored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_most_specific_is_not_what_wins_but_the_first() {
+async fn first_matching_rule_wins() {
     let rules = "[[upstream.rule]]\nname = \"one\"\npath = \"/a/*\"\ncache = \"off\"\n\
                  [[upstream.rule]]\nname = \"two\"\npath = \"/a/b\"\nttl = \"5m\"\n";
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
@@ -258,7 +258,7 @@ async fn the_most_specific_is_not_what_wins_but_the_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn excluded_parameters_are_forwarded_but_not_keyed() {
+async fn excluded_query_parameters_are_forwarded_and_not_in_the_key() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"*\", \"!utm_*\"] }\n";
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, rules);
@@ -268,7 +268,7 @@ async fn excluded_parameters_are_forwarded_but_not_keyed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_if_cached_is_honoured() {
+async fn only_if_cached_without_a_stored_response_is_504() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let sidecar = Sidecar::before(&origin, "");
     let only = [("Cache-Control", "only-if-cached")];
@@ -279,7 +279,7 @@ async fn only_if_cached_is_honoured() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_of_exclusions_excludes_nothing_else() {
+async fn parameter_exclusion_applies_only_to_the_listed_names() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"5m\"\nkey = { query = [\"!utm_*\"] }\n";
     let origin = Origin::start(|ask| Reply::new(200, ask.target.clone())).await;
     let sidecar = Sidecar::before(&origin, rules);
@@ -290,7 +290,7 @@ async fn a_list_of_exclusions_excludes_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_rule_stored_is_not_for_another() {
+async fn entries_of_one_rule_are_not_served_by_another() {
     let rules = "[[upstream.rule]]\nname = \"gold\"\npath = \"/**\"\nttl = \"10s\"\nwhen = { headers = { x-tier = \"gold\" } }\n\
                  [[upstream.rule]]\nname = \"plain\"\npath = \"/**\"\nttl = \"1h\"\n";
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
@@ -302,7 +302,7 @@ async fn what_one_rule_stored_is_not_for_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_field_that_connection_names_cannot_poison_a_variant() {
+async fn field_named_by_connection_is_not_used_to_select_a_variant() {
     let origin = Origin::start(|ask| {
         Reply::fresh(60, ask.header("accept-language").unwrap_or("default")).header("Vary", "Accept-Language")
     })
@@ -314,7 +314,7 @@ async fn a_field_that_connection_names_cannot_poison_a_variant() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_304_about_another_representation_freshens_nothing() {
+async fn response_304_for_another_representation_freshens_nothing() {
     let origin = Origin::start(|ask| match ask.header("if-none-match") {
         Some(_) => Reply::new(304, "").header("ETag", "\"v2\""),
         None => Reply::fresh(10, "v1").header("ETag", "\"v1\""),

@@ -18,14 +18,14 @@ fn search_redis(redis: &Redis) {
 }
 
 #[test]
-fn what_is_looked_for_would_be_found() {
+fn secret_search_finds_a_planted_secret() {
     canary::learn("Authorization", "Bearer of-this-test-alone-4711");
     assert_eq!(canary::finds("here", b"token=of-this-test-alone-4711;").len(), 1);
     assert_eq!(canary::finds("here", b"token=of-this-test-alone;").len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_in_every_place_a_client_can_put_it_is_nowhere_written_down() {
+async fn credentials_never_appear_in_logs_metrics_admin_or_redis() {
     canary::watch();
     let redis = Redis::start();
     let origin = Origin::start(|ask| match ask.target.split(['?', '/']).nth(1) {
@@ -58,9 +58,9 @@ async fn a_token_in_every_place_a_client_can_put_it_is_nowhere_written_down() {
         assert_eq!(refused.status, 400);
         canary::search("a refusal", refused.text().as_bytes());
         let lines = [("Content-Type", "application/json")];
-        let asked = serde_json::json!({ "url": "/ok", "headers": [[name, value]] }).to_string();
-        let told = send(sidecar.admin, "POST", "/explain", &lines, asked.as_bytes()).await;
-        canary::search("an explanation", told.text().as_bytes());
+        let query = serde_json::json!({ "url": "/ok", "headers": [[name, value]] }).to_string();
+        let explanation = send(sidecar.admin, "POST", "/explain", &lines, query.as_bytes()).await;
+        canary::search("an explanation", explanation.text().as_bytes());
     }
     sidecar.written().await;
     for path in ["/stats", "/health"] {
@@ -71,7 +71,7 @@ async fn a_token_in_every_place_a_client_can_put_it_is_nowhere_written_down() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_password_of_redis_is_nowhere_written_down() {
+async fn redis_password_never_appears_in_logs_or_admin() {
     canary::watch();
     canary::learn("token", TOKEN);
     let redis = Redis::with(&["--requirepass", TOKEN]);

@@ -20,13 +20,13 @@ fn burst(sidecar: &Sidecar, count: usize, target: &'static str) -> JoinSet<crate
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_cold_requests_make_one_upstream_request() {
+async fn two_hundred_concurrent_misses_make_one_upstream_request() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "shared").after(&held)).await;
     let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 200, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     gate.open();
     let answers = requests.join_all().await;
     assert!(answers.iter().all(|a| a.status == 200 && a.text() == "shared"));
@@ -37,7 +37,7 @@ async fn two_hundred_cold_requests_make_one_upstream_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn followers_read_along_while_the_body_comes() {
+async fn followers_receive_the_body_while_it_is_fetched() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "first half second half").halfway(&held)).await;
@@ -64,7 +64,7 @@ async fn followers_read_along_while_the_body_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_uncacheable_answer_releases_everybody_at_its_head_and_next_time_nobody_waits() {
+async fn uncacheable_response_releases_followers_at_its_head_and_is_not_coalesced_again() {
     let heads = [Gate::new(), Gate::new(), Gate::new()];
     let gates = heads.clone();
     // The first request alone, then the other 19 together, then all 20 of the second burst together.
@@ -79,20 +79,20 @@ async fn an_uncacheable_answer_releases_everybody_at_its_head_and_next_time_nobo
     .await;
     let sidecar = Sidecar::before(&origin, "[upstream.timeouts]\ndeadline = \"20s\"\n");
     let first = burst(&sidecar, 20, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     heads[0].open();
-    origin.asked(20).await; // all 19 are upstream at once: none waits for another
+    origin.wait_for_requests(20).await; // all 19 are upstream at once: none waits for another
     heads[1].open();
     assert!(first.join_all().await.iter().all(|a| a.status == 200 && a.text() == "mine"));
     let second = burst(&sidecar, 20, "/");
-    origin.asked(40).await; // all 20 at once: nobody waited for a leader
+    origin.wait_for_requests(40).await; // all 20 at once: nobody waited for a leader
     heads[2].open();
     assert!(second.join_all().await.iter().all(|a| a.status == 200));
     assert_eq!(origin.count(), 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
+async fn disconnected_leader_does_not_fail_its_followers() {
     for reset in [false, true] {
         let gate = Gate::new();
         let held = gate.clone();
@@ -100,7 +100,7 @@ async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
         let sidecar = Sidecar::before(&origin, "");
         let mut leader = Client::connect(sidecar.address).await;
         leader.ask("GET", "/", &[], b"").await;
-        origin.asked(1).await;
+        origin.wait_for_requests(1).await;
         let followers = burst(&sidecar, 20, "/");
         if reset {
             leader.reset();
@@ -114,14 +114,14 @@ async fn a_leader_that_leaves_or_is_reset_takes_nobody_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fetch_that_everybody_left_still_fills_the_cache() {
+async fn abandoned_fetch_still_fills_the_cache() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "late").after(&held)).await;
     let sidecar = Sidecar::before(&origin, "");
     let mut leader = Client::connect(sidecar.address).await;
     leader.ask("GET", "/", &[], b"").await;
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     drop(leader);
     gate.open();
     until("the answer is stored", || (sidecar.shared.memory.usage().entries == 1).then_some(())).await;
@@ -149,7 +149,7 @@ impl UpstreamClient for Fragile {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_leader_that_panics_leaves_nobody_failed_or_stuck() {
+async fn followers_recover_from_a_panicking_leader() {
     let upstream = Arc::new(Fragile { calls: AtomicUsize::new(0), gate: Gate::new() });
     let sidecar = Sidecar::over(upstream.clone(), "");
     let requests = burst(&sidecar, 20, "/");
@@ -160,7 +160,7 @@ async fn a_leader_that_panics_leaves_nobody_failed_or_stuck() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() {
+async fn upstream_reset_fails_all_followers_once_and_frees_the_key() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| match ask.number {
@@ -170,7 +170,7 @@ async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() 
     .await;
     let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 10, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     gate.open();
     let statuses: Vec<u16> = requests.join_all().await.iter().map(|a| a.status).collect();
     assert!(statuses.iter().all(|status| *status == 502 || *status == 200), "{statuses:?}");
@@ -179,7 +179,7 @@ async fn an_upstream_that_resets_fails_all_who_wait_once_and_nothing_is_stuck() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn followers_of_another_variant_get_their_own() {
+async fn followers_of_another_variant_fetch_their_own() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| {
@@ -193,7 +193,7 @@ async fn followers_of_another_variant_get_their_own() {
         let (address, language) = (sidecar.address, ["de", "en", "fr"][i % 3]);
         requests.spawn(async move { (language, get(address, "/", &[("Accept-Language", language)]).await) });
     }
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     gate.open();
     for (language, answer) in requests.join_all().await {
         assert_eq!(answer.text(), language);
@@ -202,7 +202,7 @@ async fn followers_of_another_variant_get_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_breaks_off_breaks_off_for_all_and_is_not_stored() {
+async fn truncated_body_fails_for_all_readers_and_is_not_stored() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::fresh(60, vec![b'x'; 1000]).cut_after(500, false),
         _ => Reply::fresh(60, "whole"),
@@ -218,7 +218,7 @@ async fn a_body_that_breaks_off_breaks_off_for_all_and_is_not_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
+async fn purge_during_a_fetch_separates_earlier_from_later_requests() {
     let gates = [Gate::new(), Gate::new()];
     let held = gates.clone();
     let origin =
@@ -226,10 +226,10 @@ async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
             .await;
     let sidecar = Sidecar::before(&origin, "");
     let before = burst(&sidecar, 5, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     sidecar.purge(r#"{"all":true}"#).await;
     let after = burst(&sidecar, 5, "/");
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     gates[0].open();
     gates[1].open();
     assert!(
@@ -241,7 +241,7 @@ async fn a_purge_during_a_fetch_parts_those_before_from_those_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_variant_may_come_while_the_first_ones_body_is_still_coming() {
+async fn another_variant_is_fetched_while_the_first_body_streams() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| match ask.header("accept-encoding") {
@@ -261,7 +261,7 @@ async fn another_variant_may_come_while_the_first_ones_body_is_still_coming() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_nothing_more_may_be_held_answers_stream_through() {
+async fn responses_stream_unstored_when_buffer_memory_is_used_up() {
     let origin = Origin::start(|_| Reply::fresh(60, vec![b'x'; 300_000])).await;
     for rule in ["", "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nreject_empty = \"/x\"\n"] {
         let before = origin.count();
@@ -275,7 +275,7 @@ async fn when_nothing_more_may_be_held_answers_stream_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_needs_validation_is_for_the_one_who_fetched_it() {
+async fn no_cache_response_is_not_shared_with_followers() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| {
@@ -285,7 +285,7 @@ async fn an_answer_that_needs_validation_is_for_the_one_who_fetched_it() {
     .await;
     let sidecar = Sidecar::before(&origin, "");
     let requests = burst(&sidecar, 5, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     gate.open();
     let mut cookies: Vec<_> =
         requests.join_all().await.iter().map(|a| a.header("set-cookie").expect("a cookie").to_owned()).collect();
@@ -295,13 +295,13 @@ async fn an_answer_that_needs_validation_is_for_the_one_who_fetched_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cookie_reaches_the_one_it_is_for_and_nobody_else() {
+async fn set_cookie_is_sent_only_to_the_client_that_fetched() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::new(200, "x").header("Set-Cookie", "session=1").after(&held)).await;
     let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\n");
     let requests = burst(&sidecar, 10, "/");
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     gate.open();
     let answers = requests.join_all().await;
     assert_eq!(answers.iter().filter(|a| a.header("set-cookie").is_some()).count(), 1);
@@ -338,7 +338,7 @@ impl http_body::Body for Bomb {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flight_that_panics_in_the_body_leaves_no_reader_waiting() {
+async fn panic_while_streaming_a_body_fails_its_readers() {
     let sidecar = Sidecar::over(Arc::new(Bursting), "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;

@@ -16,7 +16,7 @@ fn error(text: &str) -> String {
 }
 
 #[test]
-fn every_mistake_is_told_where_it_is_and_what_to_write() {
+fn config_errors_name_the_line_and_the_fix() {
     let rule = |lines: &str| format!("{HEAD}[[upstream.rule]]\npath = \"/{{id}}\"\n{lines}\n");
     let table: &[(String, &str, &str)] = &[
         (format!("{HEAD}nope = 1\n"), "t.toml:3:1", "unknown field `nope`"),
@@ -68,11 +68,11 @@ fn every_mistake_is_told_where_it_is_and_what_to_write() {
 }
 
 #[test]
-fn a_secret_in_the_file_is_not_repeated_in_its_error() {
+fn config_errors_do_not_repeat_secrets() {
     for line in ["token = \"hunter2\"", "token = 123456"] {
         let errors = config::from_text("t.toml", &format!("{HEAD}[admin]\n{line}\n"), Path::new("")).expect_err(line);
         let text = errors[0].to_string();
-        assert!(text.starts_with("t.toml:4:9: a secret is never written down here"), "{text}");
+        assert!(text.starts_with("t.toml:4:9: secrets are not written in this file"), "{text}");
         assert!(!text.contains("hunter2") && !text.contains("123456"), "{text}");
     }
     let errors =
@@ -81,7 +81,7 @@ fn a_secret_in_the_file_is_not_repeated_in_its_error() {
 }
 
 #[test]
-fn the_ttl_flag_is_for_everything_or_for_what_the_profile_names() {
+fn ttl_flag_applies_to_all_or_to_the_rules_of_the_profile() {
     let modes = |url: &str, path: &str| {
         let flags =
             config::Flags { upstream: Some(url.to_owned()), ttl: Some("7m".to_owned()), ..config::Flags::default() };
@@ -95,14 +95,14 @@ fn the_ttl_flag_is_for_everything_or_for_what_the_profile_names() {
 }
 
 #[test]
-fn all_mistakes_are_told_at_once() {
+fn all_config_errors_are_reported_together() {
     let text = format!("mode = \"x\"\n{HEAD}[[upstream.rule]]\npath = \"a\"\nttl = \"b\"\n[log]\nformat = \"c\"\n");
     let errors = config::from_text("t.toml", &text, Path::new("")).expect_err("bad");
     assert_eq!(errors.len(), 4, "{errors:?}");
 }
 
 #[test]
-fn rules_inherit_key_by_key() {
+fn rules_inherit_each_setting_separately() {
     let text = format!(
         "{HEAD}[upstream.defaults]\nttl = \"1h\"\nstale_if_error = \"2h\"\n\
          [[upstream.rule]]\npath = \"/a\"\n[[upstream.rule]]\npath = \"/b\"\nttl = \"session\"\nstale_if_error = \"off\"\n\
@@ -126,7 +126,7 @@ fn rules_inherit_key_by_key() {
 }
 
 #[test]
-fn the_example_says_every_key_and_its_default() {
+fn example_configuration_lists_every_setting_with_its_default() {
     let example = include_str!("../config.example.toml");
     let with_example = config::from_text("t.toml", example, Path::new("")).expect("the example is good");
     let bare = "[[upstream]]\nurl = \"https://my-shop.myshopify.com\"\n";
@@ -154,7 +154,7 @@ fn the_example_says_every_key_and_its_default() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_lines_of_a_start_are_the_contract() {
+async fn startup_prints_the_documented_lines() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let url = format!("http://{}", origin.address);
     let file = std::env::temp_dir().join(format!("sidecache-start-{}.toml", origin.address.port()));
@@ -174,11 +174,15 @@ async fn the_first_lines_of_a_start_are_the_contract() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_can_go_wrong_at_start_is_one_clear_line_each() {
+async fn startup_errors_are_one_line_each() {
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = taken.local_addr().expect("an address").to_string();
     let table: &[(&[&str], i32, &str)] = &[
-        (&["--upstream", "http://127.0.0.1:9", "--listen", &address], 1, "is taken: stop who listens there"),
+        (
+            &["--upstream", "http://127.0.0.1:9", "--listen", &address],
+            1,
+            "is in use: stop the process that listens there",
+        ),
         (&["--config", "/nowhere/sidecache.toml"], 1, "/nowhere/sidecache.toml: can't read the configuration"),
         (&["--upstream", "http://x", "--redis", "memcached://x"], 1, "write one of redis://"),
         (&["--upstream", "http://x", "--profile", "magento"], 1, "write one of"),
@@ -197,7 +201,7 @@ async fn what_can_go_wrong_at_start_is_one_clear_line_each() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_environment_beats_the_file_and_flags_beat_both() {
+async fn flags_override_environment_and_environment_overrides_file() {
     let check = |vars: &'static [(&str, &str)]| async move {
         let mut child = command(&["--upstream", "http://127.0.0.1:9", "--listen", "127.0.0.1:0"]);
         let output = soon("it ends", child.envs(vars.iter().copied()).output()).await.expect("it runs");
@@ -248,7 +252,7 @@ async fn logged(origin: &Origin, gets: usize) -> (crate::support::Answer, String
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_twenty_gets_without_anything_stored_one_hint_says_why() {
+async fn hint_is_logged_after_twenty_gets_with_nothing_stored() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let (_, log) = logged(&origin, 40).await;
     assert_eq!(log.matches("nothing was stored").count(), 1, "{log}");
@@ -256,7 +260,7 @@ async fn after_twenty_gets_without_anything_stored_one_hint_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_name_in_an_error_leads_to_its_line_in_the_log() {
+async fn error_reason_is_found_in_the_log() {
     let origin = Origin::start(|_| Reply::close()).await;
     let (answer, log) = logged(&origin, 3).await;
     let id = answer.json()["error"]["request_id"].as_str().expect("a name").to_owned();

@@ -5,7 +5,7 @@ use crate::support::{Gate, Origin, Reply, Sidecar, until};
 const TIMEOUTS: &str = "[upstream.timeouts]\ndeadline = \"150ms\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_504_in_time_and_a_hit_the_next_time() {
+async fn request_deadline_answers_504_and_the_fetch_fills_the_cache() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
@@ -20,7 +20,7 @@ async fn a_504_in_time_and_a_hit_the_next_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn followers_have_deadlines_of_their_own() {
+async fn each_follower_has_its_own_deadline() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::fresh(60, "slow").after(&held)).await;
@@ -34,7 +34,7 @@ async fn followers_have_deadlines_of_their_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_deadline_stale_is_better_than_an_error() {
+async fn stale_response_is_served_at_the_deadline() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| match ask.number {
@@ -68,7 +68,7 @@ async fn writes_and_passed_through_requests_have_no_deadline() {
     let sidecar = Sidecar::before(&origin, TIMEOUTS);
     let address = sidecar.address;
     let write = tokio::spawn(async move { crate::support::send(address, "POST", "/", &[], b"x").await });
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     // Another request's deadline passes meanwhile.
     assert_eq!(sidecar.get("/").await.status, 504);
     gate.open();
@@ -76,7 +76,7 @@ async fn writes_and_passed_through_requests_have_no_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_upstream_has_time_limits_of_its_own() {
+async fn upstream_timeouts_apply_to_connect_head_and_body() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/head" => Reply::hang(),
         _ => Reply::fresh(60, "first half second half").halfway(&Gate::new()),

@@ -24,7 +24,7 @@ fn blocks<'t>(text: &'t str, language: &str) -> Vec<(usize, &'t str)> {
 }
 
 #[test]
-fn every_configuration_in_the_documentation_is_good() {
+fn documented_configurations_are_valid() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = std::fs::read_dir(root.join("docs")).expect("a folder");
     let mut files: Vec<_> = folder.map(|entry| entry.expect("readable").path()).collect();
@@ -46,7 +46,7 @@ fn every_configuration_in_the_documentation_is_good() {
 }
 
 #[test]
-fn every_file_that_the_documentation_links_to_exists() {
+fn documentation_links_resolve() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for name in [
         "README.md",
@@ -110,7 +110,7 @@ async fn typed(text: &str, upstream: &str, arguments: &[&str]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_quick_start_says_to_type_works_and_comes_to_a_hit() {
+async fn quick_start_commands_end_in_a_hit() {
     let shop = Process::start(&["mock-shop", "--listen", "127.0.0.1:0"], 1).await;
     let url = format!("http://{}", shop.address("mock-shop"));
     let told = typed(include_str!("../docs/QUICKSTART.md"), &url, &["--profile", "shopify"]).await;
@@ -123,7 +123,7 @@ async fn what_the_quick_start_says_to_type_works_and_comes_to_a_hit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_commands_of_the_other_pages_work() {
+async fn documented_commands_succeed() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let url = format!("http://{}", origin.address);
     let pages = [
@@ -138,7 +138,7 @@ async fn the_commands_of_the_other_pages_work() {
 }
 
 /// The reference: `config.example.toml` as a page. That nothing of what is read is missing there is tested with the
-/// configuration (`the_example_says_every_key_and_its_default`).
+/// configuration (`example_configuration_lists_every_setting_with_its_default`).
 fn reference(example: &str) -> String {
     let mut page = String::from(
         "# Every setting\n\nMade from `config.example.toml`, which has every setting that the program reads, with its default or \
@@ -205,7 +205,7 @@ fn capital(text: &str) -> String {
 
 /// `UPDATE=1 cargo test docs` writes it anew.
 #[test]
-fn the_reference_is_what_the_example_says() {
+fn configuration_reference_matches_the_example() {
     let made = reference(include_str!("../config.example.toml"));
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/CONFIGURATION.md");
     if std::env::var_os("UPDATE").is_some() {

@@ -41,7 +41,7 @@ fallback = { body = '{"products":[{"id":1}]}', status = 203 }
 const CAUSES: [&str; 5] = ["timeout", "connect", "5xx", "429", "empty"];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_failure_is_told_apart_in_cache_status_and_in_the_counters() {
+async fn failures_have_distinct_cache_status_details_and_counters() {
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, RULES);
     for cause in CAUSES {
@@ -61,7 +61,7 @@ async fn every_failure_is_told_apart_in_cache_status_and_in_the_counters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_payload_the_upstreams_words_are_relayed_and_silence_is_a_clear_error() {
+async fn without_a_payload_upstream_errors_are_relayed() {
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, RULES);
     let words = sidecar.get("/plain/5xx").await;
@@ -81,7 +81,7 @@ async fn without_a_payload_the_upstreams_words_are_relayed_and_silence_is_a_clea
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_payload_answers_only_what_it_is_for() {
+async fn fallback_payload_is_used_only_where_configured() {
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nfallback = { body = \"{}\", on = [\"429\"] }\n";
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, rules);
@@ -90,7 +90,7 @@ async fn a_payload_answers_only_what_it_is_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_is_not_there_is_a_502_and_shows_in_health() {
+async fn unreachable_upstream_is_502_and_shows_in_health() {
     let gone = {
         let origin = Origin::start(|_| Reply::close()).await;
         origin.address
@@ -102,7 +102,7 @@ async fn an_upstream_that_is_not_there_is_a_502_and_shows_in_health() {
     let sidecar = Sidecar::from_text(&text);
     assert_eq!(sidecar.get("/").await.status, 502);
     for _ in 0..4 {
-        // 503 once the breaker is open: each request is two attempts.
+        // 503 once the circuit breaker is open: each request is two attempts.
         let status = sidecar.get("/").await.status;
         assert!(status == 502 || status == 503, "{status}");
     }
@@ -113,7 +113,7 @@ async fn an_upstream_that_is_not_there_is_a_502_and_shows_in_health() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn passed_through_requests_have_no_ladder() {
+async fn passed_through_requests_have_no_fallback() {
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, RULES);
     let posted = sidecar.send("POST", "/5xx", "x").await;
@@ -121,7 +121,7 @@ async fn passed_through_requests_have_no_ladder() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_payload_may_lie_in_a_file_beside_the_configuration() {
+async fn fallback_payload_file_is_relative_to_the_configuration() {
     let file = std::env::temp_dir().join(format!("sidecache-payload-{}.json", std::process::id()));
     std::fs::write(&file, r#"{"products":["from a file"]}"#).expect("writable");
     let rules =

@@ -44,7 +44,7 @@ async fn three_in_line(redis: &Redis) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_purges_none_serves() {
+async fn purge_on_one_sidecar_reaches_every_sidecar() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let sidecars = fleet(&origin, &redis, 3).await;
@@ -88,7 +88,7 @@ async fn what_one_purges_none_serves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_soft_purge_is_soft_everywhere() {
+async fn soft_purge_is_soft_on_every_sidecar() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let sidecars = fleet(&origin, &redis, 2).await;
@@ -102,7 +102,7 @@ async fn a_soft_purge_is_soft_everywhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_through_one_is_read_through_all() {
+async fn write_on_one_sidecar_invalidates_on_all() {
     let redis = Redis::start();
     let version = std::sync::Arc::new(AtomicUsize::new(0));
     let current = version.clone();
@@ -128,7 +128,7 @@ async fn a_write_through_one_is_read_through_all() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_purged_is_stored_or_waited_for_from_a_fetch_that_began_before() {
+async fn fetch_begun_before_a_purge_is_neither_stored_nor_joined() {
     let redis = Redis::start();
     let gate = Gate::new();
     let slow = gate.clone();
@@ -140,7 +140,7 @@ async fn nothing_purged_is_stored_or_waited_for_from_a_fetch_that_began_before()
     let sidecars = fleet(&origin, &redis, 2).await;
     let address = sidecars[0].address;
     let first = tokio::spawn(async move { get(address, "/products/1", &[]).await });
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     sidecars[0].purge(r#"{"tags":["product:1"]}"#).await;
     sidecars[1].level_with(&redis).await;
     // The lease is still the first one's, but nobody waits for that.
@@ -154,7 +154,7 @@ async fn nothing_purged_is_stored_or_waited_for_from_a_fetch_that_began_before()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cut_connection_loses_no_purge() {
+async fn purge_survives_a_lost_redis_connection() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let chaos = Chaos::before(redis.address()).await;
@@ -173,7 +173,7 @@ async fn a_cut_connection_loses_no_purge() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_made_while_redis_is_away_holds_here_at_once_and_there_later() {
+async fn purge_during_a_redis_outage_is_local_at_once_and_fleet_wide_later() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let chaos = Chaos::before(redis.address()).await;
@@ -195,7 +195,7 @@ async fn a_purge_made_while_redis_is_away_holds_here_at_once_and_there_later() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_verified_for_long_is_not_served() {
+async fn unverified_entries_are_not_served_after_max_unverified() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let chaos = Chaos::before(redis.address()).await;
@@ -217,7 +217,7 @@ async fn what_cannot_be_verified_for_long_is_not_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_log_in_its_place_makes_everything_stale_but_not_gone() {
+async fn replaced_invalidation_log_makes_entries_stale() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nstale_if_error = \"1h\"\n";
@@ -247,7 +247,7 @@ async fn another_log_in_its_place_makes_everything_stale_but_not_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn purging_by_pattern_gives_redis_its_memory_back() {
+async fn pattern_purge_deletes_records_in_redis() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let sidecar = member(&origin, &redis.patient_table()).await;
@@ -269,7 +269,7 @@ async fn purging_by_pattern_gives_redis_its_memory_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_key_is_fetched_once_in_the_fleet() {
+async fn concurrent_misses_in_the_fleet_make_one_upstream_request() {
     let redis = Redis::start();
     let gate = Gate::new();
     let held = gate.clone();
@@ -282,7 +282,7 @@ async fn a_cold_key_is_fetched_once_in_the_fleet() {
             clients.spawn(async move { get(address, "/products/1", &[]).await });
         }
     }
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     three_in_line(&redis).await;
     gate.open();
     while let Some(answer) = clients.join_next().await {
@@ -293,7 +293,7 @@ async fn a_cold_key_is_fetched_once_in_the_fleet() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_is_not_shared_holds_nobody_up() {
+async fn unshareable_response_releases_waiting_sidecars() {
     let redis = Redis::start();
     let gate = Gate::new();
     let held = gate.clone();
@@ -309,7 +309,7 @@ async fn an_answer_that_is_not_shared_holds_nobody_up() {
     other.in_fleet().await;
     let (first, second) = (one.address, other.address);
     let first = tokio::spawn(async move { get(first, "/x", &[]).await.status });
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     let second = tokio::spawn(async move { get(second, "/x", &[]).await.status });
     until("the second waits", || (!redis.keys("{sidecache}:1:line:*").is_empty()).then_some(())).await;
     gate.open();
@@ -335,7 +335,7 @@ async fn about_to_expire(origin: &Origin, redis: &Redis, lines: &[(&str, &str)])
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_hot_is_refreshed_ahead_and_once_in_the_fleet() {
+async fn hot_entry_is_refreshed_early_once_in_the_fleet() {
     let redis = Redis::start();
     for lines in [&[][..], &[("Authorization", "Bearer x")]] {
         let origin = Origin::start(counting()).await;
@@ -345,7 +345,7 @@ async fn what_is_hot_is_refreshed_ahead_and_once_in_the_fleet() {
                 assert!(sidecar.get_with("/x", lines).await.is_hit());
             }
         }
-        origin.asked(2).await;
+        origin.wait_for_requests(2).await;
         for sidecar in &sidecars {
             sidecar.written().await;
             // The one who did not fetch finds it when what it has expires.
@@ -363,7 +363,7 @@ async fn what_is_hot_is_refreshed_ahead_and_once_in_the_fleet() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_worker_that_died_has_left_is_taken_over() {
+async fn refresh_job_of_a_dead_worker_is_taken_over() {
     let redis = Redis::start();
     let never = Gate::new();
     let origin = Origin::start(move |ask| {
@@ -386,7 +386,7 @@ async fn what_a_worker_that_died_has_left_is_taken_over() {
     worker.signal(Signal::SIGKILL);
     assert_eq!(worker.ended().await, None);
     let other = Sidecar::with_tables(&origin, rules, &redis.patient_table());
-    origin.asked(3).await;
+    origin.wait_for_requests(3).await;
     until("the work is done", || {
         let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(1);
         (left == 0).then_some(())
@@ -397,7 +397,7 @@ async fn what_a_worker_that_died_has_left_is_taken_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_by_url_counts_for_all_targets_with_that_record() {
+async fn url_purge_applies_to_every_target_of_the_record() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nkey = { query = [\"*\", \"!utm_*\"] }\n";
@@ -414,7 +414,7 @@ async fn a_purge_by_url_counts_for_all_targets_with_that_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_that_must_be_validated_do_not_make_a_queue() {
+async fn no_cache_responses_are_not_fetched_one_after_another() {
     let redis = Redis::start();
     let gate = Gate::new();
     let held = gate.clone();
@@ -434,7 +434,7 @@ async fn answers_that_must_be_validated_do_not_make_a_queue() {
         let address = sidecar.address;
         clients.spawn(async move { get(address, "/x", &[]).await.status });
     }
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     three_in_line(&redis).await;
     gate.open();
     for status in soon("all are answered", clients.join_all()).await {
@@ -443,7 +443,7 @@ async fn answers_that_must_be_validated_do_not_make_a_queue() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_too_large_to_share_holds_nobody_up() {
+async fn oversized_response_releases_waiting_sidecars() {
     let redis = Redis::start();
     let gate = Gate::new();
     let held = gate.clone();
@@ -461,14 +461,14 @@ async fn an_answer_too_large_to_share_holds_nobody_up() {
     other.in_fleet().await;
     let address = one.address;
     let first = tokio::spawn(async move { get(address, "/x", &[]).await.body.len() });
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     assert_eq!(other.get("/x").await.text(), "small", "long before the first has ended");
     gate.open();
     assert_eq!(soon("the first", first).await.expect("answered"), 160_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_purge_that_a_failover_lost_is_told_again() {
+async fn purge_lost_in_a_failover_is_logged_again() {
     let redis = Redis::start();
     let origin = Origin::start(counting()).await;
     let chaos = Chaos::before(redis.address()).await;

@@ -30,7 +30,7 @@ fn meets(expected: &str, status: Option<u16>, closed: bool) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn raw_requests_get_what_they_should() {
+async fn raw_requests_get_the_expected_response() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/http1-requests.json");
     let Ok(text) = std::fs::read_to_string(&path) else {
         eprintln!("skipped: the collection of raw requests is not here ({})", path.display());
@@ -63,7 +63,7 @@ async fn fault(request: Value, address: SocketAddr) -> Option<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refusal_waits_for_its_turn_and_what_follows_it_is_nobodys_request() {
+async fn rejection_keeps_pipeline_order_and_closes_the_connection() {
     let origin = Origin::start(|_| Reply::new(200, "fine")).await;
     let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
@@ -78,7 +78,7 @@ async fn a_refusal_waits_for_its_turn_and_what_follows_it_is_nobodys_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_breaks_after_its_first_mebibyte_cuts_its_request() {
+async fn malformed_body_after_one_mebibyte_aborts_the_upstream_request() {
     let origin = Origin::start(|ask| Reply::new(200, format!("{}", ask.body.len()))).await;
     let sidecar = Sidecar::before(&origin, "");
     let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));

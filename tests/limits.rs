@@ -12,7 +12,7 @@ async fn plain() -> Origin {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_guard_refuses_never_reaches_the_upstream() {
+async fn rejected_requests_never_reach_the_upstream() {
     let origin = plain().await;
     let sidecar = Sidecar::before(&origin, "");
     let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "a".repeat(9000));
@@ -49,7 +49,7 @@ async fn what_the_guard_refuses_never_reaches_the_upstream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_unusual_but_right_is_served() {
+async fn unusual_valid_requests_are_served() {
     let origin = plain().await;
     let sidecar = Sidecar::before(&origin, "");
     let table = [
@@ -68,7 +68,7 @@ async fn what_is_unusual_but_right_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn absolute_form_is_for_the_origin_or_the_listener() {
+async fn absolute_form_must_name_the_upstream_or_the_listener() {
     let origin = plain().await;
     let sidecar = Sidecar::before(&origin, "");
     for (authority, expected) in
@@ -81,7 +81,7 @@ async fn absolute_form_is_for_the_origin_or_the_listener() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_large_body_keeps_its_framing() {
+async fn large_request_body_keeps_its_framing() {
     let origin = plain().await;
     let sidecar = Sidecar::before(&origin, "");
     let large = vec![b'x'; 2 << 20];
@@ -97,7 +97,7 @@ async fn a_large_body_keeps_its_framing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn expect_continue_gets_its_go_ahead() {
+async fn expect_continue_gets_a_100_response() {
     let origin = plain().await;
     let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
@@ -108,7 +108,7 @@ async fn expect_continue_gets_its_go_ahead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_streams() {
+async fn malformed_body_start_is_rejected_and_large_bodies_stream() {
     let origin = plain().await;
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nrequest_body = \"4MiB\"\n");
     let mut client = Client::connect(sidecar.address).await;
@@ -127,7 +127,7 @@ async fn a_body_that_breaks_early_never_reaches_the_upstream_and_a_large_one_str
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_that_comes_before_its_upload_has_ended_reaches_a_client_that_reads_only_then() {
+async fn early_response_reaches_a_client_that_reads_after_its_upload() {
     let sidecar = Sidecar::from_text(&text(([127, 0, 0, 1], free_port()).into(), "", ""));
     let (length, body) = (20 << 20, vec![b'x'; 20 << 20]);
     let by_length = (format!("Content-Length: {length}\r\n\r\n"), "");
@@ -143,7 +143,7 @@ async fn an_answer_that_comes_before_its_upload_has_ended_reaches_a_client_that_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hit_leaves_no_unread_body_behind_for_the_next_request() {
+async fn hit_drains_the_request_body() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
     let sidecar = Sidecar::before(&origin, "");
     get(sidecar.address, "/", &[]).await;
@@ -156,7 +156,7 @@ async fn a_hit_leaves_no_unread_body_behind_for_the_next_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_that_never_ends_is_cut_and_others_do_not_notice() {
+async fn endless_request_head_is_cut_off() {
     let origin = plain().await;
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n");
     let mut slow = Client::connect(sidecar.address).await;
@@ -166,14 +166,14 @@ async fn a_head_that_never_ends_is_cut_and_others_do_not_notice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_beyond_the_limit_wait_their_turn() {
+async fn connections_over_the_limit_are_queued() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |_| Reply::new(200, "x").after(&held)).await;
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nconnections = 1\n");
     let mut first = Client::connect(sidecar.address).await;
     first.ask("GET", "/first", &[("Connection", "close")], b"").await;
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     let mut second = Client::connect(sidecar.address).await;
     second.ask("GET", "/second", &[], b"").await;
     // Time enough for a sidecar that did not keep the limit: other requests go round meanwhile.

@@ -7,7 +7,7 @@ use crate::support::{Client, Origin, Reply, Sidecar, get};
 const OK: &str = "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_http_is_a_502_and_never_stored() {
+async fn invalid_response_heads_yield_502_and_are_not_stored_or_retried() {
     let heads = [
         "nonsense\r\n\r\n".to_owned(),
         "HTTP/1.1 abc OK\r\n\r\n".to_owned(),
@@ -44,7 +44,7 @@ async fn what_is_no_http_is_a_502_and_never_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
+async fn incomplete_or_malformed_bodies_are_aborted_and_not_stored() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/short" => Reply::fresh(60, vec![b'x'; 50_000]).cut_after(30_000, false),
         "/reset" => Reply::fresh(60, vec![b'x'; 50_000]).cut_after(30_000, true),
@@ -66,7 +66,7 @@ async fn a_body_that_lies_about_its_length_is_never_taken_for_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_too() {
+async fn excess_bytes_prevent_reuse_and_a_second_response_prevents_storage() {
     let smuggled = format!("body{OK}Content-Length: 3\r\n\r\nbad");
     let origin = Origin::start(move |ask| match ask.target.as_str() {
         "/long" => Reply::fresh(60, "body and more").header("Content-Length", "4"),
@@ -89,7 +89,7 @@ async fn bytes_after_the_body_spoil_the_connection_and_another_answer_the_first_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_brought_a_flawed_head_is_not_used_again() {
+async fn connection_is_not_reused_after_an_invalid_response_head() {
     let origin = Origin::start(|ask| {
         let reply = Reply::new(200, "4\r\nbody\r\n0\r\n\r\n").header("Content-Length", "14");
         if ask.target == "/flawed" { reply.header("Transfer-Encoding", "chunked") } else { reply }
@@ -104,7 +104,7 @@ async fn a_connection_that_brought_a_flawed_head_is_not_used_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_request_goes_out_on_a_connection_that_has_bytes_after_the_body() {
+async fn connection_with_bytes_after_the_body_receives_no_further_request() {
     const CLIENTS: usize = 32;
     const EACH: usize = 40;
     let origin = Origin::start(|_| Reply::new(200, "body and more").header("Content-Length", "4")).await;
@@ -123,7 +123,7 @@ async fn no_request_goes_out_on_a_connection_that_has_bytes_after_the_body() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn interim_answers_do_not_hang_anybody() {
+async fn thousand_informational_responses_do_not_block_the_final_response() {
     let interim = "HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n".repeat(1000);
     let origin = Origin::start(move |_| Reply::raw(format!("{interim}{OK}Content-Length: 4\r\n\r\nbody"))).await;
     let sidecar = Sidecar::before(&origin, "");
@@ -131,7 +131,7 @@ async fn interim_answers_do_not_hang_anybody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
+async fn get_is_retried_when_a_reused_connection_closes_and_post_is_not() {
     // The origin answers once on each connection, and closes it when the next request comes.
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/first" => Reply::new(200, "first"),
@@ -149,7 +149,7 @@ async fn a_reused_connection_that_died_is_tried_again_for_reads_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_old_connection_is_not_used_again_so_that_dns_is_asked_again() {
+async fn pooled_connection_is_replaced_after_its_maximum_age() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;

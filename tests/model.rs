@@ -307,7 +307,7 @@ fn request(step: &Step) -> Request<Body> {
 
 /// Found by chance: a failure that says how long it is good, while something better is fresh.
 #[test]
-fn a_failure_does_not_displace_what_is_fresh() {
+fn cacheable_503_does_not_replace_a_fresh_entry() {
     let says = |status, directives: &[&'static str]| Says {
         status: Some(status),
         directives: directives.to_vec(),
@@ -360,7 +360,7 @@ async fn play(steps: &[Step]) -> Result<(), TestCaseError> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn it_serves_what_rfc_9111_allows_and_asks_when_it_must(steps in prop::collection::vec(step(), 1..20)) {
+    fn responses_and_upstream_requests_match_the_rfc_9111_model(steps in prop::collection::vec(step(), 1..20)) {
         side_by_side(&steps)?;
     }
 }

@@ -32,7 +32,7 @@ async fn rehearsed(sidecar: &Sidecar) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn shadow_answers_everything_from_the_upstream_and_counts_what_the_cache_would_have_done() {
+async fn shadow_mode_passes_all_requests_and_counts_would_be_hits_and_misses() {
     let version = Arc::new(AtomicUsize::new(1));
     let now = version.clone();
     let origin = Origin::start(move |ask| {
@@ -81,7 +81,7 @@ async fn shadow_answers_everything_from_the_upstream_and_counts_what_the_cache_w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_word() {
+async fn fleet_mode_reaches_every_sidecar_and_a_local_mode_overrides_it() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let one = Sidecar::with_tables(&origin, RULES, &redis.table());
@@ -119,7 +119,7 @@ async fn a_mode_for_the_fleet_is_kept_in_redis_and_this_sidecar_has_the_last_wor
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn shadow_stores_nothing_that_a_fetch_would_not() {
+async fn shadow_mode_stores_no_rejected_or_uncacheable_response() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/list" => Reply::new(200, "{\"products\":[]}"),
         _ => Reply::new(503, "x").header("Cache-Control", "no-store"),

@@ -44,7 +44,7 @@ async fn ask(sender: &mut Sender, method: Method, uri: &str, body: &str) -> (Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn http_2_by_preface_hits_like_any_other() {
+async fn http2_with_prior_knowledge_shares_entries_with_http1() {
     let origin = Origin::start(|ask| Reply::fresh(60, format!("{} {}", ask.method, ask.body.len()))).await;
     let sidecar = Sidecar::before(&origin, "");
     let mut client = http2_to(sidecar.address).await;
@@ -66,7 +66,7 @@ async fn http_2_by_preface_hits_like_any_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn http_2_has_variants_validation_and_ranges_like_any_other() {
+async fn http2_supports_vary_conditional_and_range_requests() {
     let origin = Origin::start(|ask| {
         let language = ask.header("accept-language").unwrap_or("none").to_owned();
         Reply::fresh(60, format!("0123456789 {language}")).header("ETag", "\"1\"").header("Vary", "Accept-Language")
@@ -94,7 +94,7 @@ async fn http_2_has_variants_validation_and_ranges_like_any_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_flood_of_pings_or_half_a_preface_ends_the_connection() {
+async fn http2_ping_flood_or_incomplete_preface_closes_the_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n");
     let mut half = Client::connect(sidecar.address).await;
@@ -139,7 +139,7 @@ pub(crate) fn certificate(folder: &Path) -> (String, ClientConfig) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_tls_the_client_chooses_the_version() {
+async fn alpn_selects_http2_or_http1_on_a_tls_listener() {
     let origin = Origin::start(|ask| {
         let link = format!("<http://{}/next>; rel=\"next\"", ask.header("host").expect("a host"));
         Reply::fresh(60, "secret").header("Link", &link)
@@ -197,7 +197,7 @@ async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn http_2_to_the_upstream_by_setting() {
+async fn upstream_http2_setting_sends_all_requests_over_one_connection() {
     let (origin, connections) = http2_origin().await;
     let sidecar = Sidecar::from_text(&text(origin, "http2 = true", ""));
     let said = get(sidecar.address, "/a?b", &[]).await;
@@ -225,7 +225,7 @@ async fn echo_if_asked(mut stream: TcpStream) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn websockets_pass_where_a_rule_allows_it() {
+async fn websocket_upgrade_is_forwarded_only_where_a_rule_allows_it() {
     let origin = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = origin.local_addr().expect("bound");
     tokio::spawn(async move {
@@ -269,7 +269,7 @@ async fn websockets_pass_where_a_rule_allows_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_pass_as_they_come_and_each_client_has_its_own_stream() {
+async fn event_streams_are_not_buffered_or_shared_between_clients() {
     let gate = Gate::new();
     let held = gate.clone();
     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n";

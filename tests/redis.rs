@@ -19,7 +19,7 @@ async fn member_with(origin: &Origin, redis: &Redis, tables: &str) -> Sidecar {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_one_has_fetched_all_have() {
+async fn response_fetched_by_one_sidecar_is_a_hit_on_another() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| {
         let body = format!("body {} {}", ask.number, ask.header("accept-language").unwrap_or("-"));
@@ -49,7 +49,7 @@ async fn what_one_has_fetched_all_have() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn age_goes_on_and_a_stale_record_is_validated() {
+async fn redis_record_keeps_its_age_and_is_revalidated_when_stale() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| match ask.header("if-none-match") {
         Some(_) => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "max-age=60"),
@@ -71,7 +71,7 @@ async fn age_goes_on_and_a_stale_record_is_validated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failing_upstream_is_stood_in_for_by_what_another_has_fetched() {
+async fn redis_record_of_another_sidecar_is_served_stale_on_upstream_failure() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| {
         if ask.number == 0 {
@@ -92,7 +92,7 @@ async fn a_failing_upstream_is_stood_in_for_by_what_another_has_fetched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_if_cached_asks_the_fleet_and_nobody_else() {
+async fn only_if_cached_reads_redis_and_sends_no_upstream_request() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let (one, other) = (member(&origin, &redis).await, member(&origin, &redis).await);
@@ -106,7 +106,7 @@ async fn only_if_cached_asks_the_fleet_and_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_belongs_to_a_credential_lies_apart_and_the_credential_nowhere() {
+async fn private_records_use_their_own_database_and_contain_no_credential() {
     let redis = Redis::start();
     let origin =
         Origin::start(|ask| Reply::fresh(60, ask.header("authorization").unwrap_or("-").len().to_string())).await;
@@ -138,7 +138,7 @@ async fn what_belongs_to_a_credential_lies_apart_and_the_credential_nowhere() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_tampered_with_is_a_miss_and_is_removed() {
+async fn tampered_redis_record_is_not_served_and_is_replaced() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| Reply::fresh(60, ask.target.repeat(2_000))).await;
     let writer = member(&origin, &redis).await;
@@ -183,7 +183,7 @@ async fn what_was_tampered_with_is_a_miss_and_is_removed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn secrets_rotate_and_records_can_be_encrypted() {
+async fn encrypted_records_stay_readable_during_secret_rotation() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "plain as day ".repeat(10))).await;
     let folder = crate::support::redis::folder("secrets");
@@ -212,7 +212,7 @@ async fn secrets_rotate_and_records_can_be_encrypted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_secret_of_their_own_sidecars_share_one_that_redis_keeps() {
+async fn sidecars_without_a_configured_secret_share_one_stored_in_redis() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let token = [("Authorization", "Bearer x")];
@@ -230,7 +230,7 @@ async fn without_a_secret_of_their_own_sidecars_share_one_that_redis_keeps() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_definitive_answer_displaces_the_record_too() {
+async fn not_found_response_removes_the_stale_redis_record() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| if ask.number == 0 { Reply::fresh(1, "x") } else { Reply::new(404, "") }).await;
     let one = member(&origin, &redis).await;
@@ -243,7 +243,7 @@ async fn a_definitive_answer_displaces_the_record_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_line_says_where_redis_is_and_stats_and_health_show_the_tiers_apart() {
+async fn stats_separate_memory_from_redis_hits_and_health_reports_redis() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let sidecar = member(&origin, &redis).await;
@@ -272,7 +272,7 @@ async fn the_first_line_says_where_redis_is_and_stats_and_health_show_the_tiers_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_acl_user_needs_what_the_documentation_says_and_no_more() {
+async fn documented_redis_acl_permissions_are_sufficient() {
     let redis = Redis::start();
     let page = include_str!("../docs/REDIS.md");
     let needs = page.split("An ACL user needs `").nth(1).and_then(|rest| rest.split('`').next()).expect("it says");
@@ -299,7 +299,7 @@ async fn an_acl_user_needs_what_the_documentation_says_and_no_more() {
     assert!(other.get("/x").await.is_hit());
     other.turn_in_fleet(50).await;
     assert!(other.get("/x").await.is_hit());
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     one.purge(r#"{"patterns":["/x*"]}"#).await;
     until("the walk has removed it", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
     for sidecar in [&one, &other] {

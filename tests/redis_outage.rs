@@ -35,7 +35,7 @@ async fn used_again(sidecar: &Sidecar, name: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_serves_before_redis_answers_and_uses_it_when_it_does() {
+async fn sidecar_starts_without_redis_and_uses_it_once_available() {
     let mut redis = Redis::start();
     redis.kill();
     let (_origin, sidecar) = before(&redis.table()).await;
@@ -52,7 +52,7 @@ async fn it_serves_before_redis_answers_and_uses_it_when_it_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_stopped_or_cut_off_it_is_not_noticed_and_used_again_afterwards() {
+async fn redis_outage_fails_no_request_and_redis_is_used_after_recovery() {
     let mut redis = Redis::start();
     let chaos = Chaos::before(redis.address()).await;
     let (_origin, sidecar) = before(&chaos.table()).await;
@@ -83,7 +83,7 @@ async fn killed_stopped_or_cut_off_it_is_not_noticed_and_used_again_afterwards()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_it_is_silent_only_the_first_wait_for_it() {
+async fn unresponsive_redis_opens_the_breaker_and_recovery_closes_it() {
     let redis = Redis::start();
     let (_origin, sidecar) = before(&redis.table()).await;
     sidecar.in_fleet().await;
@@ -101,7 +101,7 @@ async fn while_it_is_silent_only_the_first_wait_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_of_redis_are_not_the_clients() {
+async fn redis_errors_fail_no_client_request_and_redis_is_used_again() {
     let redis = Redis::start();
     let mut observer = redis.observer();
     let _: () = observer.set("filler", vec![b'x'; 1 << 20]).expect("written");
@@ -140,7 +140,7 @@ async fn errors_of_redis_are_not_the_clients() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_is_read_again_for_each_connection() {
+async fn redis_password_file_is_read_again_on_reconnect() {
     let redis = Redis::start();
     let folder = folder("password");
     let file = folder.join("password");
@@ -168,7 +168,7 @@ async fn a_password_is_read_again_for_each_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one_no_wrong_answer() {
+async fn slow_redis_causes_few_timeouts_and_corrupted_replies_are_not_served() {
     let redis = Redis::start();
     let chaos = Chaos::before(redis.address()).await;
     let origin = Origin::start(|ask| Reply::fresh(60, ask.target.repeat(200))).await;
@@ -199,7 +199,7 @@ async fn a_slow_redis_costs_nobody_more_than_the_command_timeout_and_a_lying_one
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_it_loads_its_data_it_is_not_waited_for() {
+async fn requests_are_served_while_redis_loads_its_dataset() {
     let mut redis = Redis::with(&[
         "--rdbcompression",
         "no",
@@ -226,7 +226,7 @@ async fn while_it_loads_its_data_it_is_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn trouble_is_one_log_line_a_second_at_most() {
+async fn redis_warnings_are_logged_at_most_once_per_second() {
     let redis = Redis::start();
     let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
     let file = folder("quiet").join("sidecache.toml");
@@ -274,7 +274,7 @@ async fn trouble_is_one_log_line_a_second_at_most() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_with_it_is_one_clear_line_at_check() {
+async fn check_command_reports_a_redis_error_in_one_line() {
     let mut redis = Redis::with(&["--requirepass", "right"]);
     let folder = folder("check");
     let path = |name: &str| folder.join(name).display().to_string();

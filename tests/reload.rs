@@ -59,7 +59,7 @@ const STORES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \
 const PASSES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\ncache = \"off\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing() {
+async fn valid_file_applies_from_the_next_request_and_invalid_file_is_rejected() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
@@ -89,7 +89,7 @@ async fn a_good_file_counts_from_the_next_request_and_a_bad_one_changes_nothing(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sizes_count_at_once_and_what_is_stored_stays() {
+async fn reloaded_limits_apply_at_once_and_stored_entries_are_kept() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     get(sidecar.address, "/x", &[]).await;
@@ -106,7 +106,7 @@ async fn sizes_count_at_once_and_what_is_stored_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn listeners_come_and_go_and_those_that_stay_keep_their_connections() {
+async fn reload_adds_and_removes_listeners_and_keeps_existing_connections() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut kept = Client::connect(sidecar.address).await;
@@ -130,7 +130,7 @@ async fn listeners_come_and_go_and_those_that_stay_keep_their_connections() {
         second.replace("second", "third").replace(&port.to_string(), &taken.local_addr().unwrap().port().to_string());
     sidecar.write(&format!("{first}{third}"));
     let refused = sidecar.reload().await;
-    assert!(refused.status == 422 && refused.text().contains("is taken"), "{}", refused.text());
+    assert!(refused.status == 422 && refused.text().contains("is in use"), "{}", refused.text());
     assert_eq!(get(new, "/x", &[]).await.text(), "x");
     // Gone: nobody listens there any more; the first one's connection has seen nothing of it.
     sidecar.write(&first);
@@ -141,7 +141,7 @@ async fn listeners_come_and_go_and_those_that_stay_keep_their_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_and_the_admin_listener_are_replaced() {
+async fn reload_replaces_the_admin_token_and_the_admin_listener() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = FromFile::start(&origin, STORES);
     let folder = sidecar.file.parent().expect("a folder");
@@ -172,7 +172,7 @@ async fn tokens_and_the_admin_listener_are_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_and_secrets_are_replaced_and_the_cache_begins_empty() {
+async fn reload_with_another_redis_or_secret_empties_the_cache() {
     let (one, other) = (Redis::start(), Redis::start());
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
@@ -184,7 +184,7 @@ async fn a_redis_and_secrets_are_replaced_and_the_cache_begins_empty() {
         assert!(ask().await.is_hit());
         sidecar.write(&text(origin.address, STORES, table));
         let answer = sidecar.reload().await;
-        assert!(answer.text().contains("the cache begins empty"), "{}", answer.text());
+        assert!(answer.text().contains("the cache starts empty"), "{}", answer.text());
         let fetched = ask().await;
         assert!(!fetched.is_hit(), "{number}: {fetched:?}");
         let redis = if number == 0 { &one } else { &other };
@@ -205,7 +205,7 @@ async fn a_redis_and_secrets_are_replaced_and_the_cache_begins_empty() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificates_are_replaced_for_the_connections_that_come() {
+async fn reload_replaces_the_certificate_for_new_connections() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let (one, other) = (folder("tls"), folder("tls"));
     let (first, trusts_first) = crate::protocols::certificate(&one);
@@ -223,7 +223,7 @@ async fn certificates_are_replaced_for_the_connections_that_come() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_changes_its_filter_and_its_form() {
+async fn reload_changes_the_log_filter_and_format() {
     use tokio::io::{AsyncBufReadExt, BufReader};
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let file = folder("log").join("sidecache.toml");
@@ -258,7 +258,7 @@ async fn the_log_changes_its_filter_and_its_form() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_file_is_watched_also_as_a_link_that_moves() {
+async fn replaced_symlink_to_the_configuration_file_triggers_a_reload() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = FromFile::start(&origin, STORES);
     // As Kubernetes does it: the file is reached through a link, and the link is replaced.
@@ -277,7 +277,7 @@ async fn the_file_is_watched_also_as_a_link_that_moves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hundred_reloads_under_load_fail_nobody_and_close_no_connection() {
+async fn hundred_reloads_under_load_fail_no_request_and_close_no_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Arc::new(FromFile::start(&origin, STORES));
     let (over, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
@@ -317,7 +317,7 @@ async fn a_hundred_reloads_under_load_fail_nobody_and_close_no_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_other_tags_or_another_key_have_stored_is_not_served() {
+async fn entries_stored_with_other_tags_or_cache_key_are_misses_after_reload() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let rule = |lines: &str| format!("[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \"1h\"\n{lines}\n");
     let sidecar = FromFile::start(&origin, &rule(""));
@@ -335,7 +335,7 @@ async fn what_other_tags_or_another_key_have_stored_is_not_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_under_way_counts_under_the_configuration_that_comes_meanwhile() {
+async fn write_started_before_a_reload_invalidates_entries_stored_after_it() {
     let (gate, version) = (Gate::new(), Arc::new(AtomicUsize::new(1)));
     let (opened, current) = (gate.clone(), version.clone());
     let origin = Origin::start(move |ask| match ask.method.as_str() {
@@ -358,7 +358,7 @@ async fn a_write_under_way_counts_under_the_configuration_that_comes_meanwhile()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_reload_counts_nothing_and_a_mode_of_a_fleet_ends_with_it() {
+async fn reloads_keep_counters_and_removing_redis_ends_the_fleet_mode() {
     let redis = Redis::start();
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = FromFile::start(&origin, STORES);

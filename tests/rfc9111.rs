@@ -5,7 +5,7 @@ use crate::support::{Client, Gate, Origin, Reply, Sidecar, until};
 const DIGITS: &str = "0123456789";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn parts_come_from_a_stored_whole() {
+async fn range_requests_are_answered_from_a_stored_complete_response() {
     let origin = Origin::start(|_| {
         Reply::fresh(60, DIGITS)
             .header("ETag", "\"a\"")
@@ -44,7 +44,7 @@ async fn parts_come_from_a_stored_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_part_that_passes_by_is_completed_when_the_whole_is_asked_for() {
+async fn full_request_completes_a_stored_partial_response_with_if_range() {
     let origin = Origin::start(|ask| {
         match ask.header("range") {
             Some("bytes=0-3") => {
@@ -77,7 +77,7 @@ async fn a_part_that_passes_by_is_completed_when_the_whole_is_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_beginning_that_was_purged_completes_nothing() {
+async fn purged_partial_response_is_not_completed() {
     let origin = Origin::start(|ask| match ask.header("range") {
         Some(_) => Reply::new(206, "0123")
             .header("Content-Range", "bytes 0-3/10")
@@ -94,7 +94,7 @@ async fn a_beginning_that_was_purged_completes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_to_a_post_is_kept_if_it_says_that_it_is_what_get_would_bring() {
+async fn post_response_is_stored_only_with_own_content_location_and_max_age() {
     let origin = Origin::start(|ask| {
         let reply = Reply::new(200, format!("{} {}", ask.method, ask.number));
         match ask.target.as_str() {
@@ -159,7 +159,7 @@ async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_that_say_the_same_share_a_variant_and_tenants_do_not() {
+async fn equivalent_vary_values_share_a_variant_but_credentials_do_not() {
     let origin =
         Origin::start(|ask| Reply::fresh(60, ask.number.to_string()).header("Vary", "Accept-Language, X-List")).await;
     let sidecar = Sidecar::before(&origin, "");
@@ -175,7 +175,7 @@ async fn requests_that_say_the_same_share_a_variant_and_tenants_do_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn variants_of_one_address_are_capped() {
+async fn variants_per_url_are_capped_and_the_oldest_are_evicted() {
     let origin = Origin::start(|_| Reply::fresh(60, "x").header("Vary", "X-V")).await;
     let sidecar = Sidecar::before(&origin, "");
     for i in 0..40 {
@@ -187,7 +187,7 @@ async fn variants_of_one_address_are_capped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_is_kept_for_as_long_as_it_says_unless_there_is_something_better() {
+async fn cacheable_503_is_stored_unless_a_stale_entry_is_usable_and_429_never() {
     let origin = Origin::start(|ask| match (ask.target.as_str(), ask.number) {
         ("/bad", _) => Reply::new(503, "busy").header("Cache-Control", "max-age=10"),
         ("/429", _) => Reply::new(429, "slow down").header("Cache-Control", "max-age=10"),
@@ -212,7 +212,7 @@ async fn a_failure_is_kept_for_as_long_as_it_says_unless_there_is_something_bett
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_freshens_what_is_stored_or_shows_that_it_is_outdated() {
+async fn head_response_refreshes_a_matching_entry_and_invalidates_a_changed_one() {
     let origin = Origin::start(|ask| {
         let changed = ask.target == "/changed" && ask.number > 1;
         Reply::new(200, "body")
@@ -238,7 +238,7 @@ async fn a_head_freshens_what_is_stored_or_shows_that_it_is_outdated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn directives_for_caches_like_us_displace_those_for_all() {
+async fn valid_targeted_cache_control_field_overrides_cache_control() {
     let origin = Origin::start(|ask| {
         let (field, value) = match ask.target.as_str() {
             "/ours" => ("Sidecache-Cache-Control", "max-age=60"),
@@ -258,7 +258,7 @@ async fn directives_for_caches_like_us_displace_those_for_all() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_cut_off_leaves_no_beginning() {
+async fn truncated_partial_response_is_not_stored() {
     let origin = Origin::start(|ask| match ask.header("range") {
         Some("bytes=0-3") => Reply::new(206, "0123")
             .header("Content-Range", "bytes 0-3/10")
@@ -284,7 +284,7 @@ const PASSED_ON: &str =
     "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn interim_answers_go_on_at_once_to_the_one_who_asked_and_are_not_stored() {
+async fn informational_responses_are_forwarded_at_once_and_are_not_stored() {
     let gate = Gate::new();
     let waits = gate.clone();
     let origin = Origin::start(move |ask| match ask.target.as_str() {
@@ -320,7 +320,7 @@ async fn interim_answers_go_on_at_once_to_the_one_who_asked_and_are_not_stored()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn interim_answers_to_a_write_go_on_too() {
+async fn informational_responses_to_a_post_are_forwarded() {
     let origin = Origin::start(|_| Reply::raw(format!("{HINTS}{FINAL}"))).await;
     let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
@@ -331,7 +331,7 @@ async fn interim_answers_to_a_write_go_on_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cookies_are_stored_or_removed_as_the_rule_says() {
+async fn set_cookie_is_stored_or_removed_according_to_the_rule() {
     let origin = Origin::start(|_| Reply::fresh(60, "x").header("Set-Cookie", "a=b")).await;
     let rules = "[[upstream.rule]]\npath = \"/removed\"\ncache = \"http\"\nset_cookie = \"remove\"\n\
                  [[upstream.rule]]\npath = \"/stored\"\nttl = \"1h\"\nset_cookie = \"store\"\n\
@@ -348,7 +348,7 @@ async fn cookies_are_stored_or_removed_as_the_rule_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_that_names_no_validator_freshens_nothing() {
+async fn head_response_without_validator_does_not_refresh_an_entry() {
     let origin =
         Origin::start(|ask| Reply::new(200, ask.number.to_string()).header("Cache-Control", "max-age=10")).await;
     let sidecar = Sidecar::before(&origin, "");
@@ -359,7 +359,7 @@ async fn a_head_that_names_no_validator_freshens_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_takes_no_place_from_what_is_fresh() {
+async fn cacheable_503_does_not_replace_a_fresh_entry() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::fresh(60, "good"),
         _ => Reply::new(503, "bad").header("Cache-Control", "max-age=60"),
@@ -372,7 +372,7 @@ async fn a_failure_takes_no_place_from_what_is_fresh() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_part_of_what_is_stale_is_of_the_refreshed_whole_and_in_an_outage_of_the_stale() {
+async fn range_request_revalidates_a_stale_entry_or_uses_it_in_an_outage() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::fresh(10, DIGITS).header("ETag", "\"1\""),
         1 => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "max-age=10"),
@@ -392,7 +392,7 @@ async fn a_part_of_what_is_stale_is_of_the_refreshed_whole_and_in_an_outage_of_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_304_of_another_is_not_believed_and_the_whole_asked_for() {
+async fn not_modified_with_another_etag_triggers_an_unconditional_request() {
     let origin = Origin::start(|ask| match ask.header("if-none-match") {
         None => Reply::fresh(10, ask.number.to_string()).header("ETag", "\"1\""),
         Some(_) => Reply::new(304, "").header("ETag", "\"2\"").header("Cache-Control", "max-age=10"),

@@ -46,7 +46,7 @@ impl Street {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn three_pages_by_their_links_twice_cost_three_calls() {
+async fn following_pagination_links_twice_fetches_each_page_once() {
     let street = Street::open(Faults::default()).await;
     for round in 0..2 {
         let mut target = format!("{API}/products.json?limit=5");
@@ -71,7 +71,7 @@ async fn three_pages_by_their_links_twice_cost_three_calls() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn numbers_beyond_doubles_and_header_case_stay_as_they_are() {
+async fn large_integers_and_header_case_are_preserved() {
     let street = Street::open(Faults::default()).await;
     for _ in 0..2 {
         let answer = street.get(&format!("/products/{FIRST_ID}.json")).await;
@@ -83,7 +83,7 @@ async fn numbers_beyond_doubles_and_header_case_stay_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_shows_in_every_page_and_for_every_token() {
+async fn write_invalidates_the_product_and_its_lists_for_every_token() {
     let street = Street::open(Faults::default()).await;
     let one = format!("/products/{FIRST_ID}.json");
     for token in &TOKENS[..2] {
@@ -107,7 +107,7 @@ async fn a_write_shows_in_every_page_and_for_every_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn shops_are_apart_and_a_wrong_token_gets_nothing() {
+async fn shops_have_separate_entries_and_an_invalid_token_gets_401() {
     let street = Street::open(Faults::default()).await;
     let first = street.ask("GET", "/shop.json", TOKENS[0], "").await.text();
     let other = street.ask("GET", "/shop.json", TOKENS[2], "").await.text();
@@ -117,7 +117,7 @@ async fn shops_are_apart_and_a_wrong_token_gets_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_profile_does_not_name_passes_through() {
+async fn resources_outside_the_shopify_profile_are_passed_through() {
     let street = Street::open(Faults::default()).await;
     for _ in 0..2 {
         let orders = street.get("/orders.json").await;
@@ -126,7 +126,7 @@ async fn what_the_profile_does_not_name_passes_through() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_bucket_is_waited_for_by_reads_and_told_to_writes() {
+async fn rate_limit_delays_reads_and_is_reported_to_writes_as_429() {
     let street = Street::open(Faults::default()).await;
     for n in 0..42 {
         assert_eq!(street.get("/orders.json").await.status, 200, "{n}");
@@ -149,7 +149,7 @@ async fn a_full_bucket_is_waited_for_by_reads_and_told_to_writes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_shops_faults_are_real_and_stale_answers_cover_them() {
+async fn shop_faults_reach_uncached_requests_and_stale_entries_cover_errors() {
     let street = Street::open(Faults::default()).await;
     let one = format!("/products/{FIRST_ID}.json");
     street.get(&one).await;

@@ -25,7 +25,7 @@ async fn sigterm_and_sigint_let_requests_finish() {
         let mut idle = Client::connect(address).await;
         let mut busy = Client::connect(address).await;
         busy.ask("GET", "/", &[], b"").await;
-        origin.asked(1).await;
+        origin.wait_for_requests(1).await;
         process.signal(signal);
         assert!(idle.closed().await, "an idle connection is closed at once");
         until("new connections are refused", || std::net::TcpStream::connect(address).is_err().then_some(())).await;
@@ -41,12 +41,12 @@ async fn sigterm_and_sigint_let_requests_finish() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_the_grace_what_is_left_is_cut() {
+async fn requests_are_aborted_when_the_shutdown_grace_period_ends() {
     let origin = Origin::start(|_| Reply::hang()).await;
     let (process, file) = running(&origin, "100ms").await;
     let mut busy = Client::connect(process.address("upstream=api")).await;
     busy.ask("GET", "/", &[], b"").await;
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     process.signal(Signal::SIGTERM);
     assert!(busy.answer_to("GET").await.is_none());
     assert_eq!(process.ended().await, Some(0));

@@ -31,7 +31,7 @@ async fn stale_while_revalidate_answers_at_once_and_refreshes_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stale_if_error_stands_in_for_each_kind_of_failure() {
+async fn stale_if_error_then_last_known_good_cover_every_kind_of_failure() {
     let origin = Origin::start(|ask| match (ask.number, ask.target.as_str()) {
         (_, "/5xx") if ask.header("x-fail").is_some() => Reply::new(503, "broken"),
         (_, "/429") if ask.header("x-fail").is_some() => Reply::new(429, "slow down"),
@@ -57,7 +57,7 @@ async fn stale_if_error_stands_in_for_each_kind_of_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn under_http_a_status_needs_leave_but_a_lost_connection_does_not() {
+async fn serving_stale_needs_stale_if_error_on_503_but_not_on_disconnect() {
     let origin = Origin::start(|ask| match (ask.header("x-fail"), ask.target.as_str()) {
         (None, "/must") => Reply::new(200, "good").header("Cache-Control", "max-age=10, must-revalidate"),
         (None, "/sie") => Reply::new(200, "good").header("Cache-Control", "max-age=10, stale-if-error=600"),
@@ -83,7 +83,7 @@ async fn under_http_a_status_needs_leave_but_a_lost_connection_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
+async fn failed_background_refresh_keeps_the_stale_entry() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::new(200, "old"),
         _ => Reply::new(500, "broken"),
@@ -94,13 +94,13 @@ async fn a_refresh_that_fails_leaves_the_stale_answer_in_place() {
     sidecar.turn(20);
     for round in 1..4 {
         assert_eq!(sidecar.get("/").await.text(), "old");
-        origin.asked(1 + round).await;
+        origin.wait_for_requests(1 + round).await;
         until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_insists_gets_a_new_answer() {
+async fn request_no_cache_or_max_age_0_fetches_a_new_response() {
     let origin = Origin::start(|ask| Reply::fresh(60, ask.number.to_string())).await;
     let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
@@ -112,7 +112,7 @@ async fn a_client_that_insists_gets_a_new_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_definitive_answer_displaces_what_was_stored() {
+async fn refresh_answered_with_401_removes_the_stale_entry() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::new(200, "old"),
         1 => Reply::new(401, "revoked"),
@@ -123,13 +123,13 @@ async fn a_definitive_answer_displaces_what_was_stored() {
     sidecar.get("/").await;
     sidecar.turn(20);
     assert_eq!(sidecar.get("/").await.text(), "old", "while the refresh finds out");
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     assert_eq!(sidecar.get("/").await.status, 502, "the old answer does not come back, not even in an outage");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_304_that_takes_back_its_leave_to_store_displaces_what_was_stored() {
+async fn not_modified_with_no_store_is_served_and_removes_the_entry() {
     let origin = Origin::start(|ask| match ask.number {
         0 => Reply::fresh(10, "old").header("ETag", "\"1\""),
         1 => Reply::new(304, "").header("ETag", "\"1\"").header("Cache-Control", "no-store"),

@@ -11,7 +11,7 @@ async fn echo() -> Origin {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_credential_is_a_partition_of_its_own_and_several_combine() {
+async fn each_credential_combination_has_its_own_partition() {
     let origin = echo().await;
     let sidecar = Sidecar::before(&origin, "");
     let tenants: &[&[(&str, &str)]] = &[
@@ -37,7 +37,7 @@ async fn every_credential_is_a_partition_of_its_own_and_several_combine() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everyone_shares_only_where_the_rule_says_so() {
+async fn entries_are_shared_across_credentials_only_with_partition_everyone() {
     let rules = "[[upstream.rule]]\npath = \"/shared\"\nttl = \"60s\"\nkey = { partition = \"everyone\" }\n\
                  [[upstream.rule]]\npath = \"/own\"\nttl = \"60s\"\n";
     let origin = echo().await;
@@ -50,7 +50,7 @@ async fn everyone_shares_only_where_the_rule_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_credential_nobody_configured_bypasses_until_it_is_configured() {
+async fn unknown_credential_header_bypasses_the_cache_until_configured() {
     let origin = echo().await;
     let sidecar = Sidecar::before(&origin, "");
     for _ in 0..2 {
@@ -65,7 +65,7 @@ async fn a_credential_nobody_configured_bypasses_until_it_is_configured() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn followers_of_another_tenant_never_join() {
+async fn requests_with_different_credentials_are_not_coalesced() {
     let gate = crate::support::Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| {
@@ -79,7 +79,7 @@ async fn followers_of_another_tenant_never_join() {
         let (address, key) = (sidecar.address, ["a", "b"][i % 2]);
         requests.spawn(async move { (key, crate::support::get(address, "/", &[("X-Api-Key", key)]).await) });
     }
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     gate.open();
     for (key, answer) in requests.join_all().await {
         assert_eq!(answer.text(), key);
@@ -88,7 +88,7 @@ async fn followers_of_another_tenant_never_join() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hosts_part_tenants_and_a_foreign_host_is_misdirected() {
+async fn equivalent_host_forms_share_an_entry_and_unknown_hosts_get_421() {
     let origin = Origin::start(|ask| Reply::fresh(60, ask.header("host").unwrap_or("-"))).await;
     let port = origin.address.port();
     let text = format!(

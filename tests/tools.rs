@@ -8,7 +8,7 @@ fn admin(sidecar: &Sidecar) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
+async fn warm_command_fetches_a_url_list_within_the_upstream_budget() {
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/bad" => Reply::new(404, "x"),
         "/private" => Reply::new(200, "x").header("Cache-Control", "private"),
@@ -21,12 +21,12 @@ async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
     let list = std::env::temp_dir().join(format!("sidecache-warm-{}", sidecar.admin.port()));
     std::fs::write(&list, "# a list\n/a\n/b\n/a\n/private\n").expect("writable");
     let (to, from, list) = (format!("http://{}", sidecar.address), admin(&sidecar), list.display().to_string());
-    let (code, told, errors) = sidecache(&["warm", &list, "--to", &to, "--admin", &from, "--jobs", "1"]).await;
-    assert_eq!((code, told.trim()), (0, "1 not stored: private, 2 stored, 1 stored before"), "{errors}");
+    let (code, output, errors) = sidecache(&["warm", &list, "--to", &to, "--admin", &from, "--jobs", "1"]).await;
+    assert_eq!((code, output.trim()), (0, "1 not stored: private, 2 stored, 1 stored before"), "{errors}");
     assert!(sidecar.get("/b").await.is_hit());
     std::fs::write(&list, "/bad\n").expect("writable");
-    let (code, told, _) = sidecache(&["warm", &list, "--to", &to]).await;
-    assert_eq!((code, told.trim()), (1, "1 failed: 404"));
+    let (code, output, _) = sidecache(&["warm", &list, "--to", &to]).await;
+    assert_eq!((code, output.trim()), (1, "1 failed: 404"));
     std::fs::write(&list, "products\n").expect("writable");
     let (code, _, errors) = sidecache(&["warm", &list, "--to", &to]).await;
     assert!(code == 1 && errors.contains("line 1"), "{errors}");
@@ -34,44 +34,47 @@ async fn a_list_of_urls_is_warmed_at_the_upstreams_pace() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rules_are_suggested_for_what_was_fetched_again_and_a_dry_run_tells_before_the_switch() {
+async fn suggest_prints_rules_for_repeated_fetches_and_dry_run_changes_nothing() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Sidecar::before(&origin, "budget = { rate = \"1000/s\", burst = 10 }\n");
     for target in ["/products/1", "/products/1", "/products/1", "/products/2", "/once"] {
         sidecar.get(target).await;
     }
     let admin = admin(&sidecar);
-    let (code, told, _) = sidecache(&["suggest", "--admin", &admin, "--ttl", "5m"]).await;
+    let (code, output, _) = sidecache(&["suggest", "--admin", &admin, "--ttl", "5m"]).await;
     assert_eq!(code, 0);
-    assert!(told.contains("# saves 2 of 4 calls (now: no-freshness)"), "{told}");
-    assert!(told.contains("path = \"/products/{id}\"\nttl = \"5m\""), "{told}");
-    assert!(!told.contains("/once"), "{told}");
-    let (code, told, _) = sidecache(&["mode", "bypass", "--dry-run", "--admin", &admin]).await;
-    assert!(code == 0 && told.contains("that fits") && told.contains("nothing was changed"), "{told}");
+    assert!(output.contains("# saves 2 of 4 calls (now: no-freshness)"), "{output}");
+    assert!(output.contains("path = \"/products/{id}\"\nttl = \"5m\""), "{output}");
+    assert!(!output.contains("/once"), "{output}");
+    let (code, output, _) = sidecache(&["mode", "bypass", "--dry-run", "--admin", &admin]).await;
+    assert!(
+        code == 0 && output.contains("within the configured budget") && output.contains("nothing was changed"),
+        "{output}"
+    );
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert_eq!(health["mode"]["mode"], "normal");
-    let (code, told, _) = sidecache(&["mode", "shadow", "--for", "5m", "--admin", &admin]).await;
-    assert!(code == 0 && told.starts_with("mode shadow (set by: local) for another"), "{told}");
+    let (code, output, _) = sidecache(&["mode", "shadow", "--for", "5m", "--admin", &admin]).await;
+    assert!(code == 0 && output.starts_with("mode shadow (set by: local) for another"), "{output}");
     let (code, _, errors) = sidecache(&["mode", "bypass", "--fleet", "--admin", &admin]).await;
-    assert!(code == 1 && errors.contains("there is no [redis]"), "{errors}");
-    let (code, told, _) = sidecache(&["health", "--ready", "--admin", &admin]).await;
-    assert_eq!((code, told.trim()), (0, "ready"));
+    assert!(code == 1 && errors.contains("needs [redis]"), "{errors}");
+    let (code, output, _) = sidecache(&["health", "--ready", "--admin", &admin]).await;
+    assert_eq!((code, output.trim()), (0, "ready"));
     drop(sidecar);
     let (code, ..) = sidecache(&["health", "--ready", "--admin", "http://127.0.0.1:9"]).await;
     assert_eq!(code, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn completions_manual_pages_and_a_check_of_a_file() {
+async fn completions_man_and_check_commands_succeed() {
     for shell in ["bash", "zsh", "fish"] {
-        let (code, told, _) = sidecache(&["completions", shell]).await;
-        assert!(code == 0 && told.contains("suggest") && told.contains("dry-run"), "{shell}");
+        let (code, output, _) = sidecache(&["completions", shell]).await;
+        assert!(code == 0 && output.contains("suggest") && output.contains("dry-run"), "{shell}");
     }
-    let (code, told, _) = sidecache(&["man"]).await;
-    assert!(code == 0 && told.contains(".TH sidecache 1"), "{told}");
+    let (code, output, _) = sidecache(&["man"]).await;
+    assert!(code == 0 && output.contains(".TH sidecache 1"), "{output}");
     let folder = crate::support::redis::folder("man");
     let (code, ..) = sidecache(&["man", "--dir", &folder.display().to_string()]).await;
     assert!(code == 0 && folder.join("sidecache-purge.1").exists());
-    let (code, told, _) = sidecache(&["check", "config.example.toml"]).await;
-    assert_eq!((code, told.lines().last()), (0, Some("config.example.toml: ok")), "{told}");
+    let (code, output, _) = sidecache(&["check", "config.example.toml"]).await;
+    assert_eq!((code, output.lines().last()), (0, Some("config.example.toml: ok")), "{output}");
 }

@@ -78,7 +78,7 @@ async fn used_again(sidecar: &Sidecar, name: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_with_a_ca_of_its_own_and_a_client_certificate() {
+async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
     let folder = folder("tls");
     let params = |name: &str| {
         let mut params = rcgen::CertificateParams::new([name.to_owned()]).expect("parameters");
@@ -133,7 +133,7 @@ async fn tls_with_a_ca_of_its_own_and_a_client_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_unix_socket() {
+async fn entries_and_purges_are_shared_over_a_redis_unix_socket() {
     let folder = folder("socket");
     let socket = folder.join("redis.sock").display().to_string();
     let _redis = Redis::with(&["--unixsocket", &socket]);
@@ -145,7 +145,7 @@ async fn a_unix_socket() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sentinel_and_a_failover() {
+async fn entries_and_purges_are_shared_before_and_after_sentinel_failover() {
     let mut group = Sentinels::start();
     let origin = origin().await;
     let (one, other) = (member(&origin, &group.table()).await, member(&origin, &group.table()).await);
@@ -159,7 +159,7 @@ async fn sentinel_and_a_failover() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cluster_a_failover_and_a_slot_that_moves() {
+async fn entries_and_purges_are_shared_after_cluster_slot_move_and_failover() {
     let mut cluster = Cluster::start();
     let origin = origin().await;
     let (one, other) = (member(&origin, &cluster.table()).await, member(&origin, &cluster.table()).await);

@@ -23,9 +23,9 @@ struct Span {
 }
 
 /// What a collector has got so far, and who it is from.
-fn spans(told: &[Value]) -> Vec<Span> {
+fn spans(exports: &[Value]) -> Vec<Span> {
     let lists = |value: &Value, name: &str| value[name].as_array().cloned().unwrap_or_default();
-    let resources = told.iter().flat_map(|told| lists(told, "resourceSpans"));
+    let resources = exports.iter().flat_map(|exports| lists(exports, "resourceSpans"));
     let scopes = resources.flat_map(|resource| lists(&resource, "scopeSpans"));
     let word = |span: &Value, name: &str| span[name].as_str().unwrap_or_default().to_owned();
     let span = |span: Value| Span {
@@ -39,9 +39,9 @@ fn spans(told: &[Value]) -> Vec<Span> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_is_a_trace_with_its_look_ups_its_wait_and_its_upstream() {
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let kept = told.clone();
+async fn request_trace_contains_lookup_wait_and_upstream_spans() {
+    let exports = Arc::new(Mutex::new(Vec::new()));
+    let kept = exports.clone();
     let collector = Origin::start(move |ask| {
         let body: Value = serde_json::from_slice(&ask.body).expect("OTLP as JSON");
         kept.lock().expect("no panic").push(body);
@@ -82,8 +82,8 @@ async fn a_request_is_a_trace_with_its_look_ups_its_wait_and_its_upstream() {
     soon("Redis is used", in_fleet).await;
     get(api, "/x?secret=hidden", &[("traceparent", CALLER)]).await;
     assert!(get(api, "/x?secret=hidden", &[]).await.is_hit());
-    let all = until("both requests are told", || {
-        let all = spans(&told.lock().expect("no panic"));
+    let all = until("both requests are exports", || {
+        let all = spans(&exports.lock().expect("no panic"));
         (all.iter().filter(|span| span.name == "request").count() == 2).then_some(all)
     })
     .await;
@@ -103,7 +103,7 @@ async fn a_request_is_a_trace_with_its_look_ups_its_wait_and_its_upstream() {
     let hit = all.iter().find(|span| span.name == "request" && span.trace != request.trace).expect("the hit");
     let below: Vec<&str> = all.iter().filter(|span| span.trace == hit.trace).map(|span| span.name.as_str()).collect();
     assert!(below.contains(&"lookup") && !below.contains(&"upstream"), "{below:?}");
-    let exported = format!("{:?}", told.lock().expect("no panic"));
+    let exported = format!("{:?}", exports.lock().expect("no panic"));
     assert!(
         !exported.contains("hidden") && exported.contains("sidecache") && exported.contains("deployment.environment")
     );
@@ -112,5 +112,5 @@ async fn a_request_is_a_trace_with_its_look_ups_its_wait_and_its_upstream() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().expect("running").cast_signed()), Signal::SIGTERM)
         .expect("our own process");
     soon("it ends", child.wait()).await.expect("our own process");
-    assert!(format!("{:?}", told.lock().expect("no panic")).contains("/last"));
+    assert!(format!("{:?}", exports.lock().expect("no panic")).contains("/last"));
 }

@@ -27,7 +27,7 @@ async fn versioned() -> (Origin, Arc<AtomicUsize>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_write_makes_its_url_and_tags_stale_for_everyone() {
+async fn write_invalidates_its_url_and_tags_for_every_credential() {
     let (origin, _) = versioned().await;
     let sidecar = Sidecar::before(&origin, RULES);
     let tenants = [("X-Api-Key", "a"), ("X-Api-Key", "b")];
@@ -53,7 +53,7 @@ async fn a_write_makes_its_url_and_tags_stale_for_everyone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_write_changes_nothing() {
+async fn write_rejected_with_422_keeps_the_entry() {
     let (origin, _) = versioned().await;
     let sidecar = Sidecar::before(&origin, RULES);
     sidecar.get("/products/1").await;
@@ -62,7 +62,7 @@ async fn a_refused_write_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
+async fn fetch_started_before_a_write_is_delivered_but_not_stored() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| match (ask.method.as_str(), ask.number) {
@@ -74,7 +74,7 @@ async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
     let sidecar = Sidecar::before(&origin, RULES);
     let address = sidecar.address;
     let early = tokio::spawn(async move { crate::support::get(address, "/products/1", &[]).await });
-    origin.asked(1).await;
+    origin.wait_for_requests(1).await;
     sidecar.send("PUT", "/products/1", "x").await;
     let during = sidecar.get("/products/1").await;
     assert_eq!(during.text(), "after", "nobody joins the older fetch");
@@ -86,7 +86,7 @@ async fn a_fetch_that_began_before_a_write_is_answered_but_not_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_write_not_even_an_outage_brings_the_old_answer_back() {
+async fn entry_invalidated_by_a_write_is_not_served_stale_on_503() {
     let origin = Origin::start(|ask| match (ask.method.as_str(), ask.number) {
         ("GET", 0) => Reply::new(200, "old"),
         ("GET", _) => Reply::new(503, "down"),
@@ -100,7 +100,7 @@ async fn after_a_write_not_even_an_outage_brings_the_old_answer_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
+async fn write_invalidates_its_url_even_if_the_client_disconnects() {
     let gate = Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| match ask.method.as_str() {
@@ -112,7 +112,7 @@ async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
     sidecar.get("/products/1").await;
     let mut client = Client::connect(sidecar.address).await;
     client.ask("PUT", "/products/1", &[], b"x").await;
-    origin.asked(2).await;
+    origin.wait_for_requests(2).await;
     drop(client);
     gate.open();
     until("the write is counted", || (sidecar.shared.telemetry.snapshot().writes == 1).then_some(())).await;
@@ -120,7 +120,7 @@ async fn a_client_that_leaves_does_not_take_its_writes_invalidation_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn location_of_the_same_origin_is_stale_too() {
+async fn write_invalidates_the_urls_in_location_and_content_location() {
     let origin = Origin::start(|ask| match ask.method.as_str() {
         "GET" => Reply::fresh(3600, ask.number.to_string()),
         _ => Reply::new(201, "made").header("Location", "/made").header("Content-Location", "/also"),
@@ -137,7 +137,7 @@ async fn location_of_the_same_origin_is_stale_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rules_conditions_on_reads_do_not_shield_it_from_writes() {
+async fn write_invalidates_tags_of_rules_regardless_of_when_conditions() {
     let rules = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\ntags = [\"product:{id}\"]\n\
                  when = { query = { status = \"active\" } }\n\
                  [[upstream.rule]]\npath = \"/also/{id}\"\nttl = \"1h\"\ntags = [\"product:{id}\"]\n";

@@ -57,7 +57,8 @@ impl AdminClient {
             .header(CONTENT_TYPE, "application/json");
         if let Some(token) = &self.token {
             let value = HeaderValue::from_str(&format!("Bearer {}", token.reveal()));
-            let mut value = value.map_err(|_| "the token has characters that no header takes".to_owned())?;
+            let mut value =
+                value.map_err(|_| "the token has characters that are not allowed in a header field".to_owned())?;
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }

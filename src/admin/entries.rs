@@ -52,8 +52,8 @@ pub(super) async fn entries(
         // The first `limit` entries by name are kept, and one more to know whether there is a next page.
         let at = found.partition_point(|(other, _)| *other < name);
         if at <= limit {
-            let standing = shared.invalidations.state_of(entry, now);
-            found.insert(at, (name, entry_json(entry, is_private(key), standing.token(), now)));
+            let invalidation_state = shared.invalidations.state_of(entry, now);
+            found.insert(at, (name, entry_json(entry, is_private(key), invalidation_state.token(), now)));
             found.truncate(limit + 1);
         }
     });
@@ -69,7 +69,7 @@ fn entry_name(entry: &Entry) -> String {
     format!("{}-{}", entry.key_name.as_str(), &entry.variant.digest().to_hex()[..8])
 }
 
-fn entry_json(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value {
+fn entry_json(entry: &Entry, private: bool, invalidation_state: &str, now: Tick) -> Value {
     let vary: Vec<&str> = entry.variant.0.iter().map(|(name, _)| name.as_str()).collect();
     json!({
         "key": entry.key_name.as_str(),
@@ -83,7 +83,7 @@ fn entry_json(entry: &Entry, private: bool, standing: &str, now: Tick) -> Value 
         "ttl_seconds": entry.ttl(now),
         "bytes": entry.weight(),
         "vary": vary,
-        "standing": standing,
+        "standing": invalidation_state,
     })
 }
 
@@ -104,7 +104,7 @@ fn is_secret_parameter(name: &str) -> bool {
     const SIGNED: [&str; 6] = ["sig", "hmac", "code", "pass", "passwd", "pwd"];
     let name = name.to_ascii_lowercase();
     let mut words = name.split(|c: char| !c.is_ascii_alphanumeric());
-    name.contains('%') || words.any(|word| looks_like_credential(word) || SIGNED.contains(&word))
+    name.contains('%') || words.any(|part| looks_like_credential(part) || SIGNED.contains(&part))
 }
 
 pub(super) async fn budgets(State(admin): State<Arc<Admin>>) -> Json<Value> {
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parameters_that_smell_of_a_credential() {
+    fn credential_query_parameters_are_masked() {
         for (target, shown) in [
             ("/a?page=2&limit=5", "/a?page=2&limit=5"),
             ("/a?access_token=x&page=2", "/a?access_token=…&page=2"),

@@ -84,7 +84,7 @@ pub fn explain_request<'p>(
     if let Err(refused) = request_guard::check(&request, limits, |name| proxy.upstream.is_keyed(name)) {
         return Ok(json!({
             "request": format!("{} {target}", request.method()),
-            "decision": format!("refused with {} ({})", refused.status.as_u16(), refused.code),
+            "decision": format!("rejected with {} ({})", refused.status.as_u16(), refused.code),
             "why": refused.message,
         }));
     }

@@ -21,7 +21,7 @@ const SLOW_MS: u64 = 1000;
 pub(super) async fn livez(State(admin): State<Arc<Admin>>) -> (StatusCode, &'static str) {
     let shared = admin.shared();
     if shared.telemetry.event_loop_lag.is_stalled(shared.clock.uptime()) {
-        (StatusCode::SERVICE_UNAVAILABLE, "the event loop stands still\n")
+        (StatusCode::SERVICE_UNAVAILABLE, "the event loop is blocked\n")
     } else {
         (StatusCode::OK, "ok\n")
     }
@@ -83,7 +83,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
 fn redis_component(shared: &SharedState) -> Value {
     let Some(fleet) = &shared.fleet else { return json!({ "status": "off" }) };
     let state = fleet.redis.state();
-    let well = state.connections.values().all(|link| link.connected && link.breaker == "closed");
+    let well = state.connections.values().all(|connection| connection.connected && connection.breaker == "closed");
     let status = match (&state.trouble, well) {
         (None, true) => "ok",
         (None, false) => "connecting",
@@ -93,7 +93,7 @@ fn redis_component(shared: &SharedState) -> Value {
         "status": status,
         "place": state.place,
         "trouble": state.trouble,
-        "breakers_open": state.connections.values().filter(|link| link.breaker == "open").count(),
+        "breakers_open": state.connections.values().filter(|connection| connection.breaker == "open").count(),
         "waiting_to_be_written_bytes": fleet.tier.state().queue.bytes,
         "unlogged_purges": shared.invalidations.unlogged(),
         "invalidation_lag_ms": shared.invalidations.lag(shared.clock.now()),

@@ -82,22 +82,22 @@ impl Collector for ScrapeCollector {
             let waiting = fleet.tier.state().queue.bytes;
             bytes.push((vec![("tier", "write_behind".to_owned())], waiting as f64));
         }
-        gauge(to, "bytes", "Bytes held, overhead counted", &bytes)?;
+        gauge(to, "bytes", "Bytes in memory, with overhead", &bytes)?;
         let limit = vec![(vec![("tier", "memory".to_owned())], usage.max_bytes as f64)];
-        gauge(to, "bytes_limit", "The cap on bytes held", &limit)?;
-        counter(to, "evictions", "Keys that made room for others", &vec![(Vec::new(), usage.evicted)])?;
-        counter(to, "expirations", "Keys swept after their last window", &vec![(Vec::new(), usage.swept)])?;
+        gauge(to, "bytes_limit", "Limit of bytes in memory (memory.max_bytes)", &limit)?;
+        counter(to, "evictions", "Entries evicted to make room", &vec![(Vec::new(), usage.evicted)])?;
+        counter(to, "expirations", "Entries removed after expiry", &vec![(Vec::new(), usage.swept)])?;
         self.redis(to)?;
         let taken = f64::from(u8::from(self.0.reload.reloads().error.is_none()));
-        let help = "0: the last configuration was not taken";
+        let help = "1: the last configuration reload succeeded";
         gauge(to, "config_last_reload_successful", help, &vec![(Vec::new(), taken)])?;
         let mode = shared.mode.state(shared.clock.now()).mode;
         let modes = Mode::ALL.map(|one| (vec![("mode", one.token().to_owned())], f64::from(u8::from(one == mode))));
-        gauge(to, "mode", "1: this is the mode", &modes.to_vec())?;
+        gauge(to, "mode", "1: the current mode", &modes.to_vec())?;
         let build = vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)];
         gauge(to, "build_info", "The program's version", &build)?;
         let delay = shared.telemetry.event_loop_lag.values().worst as f64 / 1000.0;
-        let help = "How late the event loop was at worst, the last ten seconds";
+        let help = "Largest event loop lag of the last ten seconds";
         gauge(to, "event_loop_delay_seconds", help, &vec![(Vec::new(), delay)])?;
         let files = super::health::open_files().0.map(|files| (Vec::new(), files as f64));
         gauge(to, "open_files", "Files this process has open", &files.into_iter().collect())?;
@@ -129,7 +129,7 @@ impl ScrapeCollector {
                 (of, count)
             })
             .collect();
-        counter(to, "requests", "Requests answered, by what became of them", &series)?;
+        counter(to, "requests", "Requests answered, by outcome", &series)?;
         histogram(to, "request_duration_seconds", "Time to the response head", &took)?;
         counter(to, "coalesced", "Requests that shared a fetch", &vec![(Vec::new(), collapsed)])?;
         let shown: Vec<_> = proxies
@@ -146,7 +146,7 @@ impl ScrapeCollector {
                 proxy.upstream.metrics.shadow_results().into_iter().map(of).collect::<Vec<_>>()
             })
             .collect();
-        counter(to, "shadow", "Requests in shadow mode, by what the cache would have done", &shown)?;
+        counter(to, "shadow", "Requests in shadow mode, by the outcome that the cache would have had", &shown)?;
         let fallbacks = self.0.shared().telemetry.snapshot().fallbacks;
         let series =
             fallbacks.into_iter().map(|(cause, count)| (vec![("reason", cause.to_owned())], count)).collect();
@@ -173,12 +173,12 @@ impl ScrapeCollector {
             let down = proxy.upstream.health.state(now).status == "down";
             up.push((vec![("upstream", name)], if down { 0.0 } else { 1.0 }));
         }
-        counter(to, "upstream_requests", "Requests sent upstream: ok, or why they failed", &results)?;
+        counter(to, "upstream_requests", "Requests sent upstream, by result", &results)?;
         histogram(to, "upstream_duration_seconds", "Time to the upstream's response head", &took)?;
         counter(to, "throttles", "429s: absorbed by waiting, or passed on to clients", &throttles)?;
-        histogram(to, "budget_wait_seconds", "Time that requests waited for their turn", &waited)?;
-        gauge(to, "breaker_open", "Hosts of an upstream that are not asked now", &breakers)?;
-        gauge(to, "upstream_up", "0: its last requests failed", &up)
+        histogram(to, "budget_wait_seconds", "Time that requests waited for the budget", &waited)?;
+        gauge(to, "breaker_open", "Hosts of an upstream whose circuit breaker is open", &breakers)?;
+        gauge(to, "upstream_up", "1: the last requests to the upstream succeeded", &up)
     }
 
     #[allow(clippy::cast_precision_loss)]
@@ -186,25 +186,25 @@ impl ScrapeCollector {
         let shared = self.0.shared();
         let Some(fleet) = &shared.fleet else { return Ok(()) };
         let state = fleet.redis.state();
-        let up = state.trouble.is_none() && state.connections.values().all(|link| link.connected);
+        let up = state.trouble.is_none() && state.connections.values().all(|connection| connection.connected);
         gauge(to, "redis_up", "1: Redis answers", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
         let took: Vec<_> = fleet.redis.latencies().into_iter().collect();
         let series = took.iter().map(|(name, took)| (vec![("connection", (*name).to_owned())], *took)).collect();
-        histogram(to, "redis_duration_seconds", "Time that commands took", &series)?;
+        histogram(to, "redis_duration_seconds", "Duration of Redis commands", &series)?;
         let lag = shared.invalidations.lag(shared.clock.now()).map(|ms| (Vec::new(), ms as f64 / 1000.0));
-        let help = "Age of the last look at the fleet's invalidation log";
+        let help = "Time since the invalidation log was last read";
         gauge(to, "invalidation_lag_seconds", help, &lag.into_iter().collect())?;
         let unlogged = shared.invalidations.unlogged() as f64;
         gauge(
             to,
             "unlogged_purges",
-            "Purges of this sidecar that the others have not been told",
+            "Purges of this sidecar that are not in the invalidation log yet",
             &vec![(Vec::new(), unlogged)],
         )?;
         let shared = fleet.tier.state();
         let looks =
             [("hit", shared.hits), ("miss", shared.misses), ("error", shared.errors), ("forged", shared.forged)];
         let series = looks.map(|(result, count)| (vec![("result", result.to_owned())], count)).to_vec();
-        counter(to, "redis_lookups", "Looks for records in Redis", &series)
+        counter(to, "redis_lookups", "Record lookups in Redis", &series)
     }
 }

@@ -57,18 +57,18 @@ pub(super) async fn mode(State(admin): State<Arc<Admin>>, JsonBody(request): Jso
         None => switch.clear(source),
     }
     let state = switch.state(now);
-    warn!(mode = state.mode.token(), source = state.source.token(), for_ms = state.for_ms, "the mode was set");
+    warn!(mode = state.mode.token(), source = state.source.token(), for_ms = state.for_ms, "mode changed");
     Json(mode_json(state)).into_response()
 }
 
 /// Stores the fleet's mode in Redis. The error is the response.
 async fn set_fleet_mode(admin: &Admin, set: Option<(Mode, Option<Duration>)>) -> Result<(), Box<Response>> {
     let Some(fleet) = &admin.shared().fleet else {
-        return Err(Box::new(bad_request("fleet: there is no [redis], and so no fleet")));
+        return Err(Box::new(bad_request("fleet = true needs [redis], which is not configured")));
     };
     let kept = fleet.redis.set_mode(set.map(|(mode, time)| (mode.token(), time))).await;
     kept.map_err(|error| {
-        let message = format!("the fleet was not told, and nothing has changed: redis: {error}");
+        let message = format!("the mode was not changed: Redis did not store it for the fleet: {error}");
         Box::new(problem(StatusCode::SERVICE_UNAVAILABLE, "fleet_not_told", &message))
     })
 }

@@ -45,7 +45,7 @@ impl AdminRuntime {
         let served = async move {
             match socket.and_then(TcpListener::from_std) {
                 Ok(socket) => serve(socket).await,
-                Err(error) => tracing::error!(%error, "a listener can't be served"),
+                Err(error) => tracing::error!(%error, "a listener stopped"),
             }
         };
         tasks.spawn_on(served, handle);

@@ -82,8 +82,7 @@ impl RunningState<'_> {
         for upstream in config.upstreams {
             let kept = free.iter().position(|at| self.upstreams[*at].listen == upstream.listen);
             let kept = kept.map(|at| free.remove(at));
-            let running = kept.and_then(|at| self.upstreams.get(at)).map(|held| held.address);
-            upstreams.push(self.upstream(upstream, kept, running, shared, make, &mut lines)?);
+            upstreams.push(self.prepare_upstream(upstream, kept, shared, make, &mut lines)?);
         }
         let admin = config.admin.map(|admin| (admin.listen, admin.token));
         let admin = admin.map(|(listen, token)| prepare_listener(self.admin, listen, token, "admin")).transpose()?;
@@ -97,11 +96,11 @@ impl RunningState<'_> {
         Ok(PreparedConfig { upstreams, admin, probes, limits, grace: config.grace, lines })
     }
 
-    fn upstream(
+    /// `kept`: index of the running listener that the upstream takes over.
+    fn prepare_upstream(
         &self,
         upstream: config::UpstreamConfig,
         kept: Option<usize>,
-        running: Option<SocketAddr>,
         shared: &Arc<SharedState>,
         make: MakeUpstream<'_>,
         lines: &mut Vec<String>,
@@ -109,6 +108,7 @@ impl RunningState<'_> {
         let listen = upstream.listen;
         let what = format!("upstream {}", upstream.name);
         let named = |error: String| format!("{what}: {error}");
+        let running = kept.map(|at| self.upstreams[at].address);
         let (opened, address) = opened(running, listen, &what)?;
         lines.push(listening_line(&upstream, address));
         let tls = upstream.listen_tls.as_ref().map(server::acceptor).transpose().map_err(named)?;

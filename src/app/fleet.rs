@@ -59,7 +59,7 @@ impl Secrets {
             return Ok(Secrets { seeds: configured, made_up: false });
         }
         let mut random = vec![0; 32];
-        getrandom::fill(&mut random).map_err(|e| format!("no randomness to be had: {e}"))?;
+        getrandom::fill(&mut random).map_err(|e| format!("no random numbers available: {e}"))?;
         Ok(Secrets { seeds: vec![random], made_up: true })
     }
 
@@ -137,7 +137,7 @@ impl FleetParts {
             let mut seed = seed;
             if let Some(seed) = &mut seed {
                 warn!(
-                    "no [security] secret: the fleet's is kept in Redis, where whoever can read it can forge records"
+                    "no [security] secret: the fleet's secret is kept in Redis, and any client of Redis can read it and forge records. Set [security] secret"
                 );
                 adopt_secret(&fleet, &shared, seed).await;
             }
@@ -167,7 +167,7 @@ async fn follow_mode(fleet: Arc<Fleet>, shared: Arc<SharedState>) {
     let mut before = None;
     loop {
         if let Ok(stored) = fleet.redis.mode().await {
-            let set = stored.and_then(|(word, left)| Some((Mode::of(&word)?, left)));
+            let set = stored.and_then(|(value, left)| Some((Mode::of(&value)?, left)));
             match set {
                 Some((mode, left)) => shared.mode.set(mode, ModeSource::Fleet, shared.clock.now(), left),
                 None => shared.mode.clear(ModeSource::Fleet),
@@ -193,7 +193,7 @@ async fn run_refresh_worker(fleet: Arc<Fleet>, active: Arc<ActiveConfig>) {
     loop {
         fleet.redis.worker_connected().await;
         if let Err(error) = work_until_error(&fleet, &active).await {
-            debug!(%error, "no work can be had");
+            debug!(%error, "refresh queue not readable");
             tokio::time::sleep(RETRY_PAUSE).await;
         }
     }
@@ -224,11 +224,13 @@ async fn run_refresh(fleet: Arc<Fleet>, proxies: Vec<Arc<Proxy>>, message: Inbox
     match mine {
         Some((proxy, refresh)) => proxy.run_offered_refresh(&fleet, refresh).await,
         // The refresh is of another configuration or secret: a sidecar that has those claims it once it is pending.
-        None if !is_abandoned(&fleet, &message) => return debug!("work that is not for this sidecar"),
-        None => debug!("work that nobody can do"),
+        None if !is_abandoned(&fleet, &message) => {
+            return debug!("refresh request left for the sidecars that have its upstream");
+        }
+        None => debug!("refresh request dropped: no sidecar has its upstream"),
     }
     if let Err(error) = fleet.redis.ack_refresh(message.id).await {
-        debug!(%error, "work is done, and will be done again");
+        debug!(%error, "refresh request not acknowledged: it will be repeated");
     }
 }
 
@@ -244,13 +246,13 @@ async fn adopt_secret(fleet: &Fleet, shared: &SharedState, seed: &mut Vec<u8>) {
     let theirs = loop {
         match fleet.redis.shared_secret(seed).await {
             Ok(secret) => break secret,
-            Err(error) => debug!(%error, "the secret in common can't be read"),
+            Err(error) => debug!(%error, "the fleet's secret can't be read"),
         }
         tokio::time::sleep(RETRY_PAUSE).await;
     };
     let adopted = Keyring::new([&*theirs]);
     if adopted.current_id() != fleet.keyring.load().current_id() {
-        info!("took over the fleet's secret");
+        info!("adopted the fleet's secret");
         shared.key_secret.store(Arc::new(KeySecret::of(&theirs)));
         fleet.tier.update_codec(|codec| RecordCodec { keyring: adopted.clone(), ..codec.clone() });
         fleet.keyring.store(Arc::new(adopted));

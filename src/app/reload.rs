@@ -129,7 +129,7 @@ impl Reloader {
     }
 
     fn replace(&self) -> Result<Vec<String>, String> {
-        let Some(origin) = self.origin.get() else { return Err("there is nothing to read again".into()) };
+        let Some(origin) = self.origin.get() else { return Err("there is no configuration file to reload".into()) };
         let config = (origin.load)()?;
         let shown = config::effective_json(&config);
         let replaced = self.runtime().replace(config, &real)?;
@@ -147,9 +147,9 @@ impl Reload for Reloader {
         reloads.at = Some(self.active.shared().clock.wall());
         reloads.error = done.as_ref().err().cloned();
         match &done {
-            Ok(replaced) if replaced.is_empty() => info!("the configuration was read again"),
-            Ok(replaced) => info!(replaced = replaced.join(", "), "the configuration was read again"),
-            Err(why) => error!("the configuration was not taken, and nothing has changed: {why}"),
+            Ok(replaced) if replaced.is_empty() => info!("configuration reloaded"),
+            Ok(replaced) => info!(replaced = replaced.join(", "), "configuration reloaded"),
+            Err(why) => error!("configuration reload failed, the previous one stays in force: {why}"),
         }
         done
     }
@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_being_written_is_left_alone() {
+    fn changed_file_is_reported_once_two_reads_return_the_same_contents() {
         let mut watched = WatchedFile { taken: Some(b"old".into()), seen: Some(b"old".into()) };
         for (now, expected) in [("old", false), ("ne", false), ("new", false), ("new", true), ("new", false)] {
             assert_eq!(watched.look(now.into()), expected, "{now}");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_without_the_lines_of_the_file() {
+    fn configuration_errors_omit_excerpts_of_the_file() {
         let error = "a.toml:7:11: no closing quote\n  |\n7 | url = \"redis://:hunter2@redis\n  |       ^\n1 errors";
         assert_eq!(strip_excerpts(error), "a.toml:7:11: no closing quote\n1 errors");
     }

@@ -53,8 +53,8 @@ pub(super) struct Runtime {
 struct Tasks {
     api: Arc<Admin>,
     /// The Tokio runtime that serves requests. A reload is started from another thread.
-    here: Handle,
-    apart: AdminRuntime,
+    serving_runtime: Handle,
+    admin_runtime: AdminRuntime,
     serving: JoinSet<usize>,
     admin_tasks: JoinSet<()>,
     fleet: JoinSet<()>,
@@ -113,26 +113,27 @@ impl Runtime {
     /// Replaces the running configuration; an invalid one changes nothing. Returns the replaced parts that an operator
     /// may notice.
     pub(super) fn replace(&mut self, config: Config, make: MakeUpstream<'_>) -> Result<Vec<String>, String> {
-        let here = self.tasks.as_ref().map(|tasks| tasks.here.clone()).ok_or("it is shutting down")?;
-        let _here = here.enter();
+        let serving_runtime =
+            self.tasks.as_ref().map(|tasks| tasks.serving_runtime.clone()).ok_or("it is shutting down")?;
+        let _entered = serving_runtime.enter();
         let before = self.active.shared();
         let foundations = foundations(&config);
-        let anew = foundations != self.foundations;
+        let restart_cache = foundations != self.foundations;
         let (log, mode, memory) =
             (logs::prepared(&config.log, redis::DRIVER_LOG_FILTER)?, config.mode, config.memory);
-        let (shared, parts) = rebuild(&before, &config, anew)?;
+        let (shared, parts) = rebuild(&before, &config, restart_cache)?;
         let shared = Arc::new(shared);
         let next = self.now().prepare(config, &shared, make)?;
         // Nothing fails from here on.
         let mut replaced = Vec::new();
-        if anew {
+        if restart_cache {
             before.invalidations.replace_with(&shared.invalidations);
         }
         self.active.set_shared(shared.clone());
-        if anew {
+        if restart_cache {
             self.foundations = foundations;
             self.work_for_fleet(parts);
-            replaced.push("redis, secrets or memory.max_unverified: the cache begins empty".to_owned());
+            replaced.push("redis, secrets or memory.max_unverified (the cache starts empty)".to_owned());
             if redis_place(&before) != redis_place(&shared) {
                 shared.mode.clear(ModeSource::Fleet);
             }
@@ -140,7 +141,7 @@ impl Runtime {
             apply_sizes(&shared, memory);
         }
         replaced.extend(self.replace_active(next));
-        if anew {
+        if restart_cache {
             // Running requests may keep the old store for long: free its entries now.
             before.memory.clear_for_good();
         }
@@ -206,8 +207,8 @@ impl Runtime {
     /// Starts serving, and all background tasks.
     pub(super) fn start(&mut self, api: Arc<Admin>, idle: PendingFleet) {
         let (serving, admin_tasks, fleet) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
-        let (here, apart) = (Handle::current(), AdminRuntime::start());
-        self.tasks = Some(Tasks { api, here, apart, serving, admin_tasks, fleet });
+        let (serving_runtime, admin_runtime) = (Handle::current(), AdminRuntime::start());
+        self.tasks = Some(Tasks { api, serving_runtime, admin_runtime, serving, admin_tasks, fleet });
         self.work_for_fleet(idle);
         self.serve_new();
     }
@@ -235,13 +236,17 @@ impl Runtime {
             self.admin.as_mut().and_then(|listener| Some((listener.socket.take()?, listener)))
         {
             let (api, access, stop) = (tasks.api.clone(), listener.access.clone(), listener.stop.subscribe());
-            tasks.apart.serve(&mut tasks.admin_tasks, socket, |socket| admin::serve(socket, api, access, stop));
+            tasks
+                .admin_runtime
+                .serve(&mut tasks.admin_tasks, socket, |socket| admin::serve(socket, api, access, stop));
         }
         if let Some((socket, listener)) =
             self.probes.as_mut().and_then(|listener| Some((listener.socket.take()?, listener)))
         {
             let (api, stop) = (tasks.api.clone(), listener.stop.subscribe());
-            tasks.apart.serve(&mut tasks.admin_tasks, socket, |socket| admin::serve_probes(socket, api, stop));
+            tasks
+                .admin_runtime
+                .serve(&mut tasks.admin_tasks, socket, |socket| admin::serve_probes(socket, api, stop));
         }
     }
 
@@ -275,7 +280,9 @@ impl Shutdown {
     /// Waits for running requests, at most for the grace period. Returns the number of connections that had to be
     /// closed.
     pub(super) async fn finished(self) -> usize {
-        let Some(Tasks { serving, admin_tasks, mut fleet, apart: _apart, .. }) = self.tasks else { return 0 };
+        let Some(Tasks { serving, admin_tasks, mut fleet, admin_runtime: _admin_runtime, .. }) = self.tasks else {
+            return 0;
+        };
         let cut = serving.join_all().await.into_iter().sum();
         fleet.shutdown().await;
         for stop in self.stops {

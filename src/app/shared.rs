@@ -29,10 +29,10 @@ pub(super) fn build(config: &Config, clock: Clock) -> Result<(SharedState, Optio
 pub(super) fn rebuild(
     before: &SharedState,
     config: &Config,
-    anew: bool,
+    restart_cache: bool,
 ) -> Result<(SharedState, Option<fleet::FleetParts>), String> {
     let (mode, telemetry) = (before.mode.clone(), before.telemetry.clone());
-    if anew {
+    if restart_cache {
         return build_with(config, before.clock.clone(), mode, telemetry);
     }
     let (memory, limits) = (config.memory, config.limits);

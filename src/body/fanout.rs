@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_joins_late_reads_from_the_first_byte() {
+    async fn reader_that_joins_late_receives_the_body_from_the_first_byte() {
         let fanout = Fanout::new(&InflightBudget::new(1000), 1000, Duration::from_secs(1), None);
         fanout.push(chunk(10)).await.expect("room");
         let mut late = fanout.join().expect("still growing");
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_purse_is_given_back() {
+    async fn inflight_budget_is_released_when_the_fanout_is_dropped() {
         let budget = InflightBudget::new(1000);
         let fanout = Fanout::new(&budget, 1000, Duration::from_secs(1), None);
         fanout.push(chunk(600)).await.expect("room");
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_outgrown_buffer_takes_no_more_readers_and_is_not_whole() {
+    async fn buffer_over_its_limit_accepts_no_readers_and_has_no_complete_body() {
         let fanout = Fanout::new(&InflightBudget::new(1000), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(200)).await.expect("one window");
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_reader_that_stands_still_is_cut_when_others_wait() {
+    async fn stalled_reader_is_cut_when_another_reader_waits() {
         let fanout = Fanout::new(&InflightBudget::new(0), 0, Duration::from_secs(2), None);
         let (mut quick, mut slow) = {
             let mut state = fanout.lock();
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failed_fetch_fails_its_readers_after_what_came() {
+    async fn failed_fetch_fails_its_readers_after_the_received_bytes() {
         let fanout = Fanout::new(&InflightBudget::new(100), 100, Duration::from_secs(1), None);
         let mut reader = fanout.join().expect("growing");
         fanout.push(chunk(1)).await.expect("room");

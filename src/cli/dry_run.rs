@@ -24,14 +24,16 @@ struct UpstreamLoad {
 pub(super) async fn dry_run(args: ModeArgs) -> Result<ExitCode, String> {
     let ModeArgs { remote, mode, .. } = args;
     if mode != "bypass" && mode != "shadow" {
-        return Err("--dry-run tells of bypass and shadow: what would reach the upstream then".into());
+        return Err(
+            "--dry-run works for bypass and shadow: it estimates the requests that would reach the upstream".into()
+        );
     }
     let client = client(&remote)?;
     let requests = fetch_json(&client, "/requests").await?;
     let budgets = fetch_json(&client, "/budgets").await?;
     let loads = loads(requests["requests"].as_array().map_or(&[], Vec::as_slice));
     if loads.is_empty() {
-        print_line("nothing was asked yet: there is nothing to tell from");
+        print_line("no requests yet: nothing to estimate from");
     }
     let mut fits = true;
     for (upstream, load) in &loads {
@@ -70,15 +72,15 @@ fn describe_load(upstream: &str, load: &UpstreamLoad, mode: &str, pace: Option<f
     let seconds = (load.since as f64 / 1000.0).max(1.0);
     let (now, then) = (load.reached as f64 / seconds, load.arrived as f64 / seconds);
     let mut lines = vec![
-        format!("upstream {upstream}, from {} requests of the last {seconds:.0} s:", load.arrived),
-        format!("  now     {now:>9.2} requests/s reach it"),
+        format!("upstream {upstream}, estimated from {} requests of the last {seconds:.0} s:", load.arrived),
+        format!("  now     {now:>9.2} requests/s reach the upstream"),
         format!("  {mode}  {then:>9.2} requests/s would"),
     ];
     let fits = pace.is_none_or(|pace| then <= pace);
     lines.push(match pace {
-        None => "  its limit is not in the configuration (budget): whether that fits is not known here".into(),
-        Some(pace) if fits => format!("  its limit is {pace:.2}/s: that fits"),
-        Some(pace) => format!("  its limit is {pace:.2}/s: that does NOT fit. Clients would see its 429s"),
+        None => "  the configuration has no budget with a rate: the upstream's limit is unknown".into(),
+        Some(pace) if fits => format!("  within the configured budget of {pace:.2}/s"),
+        Some(pace) => format!("  ABOVE the configured budget of {pace:.2}/s: clients would receive 429 responses"),
     });
     (lines, fits)
 }
@@ -89,7 +91,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_would_reach_an_upstream() {
+    fn upstream_load_counts_recent_requests_and_is_compared_to_the_rate() {
         let one = |outcome: &str, ago: u64| json!({ "upstream": "shop", "outcome": outcome, "ago_ms": ago });
         let mut requests =
             vec![one("miss", 10_000), one("collapsed", 9_000), one("stale", 8_000), one("miss", 90_000)];
@@ -97,7 +99,7 @@ mod tests {
         let loads = loads(&requests);
         assert_eq!(loads["shop"], UpstreamLoad { arrived: 40, reached: 2, since: 10_000 });
         let (lines, fits) = describe_load("shop", &loads["shop"], "bypass", Some(2.0));
-        assert!(!fits && lines[2].contains("4.00") && lines[3].contains("NOT"), "{lines:?}");
+        assert!(!fits && lines[2].contains("4.00") && lines[3].contains("ABOVE"), "{lines:?}");
         assert!(describe_load("shop", &loads["shop"], "bypass", Some(4.0)).1);
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn init(args: &InitArgs) -> Result<ExitCode, String> {
     let checked = config::from_text(&path, &text, Path::new("")).map_err(|found| errors(&found))?;
     let failed = |error: io::Error| {
         if error.kind() == ErrorKind::AlreadyExists {
-            return format!("{path} exists and is left alone: give another name with --config FILE");
+            return format!("{path} exists and was not changed: choose another file with --config FILE");
         }
         format!("can't write {path}: {error}")
     };
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_it_writes_is_good_also_without_its_comment_signs() {
+    fn generated_configuration_is_valid_also_with_all_settings_uncommented() {
         for (url, profile, expected) in [
             ("https://a.myshopify.com", None, "shopify"),
             ("https://api.example", None, "generic"),
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_cannot_say_more_than_an_url() {
+    fn url_with_quote_and_newline_cannot_add_a_setting() {
         let text = text("https://a.example\"\nlisten = \"0.0.0.0:1", None);
         assert!(config::from_text("init", &text, Path::new("")).is_err());
     }

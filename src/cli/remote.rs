@@ -66,7 +66,7 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// Formats the difference between two results of `/stats` as one line.
 #[allow(clippy::cast_precision_loss)] // for display only
 fn watch_line(before: &Value, now: &Value) -> String {
-    let at = |told: &Value, path: &str| told.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
+    let at = |reply: &Value, path: &str| reply.pointer(path).and_then(Value::as_f64).unwrap_or(0.0);
     let rate = |path: &str| (at(now, path) - at(before, path)).max(0.0) / WATCH_INTERVAL.as_secs_f64();
     let outcome = |name: &str| rate(&format!("/requests/outcomes/{name}"));
     let served = outcome("hit") + outcome("stale");
@@ -88,8 +88,8 @@ pub(super) async fn mode(args: ModeArgs) -> Result<ExitCode, String> {
     let ModeArgs { remote, mode, time, fleet, dry_run: _ } = args;
     let state = client(&remote)?.post("/mode", &ModeRequest { mode, time, fleet }).await?;
     let left = state["for_ms"].as_u64().map(|ms| format!(" for another {} s", ms.div_ceil(1000)));
-    let word = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
-    print_line(format!("mode {} (set by: {}){}", word("mode"), word("source"), left.unwrap_or_default()));
+    let text = |key: &str| state[key].as_str().unwrap_or("?").to_owned();
+    print_line(format!("mode {} (set by: {}){}", text("mode"), text("source"), left.unwrap_or_default()));
     Ok(ExitCode::SUCCESS)
 }
 

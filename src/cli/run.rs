@@ -26,7 +26,7 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     logs::start(&config.log, redis::DRIVER_LOG_FILTER, besides)?;
     let stop = stop_signal()?;
     let app = App::bind(config)?;
-    let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|here| here.exists()));
+    let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|file| file.exists()));
     app.reload_from(ConfigSource { file, load: Box::new(move || load(&flags)) });
     for line in app.lines() {
         print_line(line);
@@ -37,7 +37,7 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
         traces.finish().await;
     }
     if cut > 0 {
-        tracing::warn!(cut, "connections were still open when the grace had passed");
+        tracing::warn!(cut, "shutdown.grace has passed: open connections were closed");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -58,7 +58,7 @@ pub(super) async fn check(config: Option<PathBuf>) -> Result<ExitCode, String> {
         match redis::probe(redis).await {
             Ok(line) => print_line(line),
             Err(ProbeError::Absent(why)) => {
-                print_line(format!("warning: {why}: until it answers everything is kept in memory"));
+                print_line(format!("warning: {why}. Until Redis answers, entries are stored in memory only"));
             }
             Err(ProbeError::Wrong(why)) => return Err(why),
         }

@@ -44,13 +44,13 @@ pub(super) async fn suggest(args: SuggestArgs) -> Result<ExitCode, String> {
     let requests = requests["requests"].as_array().cloned().unwrap_or_default();
     let oldest = requests.iter().filter_map(|request| request["ago_ms"].as_u64()).max().unwrap_or(0);
     print_line(format!(
-        "# From the last {} requests, of {} s. Put what fits under its [[upstream]].",
+        "# From the last {} requests, of {} s. Copy the rules you want under their [[upstream]].",
         requests.len(),
         oldest / 1000
     ));
     let found = suggestions(&requests, millis(time));
     if found.is_empty() {
-        print_line("# Nothing was asked twice within the ttl and fetched twice: no rule to suggest.");
+        print_line("# No rule to suggest: no request was repeated within the ttl and fetched twice.");
     }
     let mut upstream = "";
     for suggestion in &found {
@@ -71,16 +71,16 @@ pub(super) async fn suggest(args: SuggestArgs) -> Result<ExitCode, String> {
 fn suggestions(requests: &[Value], ttl: u64) -> Vec<Suggestion> {
     let mut groups: BTreeMap<(&str, String), Vec<UncachedRequest<'_>>> = BTreeMap::new();
     for request in requests {
-        let word = |name: &str| request[name].as_str().unwrap_or_default();
-        let fetched = matches!(word("outcome"), "miss" | "bypass") && word("method") == "GET";
+        let field = |name: &str| request[name].as_str().unwrap_or_default();
+        let fetched = matches!(field("outcome"), "miss" | "bypass") && field("method") == "GET";
         let good = request["status"].as_u64().is_some_and(|status| status < 300 || status == 304);
-        if fetched && good && word("detail") != "upgrade" {
+        if fetched && good && field("detail") != "upgrade" {
             let uncached = UncachedRequest {
                 ago: request["ago_ms"].as_u64().unwrap_or(0),
-                same: word("same"),
-                reason: word("detail"),
+                same: field("same"),
+                reason: field("detail"),
             };
-            groups.entry((word("upstream"), template(word("path")))).or_default().push(uncached);
+            groups.entry((field("upstream"), template(field("path")))).or_default().push(uncached);
         }
     }
     let mut found: Vec<Suggestion> = groups
@@ -126,9 +126,9 @@ fn most_common_reason(uncached: &[UncachedRequest<'_>]) -> String {
 /// Returns the path with `{id}` for segments that look like an identifier: numbers, UUIDs, long hexadecimal words.
 fn template(path: &str) -> String {
     let segment = |segment: &str| {
-        let (word, rest) = segment.split_once('.').map_or((segment, String::new()), |(w, r)| (w, format!(".{r}")));
-        let number = !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
-        let hex = word.len() >= 16 && word.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        let (field, rest) = segment.split_once('.').map_or((segment, String::new()), |(w, r)| (w, format!(".{r}")));
+        let number = !field.is_empty() && field.bytes().all(|b| b.is_ascii_digit());
+        let hex = field.len() >= 16 && field.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         if number || hex { format!("{{id}}{rest}") } else { segment.to_owned() }
     };
     let mut named = 0;
@@ -145,9 +145,9 @@ fn template(path: &str) -> String {
 fn rule_text(suggestion: &Suggestion, ttl: &str) -> String {
     let Suggestion { path, uncached, saved, reason, .. } = suggestion;
     let why = match reason.as_str() {
-        "no-store" | "private" => "; the upstream forbids storing it: only if you know better",
+        "no-store" | "private" => "; the upstream forbids storing it",
         "unkeyed-credential" => "; first add its credential header to [security] credential_headers",
-        "request-body" | "range" => "; these requests pass through whatever the rule says",
+        "request-body" | "range" => "; these requests pass through whatever the rule is",
         _ => "",
     };
     let reason = if reason.is_empty() { String::new() } else { format!(" (now: {reason}{why})") };
@@ -159,15 +159,15 @@ fn shadow_line(rule: &Value) -> String {
     let count = |name: &str| rule[name].as_u64().unwrap_or(0);
     let (hits, wrong) = (count("hit"), count("wrong_hit"));
     let verdict = match (hits, wrong) {
-        (0, 0) => "no hits to judge by yet",
-        (_, 0) => "no hit would have been wrong",
+        (0, 0) => "no hits yet",
+        (_, 0) => "no hit would have differed",
         _ => "a shorter ttl, or volatile for what may differ, before it is switched on",
     };
-    let word = |name: &str| rule[name].as_str().unwrap_or("?");
+    let field = |name: &str| rule[name].as_str().unwrap_or("?");
     format!(
         "# shadow, upstream {}, rule {}: {} hits, {wrong} of them wrong, {} misses: {verdict}",
-        word("upstream"),
-        word("rule"),
+        field("upstream"),
+        field("rule"),
         hits + wrong + count("not_compared"),
         count("miss")
     )
@@ -179,7 +179,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_was_fetched_again_within_the_ttl_is_worth_a_rule() {
+    fn requests_repeated_within_the_ttl_give_a_rule_suggestion() {
         let one = |path: &str, same: &str, ago: u64, detail: &str| {
             json!({ "upstream": "api", "method": "GET", "path": path, "same": same, "ago_ms": ago, "status": 200,
                     "outcome": "miss", "detail": detail })
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_looks_like_a_name_of_a_thing() {
+    fn path_template_replaces_ids_with_placeholders() {
         for (path, expected) in [
             ("/products/632910392.json", "/products/{id}.json"),
             ("/a/1/b/2", "/a/{id}/b/{id2}"),

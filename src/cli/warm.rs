@@ -65,7 +65,7 @@ pub(super) async fn warm(args: WarmArgs) -> Result<ExitCode, String> {
     let http = PooledClient::plain(timeouts, Clock::start())?;
     let done = run(Sidecar { http, to, headers }, urls, jobs.max(1)).await;
     print_line(progress_text(&done));
-    Ok(ExitCode::from(u8::from(done.keys().any(|word| word.starts_with("failed")))))
+    Ok(ExitCode::from(u8::from(done.keys().any(|result| result.starts_with("failed")))))
 }
 
 /// Parses one URL per line, absolute or beginning with a slash. Lines that begin with # are comments.
@@ -74,7 +74,11 @@ fn urls(text: &str) -> Result<Vec<Uri>, String> {
     let urls = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')).map(|(n, line)| {
         let uri: Uri = line.parse().map_err(|e| format!("line {}: {line:?} is no URL: {e}", n + 1))?;
         let rooted = uri.path().starts_with('/');
-        if rooted { Ok(uri) } else { Err(format!("line {}: {line:?}: write it from the slash on", n + 1)) }
+        if rooted {
+            Ok(uri)
+        } else {
+            Err(format!("line {}: {line:?}: write the path, beginning with a slash", n + 1))
+        }
     });
     urls.collect()
 }
@@ -94,7 +98,7 @@ async fn run(sidecar: Sidecar, urls: Vec<Uri>, jobs: usize) -> WarmResults {
         }
         tokio::select! {
             ended = under_way.join_next() => match ended {
-                Some(word) => *done.entry(word.unwrap_or_else(|e| format!("failed: {e}"))).or_default() += 1,
+                Some(result) => *done.entry(result.unwrap_or_else(|e| format!("failed: {e}"))).or_default() += 1,
                 None => return done,
             },
             _ = tell.tick() => {
@@ -105,8 +109,8 @@ async fn run(sidecar: Sidecar, urls: Vec<Uri>, jobs: usize) -> WarmResults {
 }
 
 fn progress_text(done: &WarmResults) -> String {
-    let words: Vec<String> = done.iter().map(|(word, count)| format!("{count} {word}")).collect();
-    if words.is_empty() { "nothing yet".into() } else { words.join(", ") }
+    let results: Vec<String> = done.iter().map(|(result, count)| format!("{count} {result}")).collect();
+    if results.is_empty() { "nothing yet".into() } else { results.join(", ") }
 }
 
 impl Sidecar {
@@ -124,7 +128,7 @@ impl Sidecar {
             };
             tokio::time::sleep(Duration::from_secs_f64(seconds.clamp(0.1, 60.0))).await;
         }
-        "failed: its turn never came".into()
+        "failed: not sent".into()
     }
 
     async fn send(&self, url: &Uri) -> Result<Response<()>, String> {
@@ -167,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_list_and_the_answers() {
+    fn url_list_is_parsed_and_responses_are_classified() {
         let list = urls("# all products\n/products/1?a=b\n\n  https://shop.example/products/2\n").expect("good");
         assert_eq!(list.len(), 2);
         assert!(urls("/a\nproducts\n").expect_err("no slash").starts_with("line 2"));

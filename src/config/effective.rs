@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_force_is_shown_and_secrets_are_not() {
+    fn effective_configuration_shows_values_but_no_secrets() {
         let text = "[[upstream]]\nname = \"a\"\nurl = \"https://a.example\"\n[[upstream.rule]]\npath = \"/x/{id}\"\n\
                     ttl = \"90s\"\n[admin]\ntoken = { env = \"PATH\" }\n[memory]\nmax_bytes = \"96MiB\"\n";
         let config = crate::config::from_text("a.toml", text, Path::new("")).expect("it is good");

@@ -49,7 +49,7 @@ fn expand(text: &str, env: Env<'_>) -> Result<String, String> {
                 .ok_or_else(|| format!("the environment has no {name}: set it, or write ${{{name}:-default}}"))?;
             rest = after;
         } else {
-            return Err("a `$` stands before {VAR}; for a dollar, write $$".into());
+            return Err("write ${VAR} for a variable, and $$ for a dollar sign".into());
         }
     }
     Ok(out + rest)
@@ -81,7 +81,7 @@ fn set<'i>(table: &mut DeTable<'i>, keys: &[&str], value: &'i str) -> Result<(),
     let below = table.entry(key).or_insert_with(|| Spanned::new(NOWHERE, DeValue::Table(DeTable::new())));
     match below.get_mut() {
         DeValue::Table(table) => set(table, rest, value),
-        DeValue::Array(_) => Err(format!("[[{first}]] is a list, which the environment can't reach into")),
+        DeValue::Array(_) => Err(format!("[[{first}]] is a list: environment variables can't set its members")),
         DeValue::String(_) | DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) | DeValue::Datetime(_) => {
             Err(format!("`{first}` is a value, not a table"))
         }
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_and_dollars() {
+    fn variables_are_expanded_and_double_dollar_is_a_literal_dollar() {
         let env = |name: &str| (name == "HOST").then(|| "example".to_owned());
         assert_eq!(expand("https://${HOST}/", &env).as_deref(), Ok("https://example/"));
         assert_eq!(expand("${NOPE:-d}$$", &env).as_deref(), Ok("d$"));

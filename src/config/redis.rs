@@ -28,7 +28,7 @@ impl Validator<'_> {
         }
         let tls_given = given.tls.ca.is_some() || given.tls.cert.is_some() || given.tls.key.is_some();
         if tls_given && !encrypted {
-            self.fault(&url.span(), "tls has a meaning with rediss:// only: write rediss://, or leave tls out");
+            self.fault(&url.span(), "redis.tls needs rediss://: write rediss://, or leave tls out");
         }
         let tls = self.tls(&given.tls);
         let databases = self.databases(given.databases.as_ref(), database, &topology);
@@ -80,12 +80,12 @@ impl Validator<'_> {
 }
 
 fn compression(given: Option<&Spanned<String>>) -> Result<Compression, ConfigFault> {
-    let Some(word) = given else { return Ok(RedisTierConfig::default().compression) };
-    match word.get_ref().as_str() {
+    let Some(text) = given else { return Ok(RedisTierConfig::default().compression) };
+    match text.get_ref().as_str() {
         "lz4" => Ok(Compression::Lz4),
         "zstd" => Ok(Compression::Zstd),
         "off" => Ok(Compression::None),
-        other => Err((word.span(), format!("redis.compress = {other:?}: write \"lz4\", \"zstd\" or \"off\""))),
+        other => Err((text.span(), format!("redis.compress = {other:?}: write \"lz4\", \"zstd\" or \"off\""))),
     }
 }
 
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn urls() {
+    fn redis_urls_are_parsed_and_invalid_ones_are_rejected() {
         let one = |host: &str, port| (host.to_owned(), port);
         let good = [
             ("redis://127.0.0.1", RedisTopology::Single(one("127.0.0.1", 6379)), false, 0),

@@ -75,15 +75,15 @@ pub(super) fn budget(given: Option<&Spanned<BudgetSpec>>) -> Result<Option<Budge
     let obedient = Budget { pace: None, max_wait: MAX_WAIT, per: BudgetScope::Credential };
     let Some(spanned) = given else { return Ok(Some(obedient)) };
     match spanned.get_ref() {
-        BudgetSpec::Word(word) if word == "learn" => Ok(Some(obedient)),
-        BudgetSpec::Word(word) if word == "off" => Ok(None),
-        BudgetSpec::Word(word) => {
-            let message = format!("budget = {word:?}: write \"learn\", \"off\" or {{ rate = \"2/s\", burst = 40 }}");
+        BudgetSpec::Word(text) if text == "learn" => Ok(Some(obedient)),
+        BudgetSpec::Word(text) if text == "off" => Ok(None),
+        BudgetSpec::Word(text) => {
+            let message = format!("budget = {text:?}: write \"learn\", \"off\" or {{ rate = \"2/s\", burst = 40 }}");
             Err((spanned.span(), message))
         }
         BudgetSpec::Table(table) => {
             let burst = table.burst.as_ref().map_or(Ok(1), |burst| match *burst.get_ref() {
-                0 => Err((burst.span(), "burst = 0 lets nothing through: write at least 1".into())),
+                0 => Err((burst.span(), "burst = 0 allows no request: write at least 1".into())),
                 burst => Ok(burst),
             })?;
             Ok(Some(Budget {
@@ -112,11 +112,11 @@ fn parse_rate(rate: &Spanned<String>) -> Result<Duration, ConfigFault> {
     parse(rate.get_ref()).ok_or_else(|| (rate.span(), message()))
 }
 
-fn per(word: &Spanned<String>) -> Result<BudgetScope, ConfigFault> {
-    match word.get_ref().as_str() {
+fn per(text: &Spanned<String>) -> Result<BudgetScope, ConfigFault> {
+    match text.get_ref().as_str() {
         "credential" => Ok(BudgetScope::Credential),
         "host" => Ok(BudgetScope::Host),
-        other => Err((word.span(), format!("per = {other:?}: write \"credential\" or \"host\""))),
+        other => Err((text.span(), format!("per = {other:?}: write \"credential\" or \"host\""))),
     }
 }
 

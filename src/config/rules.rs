@@ -158,8 +158,8 @@ impl RuleContext<'_> {
     }
 
     fn mode(&self, rule: &file::Rule) -> Result<CacheMode, ConfigFault> {
-        let word = rule.cache.as_ref().map(|c| c.get_ref().as_str());
-        match (word, &rule.ttl) {
+        let text = rule.cache.as_ref().map(|c| c.get_ref().as_str());
+        match (text, &rule.ttl) {
             (None | Some("override"), Some(ttl)) => {
                 let negative_ttl = rule.negative_ttl.and_then(|w| w.0);
                 Ok(CacheMode::Override { ttl: self.ttl(ttl)?, negative_ttl })
@@ -168,9 +168,9 @@ impl RuleContext<'_> {
                 let span = rule.cache.as_ref().map_or(0..0, Spanned::span);
                 Err((span, "cache = \"override\" needs a ttl: write ttl = \"5m\" beside it".into()))
             }
-            (Some(word @ ("http" | "off")), Some(ttl)) => Err((
+            (Some(text @ ("http" | "off")), Some(ttl)) => Err((
                 ttl.span(),
-                format!("a ttl has no meaning with cache = \"{word}\": leave it out, or write cache = \"override\""),
+                format!("a ttl has no meaning with cache = \"{text}\": leave it out, or write cache = \"override\""),
             )),
             (None | Some("http"), None) => Ok(CacheMode::Http),
             (Some("off"), None) => Ok(CacheMode::Off),
@@ -282,7 +282,7 @@ impl RuleContext<'_> {
         let fail = |why: String| (file.span(), format!("fallback file {}: {why}", path.display()));
         let size = fs::metadata(&path).map_err(|e| fail(e.to_string()))?.len();
         if size > MAX_PAYLOAD {
-            return Err(fail(format!("{size} bytes are more than the {MAX_PAYLOAD} that are read")));
+            return Err(fail(format!("{size} bytes, more than the maximum of {MAX_PAYLOAD}")));
         }
         fs::read(&path).map(Bytes::from).map_err(|e| fail(e.to_string()))
     }
@@ -312,11 +312,11 @@ fn read_when(rule: &file::Rule) -> Result<Conditions, ConfigFault> {
 }
 
 fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, ConfigFault> {
-    let Some(word) = &rule.set_cookie else { return Ok(mode == CacheMode::Http) };
-    match word.get_ref().as_str() {
+    let Some(text) = &rule.set_cookie else { return Ok(mode == CacheMode::Http) };
+    match text.get_ref().as_str() {
         "store" => Ok(true),
         "remove" => Ok(false),
-        other => Err((word.span(), format!("set_cookie = {other:?}: write \"store\" or \"remove\""))),
+        other => Err((text.span(), format!("set_cookie = {other:?}: write \"store\" or \"remove\""))),
     }
 }
 
@@ -347,11 +347,11 @@ pub(super) fn header_name(name: &Spanned<String>) -> Result<HeaderName, ConfigFa
         .map_err(|_| (name.span(), format!("{:?} is no header name", name.get_ref())))
 }
 
-pub(super) fn partition(word: &Spanned<String>) -> Result<Partition, ConfigFault> {
-    match word.get_ref().as_str() {
+pub(super) fn partition(text: &Spanned<String>) -> Result<Partition, ConfigFault> {
+    match text.get_ref().as_str() {
         "credential" => Ok(Partition::Credential),
         "everyone" => Ok(Partition::Everyone),
-        "app" => Err((word.span(), "partition = \"app\" is not built yet: write \"credential\"".into())),
-        other => Err((word.span(), format!("partition = {other:?}: write \"credential\" or \"everyone\""))),
+        "app" => Err((text.span(), "partition = \"app\" is not built yet: write \"credential\"".into())),
+        other => Err((text.span(), format!("partition = {other:?}: write \"credential\" or \"everyone\""))),
     }
 }

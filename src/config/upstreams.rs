@@ -47,8 +47,8 @@ impl Validator<'_> {
         let fallback_name = if profile == "generic" { "upstream" } else { profile };
         let name: Arc<str> = given.name.as_ref().map_or(fallback_name, |n| n.get_ref().as_str()).into();
         let listen = self.listen(given, others);
-        let word = given.partition.as_ref().map_or(Ok(Partition::default()), partition);
-        let (partition, folder) = (self.collect(word).unwrap_or_default(), self.folder.clone());
+        let value = given.partition.as_ref().map_or(Ok(Partition::default()), partition);
+        let (partition, folder) = (self.collect(value).unwrap_or_default(), self.folder.clone());
         let class = |name: &str| classes.get(name).copied();
         let surroundings = |source| RuleContext {
             source,
@@ -161,12 +161,12 @@ impl Validator<'_> {
 
     /// Returns the profile's name and rules: the profile that the file names, or the one that the host selects.
     fn profile(&mut self, given: &file::Upstream) -> (&'static str, &'static str) {
-        if let Some(word) = &given.profile {
-            if let Some((name, text, _)) = PROFILES.iter().find(|(name, ..)| name == word.get_ref()) {
+        if let Some(value) = &given.profile {
+            if let Some((name, text, _)) = PROFILES.iter().find(|(name, ..)| name == value.get_ref()) {
                 return (name, text);
             }
             let known: Vec<_> = PROFILES.iter().map(|(name, ..)| *name).collect();
-            self.fault(&word.span(), format!("profile = {:?}: write one of {known:?}", word.get_ref()));
+            self.fault(&value.span(), format!("profile = {:?}: write one of {known:?}", value.get_ref()));
         }
         let named: Vec<String> = match (&given.url, &given.hosts) {
             (Some(url), _) => {

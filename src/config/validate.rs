@@ -31,8 +31,8 @@ use crate::telemetry::logs::LogConfig;
 /// Returns an error if there is neither a file nor `--upstream`.
 pub fn load(flags: &Flags) -> Result<Config, Vec<ConfigError>> {
     let path = flags.config.clone().or_else(|| {
-        let here = PathBuf::from("sidecache.toml");
-        here.exists().then_some(here)
+        let default_file = PathBuf::from("sidecache.toml");
+        default_file.exists().then_some(default_file)
     });
     let name = path.as_ref().map_or_else(|| "flags".to_owned(), |p| p.display().to_string());
     let text = match &path {
@@ -194,7 +194,8 @@ impl Validator<'_> {
         // With `max_bytes = 0`, only Redis stores responses.
         if memory.max_bytes > 0 && memory.max_entry_bytes > memory.max_bytes / 2 {
             let span = given.max_entry_bytes.as_ref().or(given.max_bytes.as_ref()).map_or(0..0, Spanned::span);
-            let message = "memory.max_entry_bytes must be at most half of memory.max_bytes, or one answer pushes out all others";
+            let message =
+                "memory.max_entry_bytes must be at most half of memory.max_bytes, or one response evicts all others";
             self.fault(&span, message);
         }
         memory
@@ -272,10 +273,7 @@ impl Validator<'_> {
         let listen = self.collect(address(given))?;
         let taken = upstreams.iter().map(|u| u.listen).chain(admin.map(|admin| admin.listen)).any(|a| a == listen);
         if listen.port() != 0 && taken {
-            self.fault(
-                &given.span(),
-                format!("something else listens on {listen} too: write another listen = \"…\""),
-            );
+            self.fault(&given.span(), format!("another listener is on {listen} too: write another listen = \"…\""));
         }
         Some(listen)
     }

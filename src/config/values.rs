@@ -112,7 +112,7 @@ impl<'de> Deserialize<'de> for SecretRef {
             }
 
             fn visit_str<E: Error>(self, _: &str) -> Result<SecretRef, E> {
-                let advice = "a secret is never written down here: write { file = \"…\" } or { env = \"…\" }";
+                let advice = "secrets are not written in this file: write { file = \"…\" } or { env = \"…\" }";
                 Err(E::custom(NO_EXCERPT.to_owned() + advice))
             }
 
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_are_not_optional() {
+    fn durations_and_sizes_require_a_unit() {
         assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_hours(168)));
         assert!(parse_duration("5").expect_err("no unit").contains("\"5s\""));

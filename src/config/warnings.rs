@@ -18,8 +18,7 @@ fn exposed(upstream: &UpstreamConfig) -> Option<String> {
         !upstream.listen.ip().is_loopback() && upstream.listen_tls.as_ref().is_none_or(|tls| tls.client_ca.is_none());
     anyone.then(|| {
         format!(
-            "upstream {}: {} can be reached from other machines. Beside its application, listen on 127.0.0.1; \
-             shared, keep others out by a network policy or `[upstream.listen_tls] client_ca`",
+            "upstream {}: {} can be reached from other machines. As a sidecar, listen on 127.0.0.1; as a shared proxy, restrict access by a network policy or `[upstream.listen_tls] client_ca`",
             upstream.name, upstream.listen
         )
     })
@@ -30,8 +29,7 @@ fn rules(upstream: &UpstreamConfig) -> impl Iterator<Item = String> {
     let unreachable = own.iter().enumerate().filter_map(move |(at, rule)| {
         let before = own[..at].iter().find(|before| covers(before, rule))?;
         Some(format!(
-            "upstream {}: rule {} ({}) can never match: rule {} ({}) stands before it and takes all it would. \
-             Put the narrower one first",
+            "upstream {}: rule {} ({}) can never match: rule {} ({}) comes before it and matches all of its requests. Put the narrower one first",
             upstream.name, rule.name, rule.path, before.name, before.path
         ))
     });
@@ -42,8 +40,7 @@ fn rules(upstream: &UpstreamConfig) -> impl Iterator<Item = String> {
         .filter(|rule| rule.path.to_string().starts_with("/admin"))
         .map(|rule| {
             format!(
-                "upstream {}: rule {} ({}) shares with everyone what was answered to one credential. Leave out \
-                 partition = \"everyone\", unless all who reach this listener may see it",
+                "upstream {}: rule {} ({}) serves responses to one credential to all clients. Leave out partition = \"everyone\", unless every client of this listener may see them",
                 upstream.name, rule.name, rule.path
             )
         });
@@ -69,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_behind_one_that_takes_all_it_would() {
+    fn rule_covered_by_an_earlier_rule_gives_a_warning() {
         let found = warned(
             r#"
             url = "http://api.example"
@@ -85,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_that_anyone_reaches_and_what_everyone_shares() {
+    fn exposed_listener_and_shared_admin_rule_give_warnings() {
         let found = warned(
             r#"
             url = "https://a.myshopify.com"

@@ -44,7 +44,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn it_fills_and_leaks() {
+    fn leaky_bucket_fills_to_its_capacity_and_leaks_over_time() {
         let start = crate::clock::Clock::start().instant();
         let mut bucket = LeakyBucket::new(start);
         assert_eq!(bucket.pour(start, 2, 2.0), BucketResult::Fits(1));

@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_at_every_start_with_ids_beyond_doubles() {
+    fn product_catalogue_is_deterministic_with_ids_above_2_to_the_53() {
         assert_eq!(products(0, 50), products(0, 50));
         assert_ne!(products(0, 1), products(1, 1));
         for product in products(1, 50) {

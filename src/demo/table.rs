@@ -22,7 +22,7 @@ pub(super) fn render(before: &LoadResult, after: &LoadResult) -> String {
         target,
     };
     let rows = [
-        row("requests answered well", &|s| s.latencies.len().to_string(), None),
+        row("successful responses", &|s| s.latencies.len().to_string(), None),
         row("products p50", &|s| duration(quantile(&s.latencies, 0.5)), None),
         row(
             "products p99",

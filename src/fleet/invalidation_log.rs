@@ -65,13 +65,13 @@ pub struct InvalidationLog {
 
 /// The reason why following the log was interrupted.
 enum FollowError {
-    Trouble(RedisError),
+    Redis(RedisError),
     Broken,
 }
 
 impl From<RedisError> for FollowError {
     fn from(error: RedisError) -> FollowError {
-        FollowError::Trouble(error)
+        FollowError::Redis(error)
     }
 }
 
@@ -88,14 +88,12 @@ impl InvalidationLog {
         loop {
             self.redis.follower_connected().await;
             match self.follow_until_error(&mut inbox).await {
-                FollowError::Trouble(error) => {
+                FollowError::Redis(error) => {
                     debug!(%error, "the invalidation log can't be read");
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
                 FollowError::Broken => {
-                    warn!(
-                        "the invalidation log is another one, or was cut short: all that is stored is taken for stale"
-                    );
+                    warn!("the invalidation log was replaced or truncated: all entries are now stale");
                     if let Err(error) = self.begin().await {
                         debug!(%error, "the invalidation log can't be read");
                     }
@@ -173,16 +171,16 @@ impl InvalidationLog {
         if now.since(Tick(self.announced_at.load(Ordering::Relaxed))) >= millis(PRESENCE_INTERVAL) {
             self.announced_at.store(now.0, Ordering::Relaxed);
             if let Err(error) = self.redis.announce(Some(&self.sidecar_id.to_string()), PRESENCE_TTL).await {
-                debug!(%error, "this sidecar could not say that it is there");
+                debug!(%error, "the presence of this sidecar could not be written");
             }
         }
     }
 
     async fn wait_for_entries(&self, inbox: &mut LogId) -> Result<(), FollowError> {
         let last = self.invalidations.log_position().unwrap_or_default();
-        let news = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), BLOCK_TIME).await?;
-        self.apply(news.log)?;
-        for message in news.inbox {
+        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), BLOCK_TIME).await?;
+        self.apply(update.log)?;
+        for message in update.inbox {
             *inbox = message.id;
             self.inbox.deliver(&message.body);
         }
@@ -202,7 +200,10 @@ impl InvalidationLog {
             }
         }
         if forged > 0 {
-            warn!(entries = forged, "of the invalidation log do not verify: all that is stored is taken for stale");
+            warn!(
+                entries = forged,
+                "entries of the invalidation log failed authentication: all cached entries are now stale"
+            );
         }
         Ok(())
     }
@@ -231,7 +232,7 @@ impl InvalidationLog {
                 Ok(_id) => self.invalidations.mark_logged(purge.number),
                 Err(error) => {
                     self.invalidations.mark_log_unwritable();
-                    debug!(%error, "a purge waits for the invalidation log");
+                    debug!(%error, "a purge is not in the invalidation log yet");
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
             }

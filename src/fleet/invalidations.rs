@@ -99,7 +99,7 @@ impl Default for Invalidations {
         let ledger = Ledger::new(MAX_SUBJECTS, MAX_MATCHERS);
         let epoch = AtomicU64::new(ledger.position().0);
         let (unread, outbox) = (VecDeque::new(), VecDeque::new());
-        let book = RwLock::new(LedgerState {
+        let state = RwLock::new(LedgerState {
             ledger,
             chain: LogPositions::new(MAX_LOG_POSITIONS),
             unconfirmed: unread,
@@ -109,7 +109,7 @@ impl Default for Invalidations {
             recorded: 0,
         });
         let (trusted_until, successor) = (AtomicU64::new(u64::MAX), OnceLock::new());
-        Invalidations { epoch, trusted_until, state: book, fleet: None, successor }
+        Invalidations { epoch, trusted_until, state, fleet: None, successor }
     }
 }
 
@@ -146,25 +146,25 @@ impl Invalidations {
         if let Some(successor) = self.successor.get() {
             successor.record(selectors.clone(), strength, None);
         }
-        let mut book = self.write();
-        let position = book.ledger.record(selectors.iter().cloned(), strength);
+        let mut state = self.write();
+        let position = state.ledger.record(selectors.iter().cloned(), strength);
         if let Some(fleet) = &self.fleet {
-            if book.outbox.len() >= MAX_OUTBOX {
-                book.collapse_outbox();
+            if state.outbox.len() >= MAX_OUTBOX {
+                state.collapse_outbox();
             }
-            book.recorded += 1;
-            let number = book.recorded;
+            state.recorded += 1;
+            let number = state.recorded;
             let purge = PurgeMessage { from: fleet.me, number, strength, selectors, answer };
-            book.unconfirmed.push_back((number, position));
-            book.recent.push_back(purge.clone());
-            if book.recent.len() > MAX_RECENT {
-                book.recent.pop_front();
+            state.unconfirmed.push_back((number, position));
+            state.recent.push_back(purge.clone());
+            if state.recent.len() > MAX_RECENT {
+                state.recent.pop_front();
             }
-            book.outbox.push_back(purge);
+            state.outbox.push_back(purge);
             fleet.waiting.send_replace(number);
         }
         self.epoch.store(position.0, Ordering::Release);
-        PurgeReceipt { position, number: book.recorded }
+        PurgeReceipt { position, number: state.recorded }
     }
 
     /// Makes `next` the successor, possibly with another Redis. Purges by requests still in progress are recorded there
@@ -183,10 +183,10 @@ impl Invalidations {
     pub fn state_of(&self, entry: &Entry, now: Tick) -> InvalidationState {
         let epoch = self.position();
         let known = entry.cached_state(epoch).unwrap_or_else(|| {
-            let book = self.read();
-            let standing = book.ledger.state_of(&entry.resource, entry.position);
-            entry.cache_state(book.ledger.position(), standing);
-            standing
+            let state = self.read();
+            let found = state.ledger.state_of(&entry.resource, entry.position);
+            entry.cache_state(state.ledger.position(), found);
+            found
         });
         if now.0 > self.trusted_until.load(Ordering::Relaxed) {
             known.max(self.state_while_unverified(entry, now))
@@ -209,18 +209,18 @@ impl Invalidations {
 
     /// Returns the position of a record whose fetch had seen the log up to `id`; the lowest one if `id` is unknown.
     pub fn position_of(&self, id: LogId) -> Position {
-        let book = self.read();
-        let unread = book.unconfirmed.iter().map(|(_, position)| position.0 - 1).min().map(Position);
-        let now = unread.map_or(book.ledger.position(), |unread| unread.min(book.ledger.position()));
-        book.chain.position_of(id, now).unwrap_or(Position(0))
+        let state = self.read();
+        let unread = state.unconfirmed.iter().map(|(_, position)| position.0 - 1).min().map(Position);
+        let now = unread.map_or(state.ledger.position(), |unread| unread.min(state.ledger.position()));
+        state.chain.position_of(id, now).unwrap_or(Position(0))
     }
 
     /// Returns the last log entry that a fetch at `position` had seen.
     pub fn log_seen_at(&self, position: Position) -> SeenLog {
-        let book = self.read();
-        match book.chain.seen_at(position) {
+        let state = self.read();
+        match state.chain.seen_at(position) {
             Some(id) => SeenLog::UpTo(id),
-            None if book.chain.last().is_none() => SeenLog::NotYet,
+            None if state.chain.last().is_none() => SeenLog::NotYet,
             None => SeenLog::Forgotten,
         }
     }
@@ -233,47 +233,47 @@ impl Invalidations {
     /// Starts reading a log after `origin`. If a log was read before, stored entries become unverified, because purges
     /// may have been missed.
     pub fn begin_log(&self, origin: LogId) {
-        let mut book = self.write();
-        if book.chain.last().is_some() {
-            let position = book.ledger.mark_unverified();
+        let mut state = self.write();
+        if state.chain.last().is_some() {
+            let position = state.ledger.mark_unverified();
             self.epoch.store(position.0, Ordering::Release);
-            book.requeue_recent(position);
-            if let (Some(fleet), Some(last)) = (&self.fleet, book.outbox.back()) {
+            state.requeue_recent(position);
+            if let (Some(fleet), Some(last)) = (&self.fleet, state.outbox.back()) {
                 fleet.waiting.send_replace(last.number);
             }
         }
-        let position = book.ledger.position();
-        book.chain.begin(origin, position);
-        book.last_numbers.clear();
+        let position = state.ledger.position();
+        state.chain.begin(origin, position);
+        state.last_numbers.clear();
     }
 
     /// Applies the next log entry. `said` is `None` for an empty entry, and `Some(None)` for one that can't be verified
     /// or decoded, which makes all stored entries unverified. Fails if `previous` is not the entry read last.
     pub fn apply(&self, previous: LogId, id: LogId, said: Option<Option<PurgeMessage>>) -> Result<(), LogGap> {
-        let mut book = self.write();
-        if book.chain.last() != Some(previous) {
+        let mut state = self.write();
+        if state.chain.last() != Some(previous) {
             return Err(LogGap);
         }
         let at = match said {
-            None => book.ledger.position(),
-            Some(None) => book.ledger.mark_unverified(),
-            Some(Some(purge)) if book.is_duplicate(&purge) => book.ledger.position(),
-            Some(Some(purge)) => match self.ours(&mut book, &purge) {
+            None => state.ledger.position(),
+            Some(None) => state.ledger.mark_unverified(),
+            Some(Some(purge)) if state.is_duplicate(&purge) => state.ledger.position(),
+            Some(Some(purge)) => match self.ours(&mut state, &purge) {
                 Some(position) => position,
-                None => book.ledger.record(purge.selectors, purge.strength),
+                None => state.ledger.record(purge.selectors, purge.strength),
             },
         };
-        self.epoch.store(book.ledger.position().0, Ordering::Release);
-        book.chain.extend(previous, id, at)
+        self.epoch.store(state.ledger.position().0, Ordering::Release);
+        state.chain.extend(previous, id, at)
     }
 
     /// Returns the position of a purge that this sidecar made itself, when it is read back from the log.
-    fn ours(&self, book: &mut LedgerState, purge: &PurgeMessage) -> Option<Position> {
+    fn ours(&self, state: &mut LedgerState, purge: &PurgeMessage) -> Option<Position> {
         if self.fleet.as_ref().is_none_or(|fleet| fleet.me != purge.from) {
             return None;
         }
-        let index = book.unconfirmed.iter().position(|(number, _)| *number == purge.number)?;
-        book.unconfirmed.remove(index).map(|(_, position)| position)
+        let index = state.unconfirmed.iter().position(|(number, _)| *number == purge.number)?;
+        state.unconfirmed.remove(index).map(|(_, position)| position)
     }
 
     /// Marks the log as read to its end at `now`.
@@ -313,9 +313,9 @@ impl Invalidations {
 
     /// Removes the purges up to `number` from the outbox: the log has them.
     pub fn mark_logged(&self, number: u64) {
-        let mut book = self.write();
-        while book.outbox.front().is_some_and(|purge| purge.number <= number) {
-            book.outbox.pop_front();
+        let mut state = self.write();
+        while state.outbox.front().is_some_and(|purge| purge.number <= number) {
+            state.outbox.pop_front();
         }
         if let Some(fleet) = &self.fleet {
             fleet.wait_logged.send_replace(LogProgress { number, unwritable: false });

@@ -48,7 +48,7 @@ impl LeaseMessage {
     /// Parses a message. An unknown one is [`LeaseMessage::Nothing`].
     pub fn read(message: &[u8]) -> LeaseMessage {
         let all = [LeaseMessage::Stored, LeaseMessage::Unshared, LeaseMessage::Nothing];
-        all.into_iter().find(|word| word.token().as_bytes() == message).unwrap_or(LeaseMessage::Nothing)
+        all.into_iter().find(|outcome| outcome.token().as_bytes() == message).unwrap_or(LeaseMessage::Nothing)
     }
 }
 
@@ -135,13 +135,13 @@ async fn hold_lease(redis: Arc<Redis>, name: String, token: String, mut ended: o
             Ok(end) => break end,
             Err(_elapsed) => {
                 if let Ok(false) = redis.renew(&name, &token, LEASE_TTL).await {
-                    debug!("a lease was lost: another sidecar may fetch the same");
+                    debug!("a lease was lost: another sidecar may fetch the same key");
                     return;
                 }
             }
         }
     };
-    let word = match end {
+    let outcome = match end {
         Ok(LeaseEnd::Stored(written)) => match timeout(WRITE_TIMEOUT, written).await {
             Ok(Ok(())) => LeaseMessage::Stored,
             Ok(Err(_)) | Err(_) => LeaseMessage::Nothing,
@@ -149,9 +149,9 @@ async fn hold_lease(redis: Arc<Redis>, name: String, token: String, mut ended: o
         Ok(LeaseEnd::Unshared) => LeaseMessage::Unshared,
         Err(_dropped) => LeaseMessage::Nothing,
     };
-    let message = Bytes::from(format!("{} {}", subject(&name), word.token()));
+    let message = Bytes::from(format!("{} {}", subject(&name), outcome.token()));
     if let Err(error) = redis.release(&name, &token, message).await {
-        debug!(%error, "a lease could not be given back: it lapses");
+        debug!(%error, "a lease could not be released: it expires");
     }
 }
 
@@ -174,7 +174,7 @@ mod tests {
 
     // All sidecars of a fleet must claim the same lease, whatever version they run.
     #[test]
-    fn encoding_of_lease_names_is_golden() {
+    fn lease_name_encoding_matches_the_golden_values() {
         let request = HeaderMap::from_iter([(ACCEPT_ENCODING, HeaderValue::from_static("gzip"))]);
         let variant = Variant::of(vec![ACCEPT_ENCODING], &request);
         assert_eq!(name("00ff", &variant), "ee2831793c54f53f6ac9b528572a99c6");

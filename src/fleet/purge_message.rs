@@ -57,7 +57,7 @@ struct MatcherPayload {
 
 impl From<&Selector> for SelectorPayload {
     fn from(selector: &Selector) -> SelectorPayload {
-        let wire = |matcher: &Matcher, text: String| MatcherPayload {
+        let payload = |matcher: &Matcher, text: String| MatcherPayload {
             upstream: matcher.upstream.map(|id| id.0),
             authority: matcher.authority.as_deref().map(str::to_owned),
             text,
@@ -66,20 +66,20 @@ impl From<&Selector> for SelectorPayload {
             Selector::Subject(subject) => SelectorPayload::Subject(subject.to_bytes()),
             Selector::Everything => SelectorPayload::Everything,
             Selector::Matching(matcher) => match &matcher.target {
-                TargetMatch::Prefix(text) => SelectorPayload::Prefix(wire(matcher, text.to_string())),
-                TargetMatch::Glob(glob) => SelectorPayload::Glob(wire(matcher, glob.to_string())),
+                TargetMatch::Prefix(text) => SelectorPayload::Prefix(payload(matcher, text.to_string())),
+                TargetMatch::Glob(glob) => SelectorPayload::Glob(payload(matcher, glob.to_string())),
             },
         }
     }
 }
 
 impl From<SelectorPayload> for Selector {
-    fn from(wire: SelectorPayload) -> Selector {
+    fn from(payload: SelectorPayload) -> Selector {
         let matching = |matcher: MatcherPayload, target| {
             let upstream = matcher.upstream.map(UpstreamId);
             Selector::Matching(Matcher { upstream, authority: matcher.authority.map(Into::into), target })
         };
-        match wire {
+        match payload {
             SelectorPayload::Subject(bytes) => Selector::Subject(Subject::from_bytes(bytes)),
             SelectorPayload::Everything => Selector::Everything,
             SelectorPayload::Prefix(matcher) => {
@@ -97,7 +97,7 @@ impl From<SelectorPayload> for Selector {
 impl PurgeMessage {
     /// Encodes the purge for the log and authenticates it with the current key.
     pub fn seal(&self, ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
-        let wire = PurgePayload {
+        let payload = PurgePayload {
             from: self.from.0,
             number: self.number,
             hard: self.strength == PurgeKind::Hard,
@@ -107,7 +107,7 @@ impl PurgeMessage {
         let mut body = vec![VERSION];
         body.extend_from_slice(&ring.current_id());
         body.extend_from_slice(&salt);
-        body.extend(postcard::to_allocvec(&wire).unwrap_or_default());
+        body.extend(postcard::to_allocvec(&payload).unwrap_or_default());
         // The current key of a keyring is always in it, so `mac` can't fail.
         let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
         body.extend_from_slice(&tag);
@@ -119,18 +119,18 @@ impl PurgeMessage {
         let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
         let (version, rest) = sealed.split_first()?;
         let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
-        let (salt, wire) = rest.split_first_chunk::<SALT>()?;
+        let (salt, payload) = rest.split_first_chunk::<SALT>()?;
         if *version != VERSION {
             return None;
         }
         ring.verify(*id, salt, BOUND_TO, &[sealed], tag).ok()?;
-        let wire: PurgePayload = postcard::from_bytes(wire).ok()?;
+        let payload: PurgePayload = postcard::from_bytes(payload).ok()?;
         Some(PurgeMessage {
-            from: SidecarId(wire.from),
-            number: wire.number,
-            strength: if wire.hard { PurgeKind::Hard } else { PurgeKind::Soft },
-            selectors: wire.selectors.into_iter().map(Selector::from).collect(),
-            answer: wire.answer,
+            from: SidecarId(payload.from),
+            number: payload.number,
+            strength: if payload.hard { PurgeKind::Hard } else { PurgeKind::Soft },
+            selectors: payload.selectors.into_iter().map(Selector::from).collect(),
+            answer: payload.answer,
         })
     }
 }
@@ -141,7 +141,7 @@ mod tests {
     use crate::policy::invalidation::tag::TagScope;
 
     #[test]
-    fn a_purge_comes_back_as_it_went_or_not_at_all() {
+    fn purge_message_round_trips_and_modified_messages_are_rejected() {
         let ring = Keyring::new([&b"secret"[..]]);
         let scope = TagScope { upstream: UpstreamId(7), authority: None };
         let matcher = |target| Matcher { upstream: Some(UpstreamId(7)), authority: Some("a.example".into()), target };

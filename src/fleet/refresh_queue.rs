@@ -24,7 +24,7 @@ pub struct RefreshRequest {
     /// The request headers, without Host.
     pub headers: HeaderMap,
     /// When the response to be replaced was received, by the fleet's clock. A newer stored one makes this obsolete.
-    pub born: u64,
+    pub received_at: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -34,20 +34,20 @@ struct RefreshPayload<'a> {
     target: &'a str,
     #[serde(borrow)]
     headers: Vec<(&'a str, &'a [u8])>,
-    born: u64,
+    received_at: u64,
 }
 
 impl RefreshRequest {
     /// Encodes and encrypts the request for the stream. Returns `None` if that fails.
     pub fn seal(&self, ring: &Keyring, salt: [u8; SALT]) -> Option<Vec<u8>> {
-        let wire = RefreshPayload {
+        let payload = RefreshPayload {
             upstream: self.upstream,
             host: &self.host,
             target: &self.target,
             headers: self.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect(),
-            born: self.born,
+            received_at: self.received_at,
         };
-        let mut body = postcard::to_allocvec(&wire).ok()?;
+        let mut body = postcard::to_allocvec(&payload).ok()?;
         ring.encrypt(ring.current_id(), &salt, 0, BOUND_TO, &mut body).ok()?;
         Some([&[VERSION][..], &ring.current_id(), &salt, &body].concat())
     }
@@ -61,13 +61,13 @@ impl RefreshRequest {
             return None;
         }
         let body = ring.decrypt(*id, salt, 0, BOUND_TO, rest).ok()?;
-        let wire: RefreshPayload<'_> = postcard::from_bytes(&body).ok()?;
+        let payload: RefreshPayload<'_> = postcard::from_bytes(&body).ok()?;
         let mut headers = HeaderMap::new();
-        for (name, value) in wire.headers {
+        for (name, value) in payload.headers {
             headers.append(HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_bytes(value).ok()?);
         }
-        let (host, target) = (wire.host.to_owned(), wire.target.to_owned());
-        Some(RefreshRequest { upstream: wire.upstream, host, target, headers, born: wire.born })
+        let (host, target) = (payload.host.to_owned(), payload.target.to_owned());
+        Some(RefreshRequest { upstream: payload.upstream, host, target, headers, received_at: payload.received_at })
     }
 }
 
@@ -76,11 +76,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_comes_back_as_it_went_or_not_at_all() {
+    fn refresh_request_round_trips_and_modified_ones_are_rejected() {
         let ring = Keyring::new([&b"secret"[..]]);
         let headers = HeaderMap::from_iter([(http::header::ACCEPT, HeaderValue::from_static("*/*"))]);
         let refresh =
-            RefreshRequest { upstream: 7, host: "a.example".into(), target: "/x?y".into(), headers, born: 9 };
+            RefreshRequest { upstream: 7, host: "a.example".into(), target: "/x?y".into(), headers, received_at: 9 };
         let sealed = refresh.seal(&ring, [3; SALT]).expect("sealed");
         assert!(!sealed.windows(4).any(|w| w == b"/x?y"));
         // Other versions of the program read this format: a change of the layout needs a new VERSION.

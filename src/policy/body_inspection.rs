@@ -136,7 +136,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn empty_lists() {
+    fn empty_missing_or_unparsable_value_counts_as_empty() {
         let table = [
             (r#"{"products":[]}"#, true),
             (r#"{"products":[{"id":1}]}"#, false),
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn where_two_answers_differ() {
+    fn comparison_returns_first_difference_outside_volatile_paths() {
         let none = HeaderMap::new();
         let table = [
             (r#"{"a":1}"#, r#"{ "a": 1 }"#, None),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_compressed_body_is_read_within_its_bound() {
+    fn compressed_body_is_inspected_only_up_to_the_size_limit() {
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(br#"{"products":[1]}"#).expect("compressed");
         let gzip = gzip.finish().expect("compressed");

@@ -148,8 +148,8 @@ impl Entry {
     }
 
     /// Caches the invalidation state that the ledger returned at `epoch`.
-    pub fn cache_state(&self, epoch: Position, standing: InvalidationState) {
-        self.state.checked.store(pack(epoch, standing), Ordering::Relaxed);
+    pub fn cache_state(&self, epoch: Position, state: InvalidationState) {
+        self.state.checked.store(pack(epoch, state), Ordering::Relaxed);
     }
 
     /// Returns the memory that the entry takes, in bytes, including overhead.
@@ -168,8 +168,8 @@ impl Entry {
 /// Overhead of reference counts and the allocator for the about four allocations of an entry, in bytes.
 const ALLOCATIONS: u64 = 112;
 
-fn pack(epoch: Position, standing: InvalidationState) -> u64 {
-    epoch.0 << 2 | standing as u64
+fn pack(epoch: Position, state: InvalidationState) -> u64 {
+    epoch.0 << 2 | state as u64
 }
 
 /// All responses stored under one key: one per variant, the newest first (RFC 9111 §4.1). Most keys have one.

@@ -23,7 +23,7 @@ pub fn of_bypass(reason: BypassReason) -> &'static str {
             "the mode is shadow: hits are only counted, and every request goes upstream; `sidecache mode normal` ends it"
         }
         BypassReason::NoStoreRequest => "the request has Cache-Control: no-store",
-        BypassReason::Upgrade => "the request asks for a protocol upgrade, which the rule allows",
+        BypassReason::Upgrade => "the request is a protocol upgrade, which the rule allows",
     }
 }
 

@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_set_by_hand_counts_for_its_time() {
+    fn local_mode_applies_until_its_duration_ends_or_it_is_cleared() {
         let switch = ModeSwitch::new(Mode::Normal, ModeSource::Default);
         assert_eq!(switch.mode(Tick(0)), Mode::Normal);
         switch.set(Mode::Bypass, ModeSource::Local, Tick(1000), Some(Duration::from_secs(5)));
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn this_sidecar_counts_before_the_fleet_and_both_before_the_configuration() {
+    fn local_mode_overrides_fleet_mode_and_both_override_the_initial_mode() {
         let switch = ModeSwitch::new(Mode::Shadow, ModeSource::Environment);
         let state = |mode, source| ModeState { mode, source, for_ms: None };
         assert_eq!(switch.state(Tick(0)), state(Mode::Shadow, ModeSource::Environment));

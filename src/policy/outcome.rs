@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn cache_status_reads_as_the_contract_says() {
+    fn outcome_formats_as_the_expected_cache_status_value() {
         let table = [
             (Outcome::Hit { ttl: 297 }, "sidecache; hit; ttl=297"),
             (
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn every_failure_has_a_cause_that_a_fallback_can_name() {
+    fn cause_of_every_failure_is_in_the_list_of_causes() {
         for failure in [
             Failure::Timeout,
             Failure::Connect,

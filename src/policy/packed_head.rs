@@ -245,7 +245,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_unpacked_is_what_was_packed(
+        fn packed_head_round_trips_headers_and_body(
             lines in prop::collection::vec(("(link|etag|x-[a-d]|age|cache-status)", "[ -~]{1,20}|x-"), 0..12),
             size in prop::sample::select(vec![0, 10, SMALL, SMALL + 1]),
         ) {
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_are_equal_by_names_and_their_order() {
+    fn head_shapes_are_equal_only_for_the_same_header_names() {
         let shape = |lines: &[&str]| {
             let lines: Vec<_> = lines.iter().map(|&name| (name.to_owned(), name.to_owned())).collect();
             HeadShape::of(&map(&lines), None)

@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_that_names_a_host_decides_and_must_be_on_the_list() {
+    fn destination_is_uri_then_x_forwarded_host_then_host_if_allowed() {
         let table: &[(&str, &[(&str, &str)], Option<&str>)] = &[
             ("/", &[("host", "a.shop.example")], Some("a.shop.example")),
             ("/", &[("host", "A.Shop.example:443")], Some("a.shop.example")),

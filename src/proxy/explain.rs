@@ -41,7 +41,7 @@ impl Explainer {
             "upstream": format!("{} -> {}", self.upstream.name, self.upstream.origin.to_text()),
         });
         let Ok(destination) = self.upstream.locate(uri, headers) else {
-            explained["decision"] = "refused with 421".into();
+            explained["decision"] = "rejected with 421".into();
             explained["why"] = "this host is not on the upstream's list of hosts".into();
             return explained;
         };
@@ -64,7 +64,7 @@ impl Explainer {
                 if running {
                     self.state(&mut explained, &key, headers, &directives);
                 } else {
-                    explained["decision"] = "the cache is asked".into();
+                    explained["decision"] = "cache lookup".into();
                 }
             }
         }
@@ -86,7 +86,9 @@ impl Explainer {
         };
         let query = match &rule.query {
             QueryFilter::Whole => request.uri().query().map_or("none".to_owned(), |query| format!("?{query}")),
-            QueryFilter::Filtered(_) => format!("of {:?}, what the rule keeps", request.uri().query().unwrap_or("")),
+            QueryFilter::Filtered(_) => {
+                format!("of {:?}, the parameters that the rule keeps", request.uri().query().unwrap_or(""))
+            }
         };
         let named = |name: &HeaderName| {
             if rule.is_credential(name) {
@@ -110,13 +112,15 @@ impl Explainer {
         let now = self.clock.now();
         let (decision, entry) = match self.lookup.find(key, headers, directives, now) {
             LookupResult::Fresh(entry) => ("a hit", Some(entry)),
-            LookupResult::WhileRevalidate(entry) => ("a stale hit, and a refresh behind it", Some(entry)),
+            LookupResult::WhileRevalidate(entry) => ("a stale hit, with a refresh in the background", Some(entry)),
             LookupResult::Miss(miss) => {
                 let decision = match miss.reason {
-                    ForwardReason::Stale => "a fetch: what is stored is stale, and stands in only if the fetch fails",
-                    ForwardReason::Request => "a fetch: the request's Cache-Control insists on it",
-                    ForwardReason::VaryMiss => "a fetch: what is stored is for other request headers (Vary)",
-                    ForwardReason::UriMiss | ForwardReason::Bypass(_) => "a fetch: nothing is stored for it here",
+                    ForwardReason::Stale => {
+                        "a fetch: the stored response is stale, and is served only if the fetch fails"
+                    }
+                    ForwardReason::Request => "a fetch: the request's Cache-Control requires it",
+                    ForwardReason::VaryMiss => "a fetch: the stored responses are for other request headers (Vary)",
+                    ForwardReason::UriMiss | ForwardReason::Bypass(_) => "a fetch: no response is stored in memory",
                 };
                 (decision, miss.stale)
             }

@@ -80,7 +80,7 @@ impl Refresher {
     /// Offers the refresh to all sidecars of the fleet.
     fn offer(&self, fleet: Arc<Fleet>, served: ServedEntry<'_>, ahead: Duration) {
         let (request, entry) = (served.request, served.entry);
-        let Some(born) = fleet.redis.clock().at(entry.received_at) else { return };
+        let Some(received_at) = fleet.redis.clock().at(entry.received_at) else { return };
         // All headers: which of them the upstream uses is not known.
         let mut headers = request.headers().clone();
         headers.remove(HOST);
@@ -89,7 +89,7 @@ impl Refresher {
             host: client_authority(request.uri(), request.headers()).unwrap_or_default().to_owned(),
             target: target(request.uri()).to_owned(),
             headers,
-            born,
+            received_at,
         };
         let name = format!("{}-{}", entry.key_name.as_str(), &entry.variant.digest().to_hex()[..16]);
         tokio::spawn(async move {
@@ -142,7 +142,7 @@ impl Refresher {
         let upstream = &self.admission.upstream;
         let Ok(destination) = upstream.locate(request.uri(), request.headers()) else { return };
         let Ok(admitted) = self.admission.admit(&request, &destination, self.clock.now()) else { return };
-        let Some(known) = fleet.redis.clock().tick(refresh.born) else { return };
+        let Some(known) = fleet.redis.clock().tick(refresh.received_at) else { return };
         let Admitted { rule, key, .. } = admitted;
         let directives = RequestDirectives::default();
         let entry = match self.lookup.find(&key, request.headers(), &directives, self.clock.now()) {

@@ -69,7 +69,7 @@ pub(super) async fn connect(config: &RedisConfig, database: u8) -> Result<Connec
         biased;
         why = driver.ended() => Err(why),
         () = wait_connected(&client) => Ok(Connection { client, driver }),
-        () = tokio::time::sleep(CONNECT_TIMEOUT) => Err(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())),
+        () = tokio::time::sleep(CONNECT_TIMEOUT) => Err(format!("no reply within {} s", CONNECT_TIMEOUT.as_secs())),
     }
 }
 

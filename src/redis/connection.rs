@@ -1,7 +1,7 @@
 //! A supervised connection: deadlines, a limit of commands in flight, a circuit breaker, and reconnection.
 //!
 //! The supervisor replaces the client when its connection is lost or no longer responds. It pings the server, asking
-//! for its time, at intervals, at once after a missed deadline, and without end while the breaker is open. So an
+//! for its time, at intervals, at once after a missed deadline, and without end while the circuit breaker is open. So an
 //! unresponsive server is noticed within a few milliseconds of the first missed deadline, and its return at once.
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -98,7 +98,7 @@ impl SupervisedConnection {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a command for at most `deadline`. Fails at once if there is no connection or the breaker is open.
+    /// Runs a command for at most `deadline`. Fails at once if there is no connection or the circuit breaker is open.
     pub(super) async fn run<T, F>(
         &self,
         deadline: Duration,
@@ -171,7 +171,7 @@ impl SupervisedConnection {
     fn on_timeout(&self, client: &Arc<Client>) -> RedisError {
         self.counts.deadline_missed.fetch_add(1, Relaxed);
         let timed_out =
-            RedisError { why: RedisErrorKind::Silent, message: "no answer within the command timeout".into() };
+            RedisError { why: RedisErrorKind::Silent, message: "no reply within redis.command_timeout".into() };
         self.record_failure(client, Recovery::Reset, &timed_out.message);
         self.deadline_missed.notify_one();
         timed_out
@@ -204,7 +204,7 @@ impl SupervisedConnection {
             return;
         }
         if self.breaker().failed_with(&BREAKER, recovery, self.clock.now()) {
-            self.log_throttle.warn(self.name, &format!("not asked any more: {message}"));
+            self.log_throttle.warn(self.name, &format!("circuit breaker opened: {message}"));
         } else if recovery == Recovery::Probe {
             self.log_throttle.warn(self.name, message);
         }
@@ -247,7 +247,7 @@ impl SupervisedConnection {
         let time = match timeout(REPLACE_AFTER, server_time(&connection.client, self.slot)).await {
             Ok(Ok(time)) => time,
             Ok(Err(error)) => return Err(first_line(error.details())),
-            Err(_elapsed) => return Err("connected, but no answer".into()),
+            Err(_elapsed) => return Err("connected, but no reply".into()),
         };
         on_time(time);
         // Notifications about the previous connection do not apply to this one.
@@ -295,7 +295,7 @@ impl SupervisedConnection {
             Ok(reply) => reply,
             Err(_elapsed) => {
                 if self.breaker().open_until_reset() {
-                    self.log_throttle.warn(self.name, "not asked any more: no answer");
+                    self.log_throttle.warn(self.name, "circuit breaker opened: no reply");
                 }
                 match timeout(REPLACE_AFTER, request).await {
                     Ok(reply) => reply,
@@ -349,6 +349,6 @@ pub(super) async fn check_read_write(client: &Client, prefix: &str) -> Result<St
     };
     match timeout(REPLACE_AFTER, tried).await {
         Ok(tried) => tried.map_err(|error| first_line(error.details())),
-        Err(_elapsed) => Err("connected, but no answer".into()),
+        Err(_elapsed) => Err("connected, but no reply".into()),
     }
 }

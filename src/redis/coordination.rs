@@ -111,15 +111,15 @@ impl Redis {
             .follower
             .run(deadline, |client| async move { client.xread(Some(1000), Some(block), keys, ids).await })
             .await?;
-        let mut news = StreamUpdate::default();
+        let mut update = StreamUpdate::default();
         for (key, rows) in streams.unwrap_or_default() {
             if key.ends_with(":log") {
-                news.log = rows.into_iter().map(entry).collect::<Result<_, _>>()?;
+                update.log = rows.into_iter().map(entry).collect::<Result<_, _>>()?;
             } else {
-                news.inbox = rows.into_iter().map(message).collect::<Result<_, _>>()?;
+                update.inbox = rows.into_iter().map(message).collect::<Result<_, _>>()?;
             }
         }
-        Ok(news)
+        Ok(update)
     }
 
     /// Waits until the connection that follows the log is there.

@@ -16,7 +16,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct LogThrottle {
     clock: Clock,
-    said: Mutex<ThrottleState>,
+    state: Mutex<ThrottleState>,
 }
 
 #[derive(Debug, Default)]
@@ -31,45 +31,45 @@ struct ThrottleState {
 
 impl LogThrottle {
     pub(super) fn new(clock: Clock) -> LogThrottle {
-        LogThrottle { clock, said: Mutex::default() }
+        LogThrottle { clock, state: Mutex::default() }
     }
 
     /// Logs a warning, or counts it as suppressed.
     pub(super) fn warn(&self, connection: &'static str, why: &str) {
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.clock.now();
-        if now < said.quiet_until {
-            said.suppressed += 1;
+        if now < state.quiet_until {
+            state.suppressed += 1;
             return;
         }
-        said.quiet_until = now.plus(LINE_INTERVAL);
-        let suppressed_lines = std::mem::take(&mut said.suppressed);
+        state.quiet_until = now.plus(LINE_INTERVAL);
+        let suppressed_lines = std::mem::take(&mut state.suppressed);
         warn!(connection, suppressed_lines, "redis: {why}");
     }
 
     /// Records that a connection was lost or could not be made. Logs it if the reason is new.
     pub(super) fn down(&self, connection: &'static str, why: &str) {
-        let news = {
-            let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-            said.down.insert(connection, why.to_owned()).is_none_or(|before| before != why)
+        let changed = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.down.insert(connection, why.to_owned()).is_none_or(|before| before != why)
         };
-        if news {
+        if changed {
             self.warn(connection, why);
         }
     }
 
     /// Records that a connection has been made. Logs it when none is down any more.
     pub(super) fn up(&self, connection: &'static str) {
-        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        let was_down = said.down.remove(connection).is_some();
-        if was_down && said.down.is_empty() {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_down = state.down.remove(connection).is_some();
+        if was_down && state.down.is_empty() {
             info!("redis: all connections are up");
         }
     }
 
     /// Returns why a connection is down, if one is.
     pub(super) fn last_error(&self) -> Option<String> {
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        said.down.values().next().cloned()
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.down.values().next().cloned()
     }
 }

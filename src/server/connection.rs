@@ -65,7 +65,7 @@ impl ConnectionHandler {
             },
         };
         if let Err(error) = ended {
-            debug!(error, "a client's connection ended");
+            debug!(error, "client connection ended");
         }
     }
 
@@ -90,15 +90,15 @@ impl ConnectionHandler {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let head = max_head(&self.limits);
-        let (wire, word) =
+        let (stream, flags) =
             GuardedStream::new(stream, Protocol::Http1(RequestScanner::new(head)), first, &self.limits);
-        let meeting = UpgradeSlot::default();
-        let interims = word.informational.clone();
+        let upgrade_slot = UpgradeSlot::default();
+        let interims = flags.informational.clone();
         let sink: Option<Arc<dyn InformationalSink>> = Some(interims.clone());
         let handler = RequestHandler {
             proxy: self.proxy.clone(),
-            flags: word.clone(),
-            upgrade_slot: meeting.clone(),
+            flags: flags.clone(),
+            upgrade_slot: upgrade_slot.clone(),
             informational: sink,
         };
         let at = activity.clone();
@@ -120,23 +120,23 @@ impl ConnectionHandler {
             .auto_date_header(false)
             .max_buf_size(head.max(64 << 10))
             .max_header_size(head)
-            .serve_connection(TokioIo::new(wire), service)
+            .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let mut connection = pin!(connection);
-        let mut asked = false;
+        let mut shutdown_requested = false;
         let ended = poll_fn(|cx| {
             // Poll the connection first: a request that has arrived is read before an eviction takes effect.
             let polled = connection.as_mut().poll(cx);
-            if polled.is_ready() || asked || activity.poll_evicted(cx).is_pending() {
+            if polled.is_ready() || shutdown_requested || activity.poll_evicted(cx).is_pending() {
                 return polled;
             }
-            asked = true;
-            word.set_evicted();
+            shutdown_requested = true;
+            flags.set_evicted();
             connection.as_mut().graceful_shutdown();
             connection.as_mut().poll(cx)
         });
         ended.await.map_err(|e| error_text(&e))?;
-        run_tunnel(&meeting).await;
+        run_tunnel(&upgrade_slot).await;
         Ok(())
     }
 
@@ -144,11 +144,11 @@ impl ConnectionHandler {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (wire, word) = GuardedStream::new(stream, Protocol::Http2(FrameRate::new()), first, &self.limits);
+        let (stream, flags) = GuardedStream::new(stream, Protocol::Http2(FrameRate::new()), first, &self.limits);
         // The HTTP library can't send informational responses on a stream.
         let handler = RequestHandler {
             proxy: self.proxy.clone(),
-            flags: word,
+            flags,
             upgrade_slot: UpgradeSlot::default(),
             informational: None,
         };
@@ -165,7 +165,7 @@ impl ConnectionHandler {
             .auto_date_header(false)
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(u32::try_from(max_head(&self.limits)).unwrap_or(u32::MAX))
-            .serve_connection(TokioIo::new(wire), service);
+            .serve_connection(TokioIo::new(stream), service);
         let mut connection = pin!(connection);
         let mut watch = pin!(self.watch(&stalls, activity));
         poll_fn(|cx| {
@@ -196,7 +196,7 @@ impl ConnectionHandler {
         loop {
             every.tick().await;
             if stalls.any_stalled(write_stall) {
-                return Err("the client takes nothing".into());
+                return Err("the client does not read".into());
             }
             if stalls.has_open_streams() || activity.requests() != served {
                 (served, since) = (activity.requests(), Instant::now());

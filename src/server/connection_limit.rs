@@ -54,7 +54,7 @@ impl ConnectionActivity {
 /// The slots of a listener's connections.
 #[derive(Debug)]
 pub(super) struct ConnectionSlots {
-    places: Mutex<SlotTable>,
+    table: Mutex<SlotTable>,
     freed: Notify,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct ConnectionSlots {
 struct SlotTable {
     taken: Vec<Option<(Arc<ConnectionActivity>, u32)>>,
     free: Vec<usize>,
-    hand: usize,
+    clock_hand: usize,
     most: usize,
 }
 
@@ -76,10 +76,10 @@ pub(super) struct ConnectionSlot {
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut places = self.slots.lock();
-        places.taken[self.index] = None;
-        places.free.push(self.index);
-        drop(places);
+        let mut table = self.slots.lock();
+        table.taken[self.index] = None;
+        table.free.push(self.index);
+        drop(table);
         self.slots.freed.notify_one();
     }
 }
@@ -87,8 +87,8 @@ impl Drop for ConnectionSlot {
 impl ConnectionSlots {
     /// Creates slots for at most `most` connections.
     pub(super) fn new(most: usize) -> Arc<ConnectionSlots> {
-        let places = SlotTable { taken: Vec::new(), free: Vec::new(), hand: 0, most };
-        Arc::new(ConnectionSlots { places: Mutex::new(places), freed: Notify::new() })
+        let table = SlotTable { taken: Vec::new(), free: Vec::new(), clock_hand: 0, most };
+        Arc::new(ConnectionSlots { table: Mutex::new(table), freed: Notify::new() })
     }
 
     /// Changes the number of slots. Connections in excess of it stay open until they are evicted.
@@ -97,7 +97,7 @@ impl ConnectionSlots {
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotTable> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for a free slot and takes it. Evicts idle connections meanwhile.
@@ -115,15 +115,15 @@ impl ConnectionSlots {
     /// Takes a slot if one is free.
     pub(super) fn try_acquire(self: &Arc<Self>) -> Option<ConnectionSlot> {
         let activity = Arc::new(ConnectionActivity::default());
-        let mut places = self.lock();
-        if places.taken.len() - places.free.len() >= places.most {
+        let mut table = self.lock();
+        if table.taken.len() - table.free.len() >= table.most {
             return None;
         }
-        let index = places.free.pop().unwrap_or_else(|| {
-            places.taken.push(None);
-            places.taken.len() - 1
+        let index = table.free.pop().unwrap_or_else(|| {
+            table.taken.push(None);
+            table.taken.len() - 1
         });
-        places.taken[index] = Some((activity.clone(), 0));
+        table.taken[index] = Some((activity.clone(), 0));
         Some(ConnectionSlot { slots: self.clone(), index, activity })
     }
 
@@ -139,8 +139,8 @@ impl SlotTable {
     fn evict_idle(&mut self) {
         // Two rounds: the first one updates the request counts of the busy connections.
         for _ in 0..self.taken.len() * 2 {
-            self.hand = (self.hand + 1) % self.taken.len();
-            let Some((activity, noted)) = &mut self.taken[self.hand] else { continue };
+            self.clock_hand = (self.clock_hand + 1) % self.taken.len();
+            let Some((activity, noted)) = &mut self.taken[self.clock_hand] else { continue };
             let served = activity.requests();
             if served == *noted && !activity.evicted.load(Ordering::Relaxed) {
                 return activity.evict();
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_does_nothing_makes_room() {
+    async fn idle_connection_is_evicted_when_a_new_one_waits_for_a_slot() {
         let slots = ConnectionSlots::new(3);
         let idle = slots.try_acquire().expect("room");
         let busy = slots.try_acquire().expect("room");

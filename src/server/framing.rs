@@ -148,7 +148,7 @@ impl RequestScanner {
             } else {
                 self.head.empty_lines += 1;
                 if self.head.empty_lines > MAX_EMPTY_LINES {
-                    return Err(bad_request("bad_request_line", "Empty lines stand where a request should."));
+                    return Err(bad_request("bad_request_line", "Empty lines come before the request line."));
                 }
             }
         }
@@ -196,7 +196,7 @@ impl RequestScanner {
         for (expected, from_end) in [(b'\r', 2), (b'\n', 1)] {
             let at = left.checked_sub(from_end).and_then(|at| usize::try_from(at).ok());
             if at.and_then(|at| bytes.get(at)).is_some_and(|byte| *byte != expected) {
-                return Err(bad_request("bad_chunk", "A chunk is longer than it said."));
+                return Err(bad_request("bad_chunk", "A chunk is longer than its size."));
             }
         }
         let left = left - taken as u64;
@@ -262,7 +262,7 @@ impl RequestHead {
 
     fn one_framing(&self) -> FramingResult<()> {
         if self.chunked && self.length.is_some() {
-            return Err(bad_request("bad_framing", "Content-Length stands beside Transfer-Encoding."));
+            return Err(bad_request("bad_framing", "The request has both Content-Length and Transfer-Encoding."));
         }
         Ok(())
     }
@@ -289,7 +289,7 @@ fn parse_field(line: &[u8]) -> FramingResult<(&[u8], &[u8])> {
     let colon = memchr(b':', line).unwrap_or(0);
     let (name, value) = line.split_at(colon);
     if !is_token(name) {
-        return Err(bad_request("bad_header", "A header line has no proper name, or is folded."));
+        return Err(bad_request("bad_header", "A header line has no valid name, or is folded."));
     }
     Ok((name, value.get(1..).unwrap_or_default()))
 }
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused() {
+    fn malformed_request_heads_are_rejected_with_their_error_code() {
         let table = [
             ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", None),
             ("\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", None),
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks() {
+    fn malformed_chunked_bodies_are_rejected_with_their_error_code() {
         let table = [
             ("5\r\nhello\r\n0\r\n\r\n", None),
             ("5;a=b; c = \"d;\\\"e\" ;f\r\nhello\r\n0\r\nX: y\r\n\r\n", None),
@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_ends_is_refused() {
+    fn overlong_request_line_is_414_and_overlong_header_section_is_431() {
         let mut scanner = RequestScanner::new(100);
         assert_eq!(scanner.scan(&[b'a'; 101]).refused.map(|r| r.status.as_u16()), Some(414));
         let mut scanner = RequestScanner::new(100);
@@ -507,7 +507,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn however_it_is_cut_the_same_passes(mut cuts in prop::collection::vec(0usize..300, 0..12), broken: bool) {
+        fn scan_result_is_the_same_at_any_split(mut cuts in prop::collection::vec(0usize..300, 0..12), broken: bool) {
             let mut text = "POST /a HTTP/1.1\r\nContent-Length: 10\r\n\r\n0123456789\
                 GET /b HTTP/1.1\r\nHost: a\r\n\r\n\
                 POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nT: u\r\n\r\n\
@@ -527,7 +527,7 @@ mod tests {
 
         /// The HTTP library also parses what passes as one head, with the same length.
         #[test]
-        fn what_passes_is_what_the_library_reads(
+        fn accepted_request_heads_have_the_same_length_in_httparse(
             pieces in prop::collection::vec(prop::sample::select(PIECES), 0..10),
             method in "[A-Z ]{0,5}",
         ) {
@@ -545,7 +545,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn scan_of_arbitrary_bytes_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             let mut scanner = scanner();
             let first = scanner.scan(&bytes);
             prop_assert!(first.passed <= bytes.len());

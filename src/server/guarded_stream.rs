@@ -108,13 +108,13 @@ impl<S> GuardedStream<S> {
         first: BytesMut,
         limits: &ClientLimits,
     ) -> (GuardedStream<S>, Arc<ConnectionFlags>) {
-        let word = Arc::new(ConnectionFlags::default());
+        let flags = Arc::new(ConnectionFlags::default());
         let unseen = !first.is_empty();
         let (header_time, write_stall) = (limits.header_time, limits.write_stall);
-        let wire = GuardedStream {
+        let guarded = GuardedStream {
             stream,
             protocol,
-            flags: word.clone(),
+            flags: flags.clone(),
             buffered: first,
             passed: 0,
             unscanned: unseen,
@@ -125,7 +125,7 @@ impl<S> GuardedStream<S> {
             write_due: None,
             lingering: None,
         };
-        (wire, word)
+        (guarded, flags)
     }
 
     fn scan_bytes(&mut self, bytes: &[u8]) -> io::Result<ScanResult> {
@@ -200,7 +200,7 @@ impl<S> GuardedStream<S> {
         }
         let limit = self.write_stall;
         let due = self.write_due.get_or_insert_with(|| Box::pin(sleep(limit)));
-        due.as_mut().poll(cx).map(|()| Err(timed_out("the client takes nothing")))
+        due.as_mut().poll(cx).map(|()| Err(timed_out("the client does not read")))
     }
 }
 

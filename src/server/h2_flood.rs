@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_flood_of_pings_ends_and_a_ping_a_while_does_not() {
+    async fn control_frames_over_the_burst_are_an_error_until_the_rate_refills() {
         let mut meter = FrameRate::new();
         assert_eq!(meter.count(PREFACE), Ok(()));
         let pings = frame(6, 0, 8).repeat(1000);
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn data_is_free_and_open_header_blocks_are_seen() {
+    async fn data_frames_are_not_limited_and_open_header_blocks_are_detected() {
         let mut meter = FrameRate::new();
         assert_eq!(meter.count(PREFACE), Ok(()));
         assert_eq!(meter.count(&frame(0, 0, 100).repeat(5000)), Ok(()));

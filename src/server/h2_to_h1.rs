@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_way_of_saying_it() {
+    fn http2_request_becomes_origin_form_with_host_and_one_cookie_field() {
         let request = Request::builder().version(Version::HTTP_2).uri("http://a.example/b?c");
         let request = request.header(COOKIE, "d=e").header(COOKIE, "f=g");
         let mut request = request.body(()).expect("a request");

@@ -59,10 +59,10 @@ impl InformationalQueue {
         })
         .await;
         // Informational responses from now on belong to a request that has its final response: they are dropped.
-        let mut said = self.state();
-        said.current_request += 1;
-        said.so_far = 0;
-        said.unwritten.clear();
+        let mut state = self.state();
+        state.current_request += 1;
+        state.so_far = 0;
+        state.unwritten.clear();
         self.waiting.store(false, Ordering::Release);
         answer
     }
@@ -76,16 +76,16 @@ impl InformationalQueue {
         if !self.waiting.load(Ordering::Acquire) {
             return Poll::Ready(Ok(()));
         }
-        let mut said = self.state();
-        while !said.unwritten.is_empty() {
-            let written = ready!(Pin::new(&mut *stream).poll_write(cx, &said.unwritten))?;
+        let mut state = self.state();
+        while !state.unwritten.is_empty() {
+            let written = ready!(Pin::new(&mut *stream).poll_write(cx, &state.unwritten))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            said.unwritten.advance(written);
+            state.unwritten.advance(written);
         }
         self.waiting.store(false, Ordering::Release);
-        drop(said);
+        drop(state);
         self.driver.wake();
         Poll::Ready(Ok(()))
     }
@@ -98,14 +98,14 @@ impl InformationalSink for InformationalQueue {
 
     fn send_informational(&self, turn: u64, status: StatusCode, headers: &HeaderMap) {
         let head = head(status, headers);
-        let mut said = self.state();
-        if said.current_request != turn || said.so_far + head.len() > MAX_BYTES {
+        let mut state = self.state();
+        if state.current_request != turn || state.so_far + head.len() > MAX_BYTES {
             return;
         }
-        said.so_far += head.len();
-        said.unwritten.extend_from_slice(&head);
+        state.so_far += head.len();
+        state.unwritten.extend_from_slice(&head);
         self.waiting.store(true, Ordering::Release);
-        drop(said);
+        drop(state);
         self.driver.wake();
     }
 }
@@ -145,13 +145,13 @@ mod tests {
     }
 
     #[test]
-    fn a_head_has_no_framing() {
+    fn informational_response_has_no_content_length() {
         let head = head(StatusCode::EARLY_HINTS, &links());
         assert_eq!(&head[..], b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n");
     }
 
     #[tokio::test]
-    async fn what_is_said_of_an_answered_request_is_not_passed_on() {
+    async fn informational_response_to_a_completed_request_is_not_sent() {
         let interims = InformationalQueue::default();
         let turn = interims.current_request();
         interims.deliver_before(async {}).await;
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn an_upstream_that_says_too_much_is_not_passed_on_for_ever() {
+    fn unwritten_informational_responses_are_limited_in_size() {
         let interims = InformationalQueue::default();
         for _ in 0..10_000 {
             interims.send_informational(0, StatusCode::EARLY_HINTS, &links());

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_stays_for_a_pause_and_for_its_limit_in_all() {
+    async fn lingering_close_ends_after_a_pause_or_its_total_timeout() {
         let table: [(fn() -> LingeringClose, usize, u128); 5] = [
             (LingeringClose::answered, 0, 1000),
             (LingeringClose::answered, 3, 2 * 900 + 1000),
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_goes_when_the_client_goes_has_sent_too_much_or_its_place_is_wanted() {
+    async fn lingering_close_ends_at_byte_limit_client_close_or_slot_demand() {
         assert_eq!(stays(LingeringClose::answered, MAX_BYTES, 1).await, 0);
         let (client, mut ours) = duplex(10);
         let mut lingering = LingeringClose::answered();

@@ -157,8 +157,8 @@ fn asks_upgrade(request: &Request<Incoming>) -> bool {
 }
 
 /// Copies bytes in both directions until one side ends, if the connection has become a tunnel.
-pub(super) async fn run_tunnel(meeting: &UpgradeSlot) {
-    let met = meeting.lock().unwrap_or_else(PoisonError::into_inner).take();
+pub(super) async fn run_tunnel(upgrade_slot: &UpgradeSlot) {
+    let met = upgrade_slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some((client, tunnel)) = met else { return };
     let ended = async {
         let mut upstream = tunnel.open().await?;
@@ -167,6 +167,6 @@ pub(super) async fn run_tunnel(meeting: &UpgradeSlot) {
     };
     match ended.await {
         Ok((up, down)) => debug!(up, down, "a tunnel has ended"),
-        Err(error) => debug!(%error, "a tunnel broke"),
+        Err(error) => debug!(%error, "a tunnel failed"),
     }
 }

@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_secret_seals_and_all_open() {
+    fn first_secret_creates_the_mac_and_any_secret_of_the_keyring_verifies() {
         let (old, both, new) =
             (Keyring::new([&b"old"[..]]), Keyring::new([&b"new"[..], b"old"]), Keyring::new([&b"new"[..]]));
         let salt = [7; SALT];
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn encryption_is_bound_to_place_part_and_secret() {
+    fn ciphertext_decrypts_only_with_the_same_key_name_part_and_secret() {
         let ring = Keyring::new([&b"secret"[..]]);
         let (id, salt) = (ring.current_id(), [7; SALT]);
         let mut data = b"shpat_canary".to_vec();

@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_packed_comes_back_and_nothing_more_than_announced() {
+    fn compressed_body_round_trips_and_a_wrong_length_is_rejected() {
         let body = b"{\"products\":[]}".repeat(500);
         for packing in [Compression::Lz4, Compression::Zstd] {
             let packed = packing.compress(&body).expect("worth it");

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn other_sizes_keep_what_is_stored() {
+    fn rebuilt_memory_keeps_entries_and_cleared_memory_stores_none() {
         let sizes = |max_bytes, max_entry_bytes| MemoryLimits {
             max_bytes,
             max_entry_bytes,
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_allowed_entry_fits_whatever_the_sizes() {
+    fn entry_of_maximum_size_is_stored_whatever_the_memory_limits() {
         for (max, largest) in [(64 * MIB, 8 * MIB), (2 * MIB, MIB), (1024 * MIB, MIB), (64 * MIB, 32 * MIB)] {
             let tier = tier(max, largest);
             for i in 0..8u8 {
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn ten_times_the_cap_stays_under_the_cap() {
+    fn memory_usage_stays_under_the_limit_when_ten_times_as_much_is_stored() {
         let tier = tier(4 * MIB, MIB);
         for i in 0..40_000u32 {
             tier.put(&i.to_be_bytes(), entry(1024));
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_takes_what_has_expired() {
+    fn sweep_removes_expired_entries() {
         let tier = tier(4 * MIB, MIB);
         tier.put(b"a", entry(10));
         tier.sweep(|entry| !entry.expired(crate::policy::Tick(1000)));

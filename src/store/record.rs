@@ -79,7 +79,7 @@ pub struct StoredResponse {
     /// Body.
     pub body: Bytes,
     /// When it was received: milliseconds since the Unix epoch, by the fleet clock.
-    pub born: u64,
+    pub received_at: u64,
     /// The last log entry that its fetch had seen.
     pub seen: LogId,
     /// Freshness lifetime and stale windows.
@@ -135,12 +135,18 @@ pub fn random_salt() -> [u8; SALT] {
     salt
 }
 
+/// The body of a record as it is stored, and its size before compression, in bytes.
+struct RecordBody<'b> {
+    stored: &'b [u8],
+    size: usize,
+}
+
 impl RecordCodec {
-    /// Encodes an entry received at `born` (fleet time), for the Redis key `place`. Returns `None` if it is too large.
+    /// Encodes an entry received at `received_at` (milliseconds of fleet time), for the Redis key `place`. Returns `None` if it is too large.
     pub fn encode_response(
         &self,
         entry: &Entry,
-        born: u64,
+        received_at: u64,
         seen: LogId,
         place: &str,
         salt: [u8; SALT],
@@ -155,7 +161,7 @@ impl RecordCodec {
                 seen: (seen.ms, seen.seq),
             },
             status: entry.head.status.as_u16(),
-            born,
+            received_at,
             lifetimes: entry.lifetimes,
             vary: entry.variant.0.iter().map(|(name, _)| name.as_str()).collect(),
             headers: entry.head.lines().map(|(name, value)| (name.as_str(), value)).collect(),
@@ -167,15 +173,15 @@ impl RecordCodec {
         let packed =
             (entry.body.len() as u64 > self.compress_above).then(|| self.compression.compress(&entry.body)).flatten();
         let flags = if packed.is_some() { self.compression.number() } else { 0 };
-        let body = packed.as_deref().unwrap_or(&entry.body);
-        self.encode(flags, meta, body, entry.body.len(), place, salt)
+        let body = RecordBody { stored: packed.as_deref().unwrap_or(&entry.body), size: entry.body.len() };
+        self.encode(flags, meta, body, place, salt)
     }
 
     /// Encodes a vary marker for the Redis key `place`.
     pub fn encode_vary_marker(&self, vary: &[HeaderName], place: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
         let names: Vec<&str> = vary.iter().map(HeaderName::as_str).collect();
         let meta = postcard::to_allocvec(&names).ok()?;
-        self.encode(VARY_MARKER, meta, &[], 0, place, salt)
+        self.encode(VARY_MARKER, meta, RecordBody { stored: &[], size: 0 }, place, salt)
     }
 
     /// Returns the maximum size of a record, in bytes.
@@ -187,11 +193,11 @@ impl RecordCodec {
         &self,
         flags: u8,
         mut meta: Vec<u8>,
-        body: &[u8],
-        size: usize,
+        body: RecordBody<'_>,
         place: &str,
         salt: [u8; SALT],
     ) -> Option<Vec<u8>> {
+        let RecordBody { stored: body, size } = body;
         let (id, growth) = (self.keyring.current_id(), if self.encrypt { TAG } else { 0 });
         let mut record = Vec::with_capacity(HEADER_BYTES + meta.len() + body.len() + 2 * TAG);
         record.extend_from_slice(&[MAGIC, VERSION, flags | if self.encrypt { ENCRYPTED } else { 0 }, 0]);
@@ -338,7 +344,7 @@ fn read(head: &FixedHeader, meta: &[u8], body: &[u8]) -> Result<Record, RecordEr
         headers,
         header_case: meta.header_case.to_vec(),
         body,
-        born: meta.born,
+        received_at: meta.received_at,
         seen: LogId { ms: meta.start.seen.0, seq: meta.start.seen.1 },
         lifetimes: meta.lifetimes,
         vary: names(meta.vary).ok_or(RecordError::Forged)?,
@@ -396,7 +402,7 @@ mod tests {
 
     /// The format must not change, because later releases read existing records. A new format needs a new version.
     #[test]
-    fn the_format_is_the_one_on_file() {
+    fn record_format_matches_the_golden_file() {
         let entry = entry(&[("etag", "\"1\""), ("x-twice", "1"), ("x-twice", "2")], b"body", &["product:7"]);
         let record =
             codec(false, Compression::Lz4).encode_response(&entry, 1_763_700_000_123, SEEN, PLACE, SALT_OF_TESTS);
@@ -404,7 +410,7 @@ mod tests {
         let golden = include_bytes!("../../tests/golden/record-v1.bin");
         assert_eq!(record, golden, "write it to tests/golden/record-v1.bin only if no release has been made with it");
         let read = encode_response(&codec(false, Compression::None), golden);
-        assert_eq!((read.status, read.born, read.seen), (StatusCode::OK, 1_763_700_000_123, SEEN));
+        assert_eq!((read.status, read.received_at, read.seen), (StatusCode::OK, 1_763_700_000_123, SEEN));
         assert_eq!(read.headers.get_all("x-twice").iter().collect::<Vec<_>>(), ["1", "2"]);
         assert_eq!((&read.body[..], read.lifetimes, read.rule.as_str()), (&b"body"[..], entry.lifetimes, "product"));
         assert_eq!((read.vary, read.tags), (vec![http::header::ACCEPT_ENCODING], vec!["product:7".to_owned()]));
@@ -412,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_left_alone_and_a_vary_marker_points() {
+    fn record_of_another_version_is_refused_and_vary_marker_round_trips() {
         let codec = codec(false, Compression::None);
         let mut record =
             codec.encode_response(&entry(&[], b"", &[]), 1, SEEN, PLACE, random_salt()).expect("a record");
@@ -426,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_sees_whose_a_record_is_from_its_first_bytes() {
+    fn record_header_is_readable_from_the_first_bytes_of_a_record() {
         for encrypt in [false, true] {
             let codec = codec(encrypt, Compression::None);
             let record = codec
@@ -440,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_clear_does_not_count_where_encryption_is_asked_for() {
+    fn unencrypted_record_is_rejected_if_encryption_is_required() {
         let clear =
             codec(false, Compression::None).encode_response(&entry(&[], b"x", &[]), 1, SEEN, PLACE, random_salt());
         assert!(codec(true, Compression::None).decode(&clear.expect("a record"), PLACE).is_err());
@@ -449,7 +455,7 @@ mod tests {
     proptest! {
         /// A record decodes to what was encoded; one that is changed, truncated, or under another key does not decode.
         #[test]
-        fn a_record_comes_back_as_it_was_or_not_at_all(
+        fn record_round_trips_and_changed_or_truncated_ones_are_rejected(
             body in proptest::collection::vec(0u8..4, 0..2000),
             value in "[ -~]{0,40}",
             encrypt in any::<bool>(),
@@ -471,7 +477,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), version in any::<bool>()) {
+        fn random_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300), version in any::<bool>()) {
             let mut bytes = bytes;
             if version && bytes.len() > 2 {
                 (bytes[0], bytes[1]) = (MAGIC, VERSION);

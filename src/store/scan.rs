@@ -76,12 +76,12 @@ impl ScanQueue {
             let selectors: Arc<[Selector]> = selectors.into();
             for class in [RecordClass::Shared, RecordClass::Private] {
                 if let Err(error) = self.scan(records, class, &selectors).await {
-                    debug!(%error, "a walk was given up: what it did not reach goes with its TTL");
+                    debug!(%error, "a scan was aborted: records that it did not reach expire with their TTL");
                 }
             }
             self.running.fetch_sub(1, Relaxed);
             let ScanState { scanned, removed, .. } = self.state();
-            info!(scanned, removed, "removed from redis what was purged");
+            info!(scanned, removed, "purged records removed from Redis");
         }
     }
 

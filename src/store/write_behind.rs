@@ -243,14 +243,15 @@ async fn try_task(
     let done = match task {
         QueueTask::Remove { class, key } => records.redis.remove(*class, key).await,
         QueueTask::Write(writing) => {
-            let (born, seen) =
+            let (received_at, seen) =
                 match (records.redis.clock().at(writing.entry.received_at), seen_at(writing.entry.position)) {
-                    (Some(born), SeenLog::UpTo(seen)) => (born, seen),
+                    (Some(received_at), SeenLog::UpTo(seen)) => (received_at, seen),
                     (None, _) | (_, SeenLog::NotYet) => return WriteResult::Later,
                     (Some(_), SeenLog::Forgotten) => return WriteResult::Refused,
                 };
             let codec = records.codec();
-            let Some(record) = codec.encode_response(&writing.entry, born, seen, &writing.key, random_salt()) else {
+            let Some(record) = codec.encode_response(&writing.entry, received_at, seen, &writing.key, random_salt())
+            else {
                 return WriteResult::Refused;
             };
             let written = records.redis.write(writing.class, &writing.key, record.into(), writing.ttl).await;
@@ -266,7 +267,7 @@ async fn try_task(
     match done {
         Ok(()) => WriteResult::Done,
         Err(error) if error.why == RedisErrorKind::Refused => {
-            debug!(%error, "a record was not written");
+            debug!(%error, "a record was not written to Redis");
             WriteResult::Refused
         }
         Err(error) if error.why == RedisErrorKind::Silent => WriteResult::Silent,

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_worst_is_forgotten_after_a_while() {
+    fn worst_lag_expires_after_two_windows_and_silence_means_stalled() {
         let pulse = EventLoopLag::default();
         let at = Duration::from_millis;
         pulse.record(at(40), at(1_000));

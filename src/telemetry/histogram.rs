@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buckets_for_prometheus_have_everything_once() {
+    fn prometheus_buckets_count_each_sample_once() {
         let latencies = Histogram::default();
         for micros in [1, 63, 64, 1_000, 2_000_000, 100_000_000] {
             latencies.add(Duration::from_micros(micros));
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_at_most_a_quarter_too_high_and_never_too_low() {
+    fn quantiles_are_never_too_low_and_at_most_25_percent_too_high() {
         let latencies = Histogram::default();
         assert!(latencies.quantile_ms(0.99) == 0.0);
         (1..=1000).for_each(|ms| latencies.add(Duration::from_millis(ms)));

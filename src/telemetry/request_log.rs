@@ -145,7 +145,7 @@ mod tests {
     use http::{HeaderMap, Uri};
 
     #[test]
-    fn the_last_ones_are_kept_the_newest_first() {
+    fn request_log_keeps_the_latest_requests_newest_first_without_query() {
         let recent = RequestLog::default();
         let (headers, upstream) = (HeaderMap::new(), Arc::from("shop"));
         for n in 0..KEPT + 5 {
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_path_is_cut_between_two_characters() {
+    fn long_path_is_truncated_at_a_character_boundary() {
         let mut text = String::from("before");
         overwrite(&mut text, &"ä".repeat(300));
         assert_eq!(text.chars().count(), 100);

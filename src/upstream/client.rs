@@ -136,7 +136,7 @@ impl PooledClient {
                 return Err(SendError { unreachable: true, ..late });
             }
         };
-        let tap = response.extensions_mut().remove::<Arc<ResponseMonitor>>();
+        let monitor = response.extensions_mut().remove::<Arc<ResponseMonitor>>();
         response.extensions_mut().remove::<HttpInfo>();
         if asked_upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let tunnel = tunnel(hyper::upgrade::on(&mut response));
@@ -148,20 +148,20 @@ impl PooledClient {
             poison(&connection);
             return Err(SendError::unanswered(Failure::Malformed, why));
         }
-        if let Some(tap) = &tap {
-            if self.clock.now() > tap.opened.plus(self.max_age) {
+        if let Some(monitor) = &monitor {
+            if self.clock.now() > monitor.opened.plus(self.max_age) {
                 poison(&connection);
             }
-            if may_be_stored && let Some(header_case) = self.header_cases.for_head(&tap.head()).await {
+            if may_be_stored && let Some(header_case) = self.header_cases.for_head(&monitor.head()).await {
                 response.extensions_mut().insert(header_case);
             }
         }
         let idle = self.timeouts.idle;
-        if let Some(tap) = tap.as_ref().filter(|_| response.body().is_end_stream()) {
-            tap.finished();
+        if let Some(monitor) = monitor.as_ref().filter(|_| response.body().is_end_stream()) {
+            monitor.finished();
         }
         Ok(response.map(|body| {
-            let guarded = IdleTimeoutBody { body, idle, pause: None, monitor: tap };
+            let guarded = IdleTimeoutBody { body, idle, pause: None, monitor };
             if head_only { Body::Empty } else { Body::stream(guarded) }
         }))
     }
@@ -197,7 +197,7 @@ fn poison(connection: &CaptureConnection) {
 fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
     let fields = response.headers().iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     match response.status() {
-        StatusCode::SWITCHING_PROTOCOLS => Some("101 Switching Protocols, which nobody asked for"),
+        StatusCode::SWITCHING_PROTOCOLS => Some("101 Switching Protocols without an Upgrade request"),
         _ => framing_error(response.version() == Version::HTTP_10, fields),
     }
 }
@@ -229,7 +229,7 @@ fn send_error(error: &ClientError) -> SendError {
     if let Some(connected) = error.connect_info() {
         connected.get_extras(&mut extras);
     }
-    let reused = extras.get::<Arc<ResponseMonitor>>().is_some_and(|tap| tap.died_idle());
+    let reused = extras.get::<Arc<ResponseMonitor>>().is_some_and(|monitor| monitor.died_idle());
     let ended = if error.is_connect() {
         RetrySafety::Unsent
     } else if reused && !malformed {
@@ -251,7 +251,7 @@ struct IdleTimeoutBody {
 
 impl IdleTimeoutBody {
     fn overrun(&self) -> Option<TrailingData> {
-        self.monitor.as_ref().and_then(|tap| tap.trailing_data())
+        self.monitor.as_ref().and_then(|monitor| monitor.trailing_data())
     }
 }
 
@@ -263,8 +263,8 @@ impl HttpBody for IdleTimeoutBody {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(next) => {
                 self.pause = None;
-                if let Some(tap) = self.monitor.as_ref().filter(|_| next.is_none() || self.body.is_end_stream()) {
-                    tap.finished();
+                if let Some(monitor) = self.monitor.as_ref().filter(|_| next.is_none() || self.body.is_end_stream()) {
+                    monitor.finished();
                 }
                 Poll::Ready(match next {
                     Some(Ok(frame)) => Some(Ok(frame)),

@@ -63,7 +63,7 @@ pub(super) struct NoFreeConnection;
 
 impl std::fmt::Display for NoFreeConnection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("all connections are in use: [upstream.pool] connections allows no more")
+        f.write_str("all connections are in use: limit of [upstream.pool] connections")
     }
 }
 

@@ -99,13 +99,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_unusual_names_need_a_record() {
+    fn only_header_names_not_in_title_case_are_recorded() {
         let head = b"HTTP/1.1 200 OK\r\nContent-Type: x\r\nETag: y\r\nx-request-id: z\r\nX-Shop-Limit: 1/40\r\n\r\n";
         assert_eq!(non_title_case_names(head), b"ETag\nx-request-id\n");
     }
 
     #[tokio::test]
-    async fn a_record_is_made_once() {
+    async fn repeated_response_head_reuses_its_header_case_record() {
         let header_cases = HeaderCases::default();
         let head = b"HTTP/1.1 200 OK\r\nETag: y\r\ncontent-length: 5\r\n\r\n";
         let first = header_cases.for_head(head).await.expect("a record");

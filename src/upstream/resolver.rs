@@ -40,7 +40,7 @@ impl Service<Name> for Resolver {
             let found = found.await?;
             let allowed: Vec<_> = found.filter(|address| !guarded || !is_refused(address.ip())).collect();
             if allowed.is_empty() {
-                return Err(io::Error::other("the name has no address that may be connected to"));
+                return Err(io::Error::other("the name resolves to no permitted address"));
             }
             Ok(allowed.into_iter())
         })

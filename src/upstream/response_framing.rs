@@ -12,17 +12,17 @@ pub(super) fn framing_error<'f>(
         let value = value.trim_ascii();
         if name.eq_ignore_ascii_case(b"content-length") {
             if length.replace(value).is_some() || !value.iter().all(u8::is_ascii_digit) {
-                return Some("the answer has more than one Content-Length, or one that is no number");
+                return Some("the response has more than one Content-Length, or one that is no number");
             }
         } else if name.eq_ignore_ascii_case(b"transfer-encoding")
             && (coding.replace(value).is_some() || needs_decoding(value))
         {
-            return Some("the answer has a Transfer-Encoding other than chunked");
+            return Some("the response has a Transfer-Encoding other than chunked");
         }
     }
     match (length, coding) {
-        (Some(_), Some(_)) => Some("the answer has both Content-Length and Transfer-Encoding"),
-        (None, Some(_)) if http_10 => Some("an HTTP/1.0 answer has a Transfer-Encoding"),
+        (Some(_), Some(_)) => Some("the response has both Content-Length and Transfer-Encoding"),
+        (None, Some(_)) if http_10 => Some("an HTTP/1.0 response has a Transfer-Encoding"),
         _ => None,
     }
 }
@@ -33,7 +33,9 @@ fn needs_decoding(coding: &[u8]) -> bool {
     let known = ["chunked", "gzip", "x-gzip", "deflate", "compress", "x-compress", "identity"];
     let names_known = || {
         let words = coding.split(|b| !b.is_ascii_alphanumeric() && *b != b'-');
-        words.into_iter().any(|word| known.iter().any(|coding| word.eq_ignore_ascii_case(coding.as_bytes())))
+        words
+            .into_iter()
+            .any(|coding_name| known.iter().any(|coding| coding_name.eq_ignore_ascii_case(coding.as_bytes())))
     };
     !coding.eq_ignore_ascii_case(b"chunked") && (names_known() || HeaderName::from_bytes(coding).is_err())
 }
@@ -43,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_that_two_readers_could_read_differently() {
+    fn ambiguous_response_framing_is_an_error() {
         let sound: &[&[(&str, &str)]] = &[
             &[],
             &[("Content-Length", " 4 ")],

@@ -178,7 +178,7 @@ impl MonitorState {
         let from = before.saturating_sub(3);
         let Some(end) = memmem::find(&self.head[from..], b"\r\n\r\n").map(|at| from + at + 4) else {
             let long = self.head.len() > MAX_HEAD;
-            return if long { Err(FramingError("the answer's head is too large")) } else { Ok(&[]) };
+            return if long { Err(FramingError("the response head is too large")) } else { Ok(&[]) };
         };
         self.head.truncate(end);
         let rest = &bytes[end - before..];
@@ -244,8 +244,8 @@ pub(super) struct MonitoredStream<T> {
 }
 
 impl<T> MonitoredStream<T> {
-    pub(super) fn new(inner: T, tap: Arc<ResponseMonitor>) -> MonitoredStream<T> {
-        MonitoredStream { inner, monitor: tap, due: None }
+    pub(super) fn new(inner: T, monitor: Arc<ResponseMonitor>) -> MonitoredStream<T> {
+        MonitoredStream { inner, monitor, due: None }
     }
 
     /// Resolves when the connection must be closed because it is idle, if the upstream announced a keep-alive timeout.
@@ -329,83 +329,84 @@ mod tests {
     }
 
     #[test]
-    fn it_hears_the_final_head_however_it_is_cut() {
-        let wire = b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\nabc";
-        for cut in 0..wire.len() {
-            let tap = monitor();
-            tap.on_write(GET);
-            tap.on_read(&wire[..cut]).expect("sound");
-            tap.on_read(&wire[cut..]).expect("sound");
-            assert_eq!(tap.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
-            assert_eq!(tap.trailing_data(), None);
+    fn final_response_head_is_recorded_at_any_split_of_the_input() {
+        let bytes =
+            b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\nabc";
+        for cut in 0..bytes.len() {
+            let monitor = monitor();
+            monitor.on_write(GET);
+            monitor.on_read(&bytes[..cut]).expect("sound");
+            monitor.on_read(&bytes[cut..]).expect("sound");
+            assert_eq!(monitor.head(), b"HTTP/1.1 200 OK\r\nETag: a\r\nContent-Length: 3\r\n\r\n", "cut at {cut}");
+            assert_eq!(monitor.trailing_data(), None);
         }
     }
 
     #[test]
-    fn it_hears_bytes_after_the_body() {
-        let tap = monitor();
+    fn data_after_the_body_is_detected_and_not_passed_on() {
+        let monitor = monitor();
         let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
-        assert_eq!(tap.on_read(&[&head[..], b"abcd"].concat()).ok(), Some(head.len() + 3));
-        assert_eq!(tap.trailing_data(), Some(TrailingData::Junk));
-        assert_eq!(tap.on_read(b"more").ok(), Some(0));
+        assert_eq!(monitor.on_read(&[&head[..], b"abcd"].concat()).ok(), Some(head.len() + 3));
+        assert_eq!(monitor.trailing_data(), Some(TrailingData::Junk));
+        assert_eq!(monitor.on_read(b"more").ok(), Some(0));
         for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
-            let tap = ResponseMonitor::new(Tick(0), true);
-            assert_eq!(tap.on_read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
-            assert_eq!(tap.on_read(smuggled).ok(), Some(0));
-            assert_eq!(tap.trailing_data(), Some(TrailingData::Answer));
+            let monitor = ResponseMonitor::new(Tick(0), true);
+            assert_eq!(monitor.on_read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
+            assert_eq!(monitor.on_read(smuggled).ok(), Some(0));
+            assert_eq!(monitor.trailing_data(), Some(TrailingData::Answer));
         }
     }
 
     #[test]
-    fn a_flawed_head_is_an_error_and_interim_heads_and_empty_lines_are_not() {
+    fn response_head_with_ambiguous_framing_or_over_the_limit_is_an_error() {
         for head in ["Content-Length: 3\r\nContent-Length: 3", "Content-Length: 3\r\nTransfer-Encoding: chunked"] {
-            let wire = format!("\r\nHTTP/1.1 103 Early\r\n{head}\r\n\r\nHTTP/1.1 200 OK\r\n{head}\r\n\r\nabc");
-            let tap = monitor();
-            tap.on_write(GET);
-            assert!(tap.on_read(wire.as_bytes()).is_err(), "{head}");
+            let bytes = format!("\r\nHTTP/1.1 103 Early\r\n{head}\r\n\r\nHTTP/1.1 200 OK\r\n{head}\r\n\r\nabc");
+            let monitor = monitor();
+            monitor.on_write(GET);
+            assert!(monitor.on_read(bytes.as_bytes()).is_err(), "{head}");
         }
-        let tap = monitor();
-        tap.on_write(GET);
-        assert!(tap.on_read(b"HTTP/1.1 200 OK\r\n").is_ok());
-        assert!(tap.on_read(&vec![b'a'; MAX_HEAD]).is_err(), "too large");
+        let monitor = monitor();
+        monitor.on_write(GET);
+        assert!(monitor.on_read(b"HTTP/1.1 200 OK\r\n").is_ok());
+        assert!(monitor.on_read(&vec![b'a'; MAX_HEAD]).is_err(), "too large");
     }
 
     #[test]
-    fn what_goes_through_a_tunnel_is_no_answer() {
-        let tap = monitor();
-        tap.on_write(GET);
+    fn data_after_101_switching_protocols_is_not_parsed_as_a_response() {
+        let monitor = monitor();
+        monitor.on_write(GET);
         let frame = b"SIP/2.0 180 Ringing\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\nand more";
-        assert_eq!(tap.on_read(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").ok(), Some(36));
+        assert_eq!(monitor.on_read(b"HTTP/1.1 101 Switching Protocols\r\n\r\n").ok(), Some(36));
         for _ in 0..2 {
-            assert_eq!(tap.on_read(frame).ok(), Some(frame.len()));
-            tap.on_write(GET);
+            assert_eq!(monitor.on_read(frame).ok(), Some(frame.len()));
+            monitor.on_write(GET);
         }
-        assert_eq!(tap.trailing_data(), None);
+        assert_eq!(monitor.trailing_data(), None);
     }
 
     #[test]
-    fn an_upload_that_goes_on_beside_its_answer_is_no_new_request() {
-        let tap = monitor();
-        tap.on_write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+    fn request_body_sent_during_the_response_starts_no_new_request() {
+        let monitor = monitor();
+        monitor.on_write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
         let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
-        assert_eq!(tap.on_read(head).ok(), Some(head.len()));
-        tap.on_write(b"5\r\nhello\r\n");
+        assert_eq!(monitor.on_read(head).ok(), Some(head.len()));
+        monitor.on_write(b"5\r\nhello\r\n");
         let echo = b"2f\r\nContent-Length: 1\r\n\r\nand much that is longer than that";
-        assert_eq!(tap.on_read(echo).ok(), Some(echo.len()));
-        assert_eq!(tap.trailing_data(), None);
-        tap.on_write(GET);
-        assert_eq!(tap.on_read(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxx").ok(), Some(39));
-        assert_eq!(tap.trailing_data(), Some(TrailingData::Junk));
+        assert_eq!(monitor.on_read(echo).ok(), Some(echo.len()));
+        assert_eq!(monitor.trailing_data(), None);
+        monitor.on_write(GET);
+        assert_eq!(monitor.on_read(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxx").ok(), Some(39));
+        assert_eq!(monitor.trailing_data(), Some(TrailingData::Junk));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_came_after_the_body_ends_the_connection_at_once() {
-        let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef";
+    async fn data_after_the_body_ends_the_connection() {
+        let bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef";
         let (mut upstream, ours) = tokio::io::duplex(1000);
         let mut tapped = MonitoredStream::new(ours, monitor());
         tapped.write_all(GET).await.expect("written");
-        upstream.write_all(wire).await.expect("written");
-        let mut came = vec![0; wire.len() - 3];
+        upstream.write_all(bytes).await.expect("written");
+        let mut came = vec![0; bytes.len() - 3];
         tapped.read_exact(&mut came).await.expect("read");
         // The upstream keeps the connection open and sends nothing.
         let end = tokio::time::timeout(Duration::from_secs(9), tapped.read(&mut came)).await;
@@ -413,11 +414,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_idle_connection_ends_before_the_upstream_ends_it() {
+    async fn idle_connection_closes_before_the_keep_alive_timeout_of_upstream() {
         let head = b"HTTP/1.1 200 OK\r\nKeep-Alive: max=9, timeout=5\r\nContent-Length: 1\r\n\r\nx";
         let (mut upstream, ours) = tokio::io::duplex(1000);
-        let tap = monitor();
-        let mut tapped = MonitoredStream::new(ours, tap.clone());
+        let monitor = monitor();
+        let mut tapped = MonitoredStream::new(ours, monitor.clone());
         tapped.write_all(GET).await.expect("written");
         upstream.write_all(head).await.expect("written");
         let mut came = vec![0; head.len()];
@@ -426,20 +427,20 @@ mod tests {
         let mut rest = [0; 9];
         let early = tokio::time::timeout(Duration::from_secs(60), tapped.read(&mut rest));
         assert!(early.await.is_err(), "its answer is still being read");
-        tap.finished();
+        monitor.finished();
         assert_eq!(tapped.read(&mut rest).await.expect("the end"), 0);
         assert_eq!(begun.elapsed().as_secs() % 4, 0);
     }
 
     #[test]
-    fn it_tells_a_connection_that_died_idle() {
-        let tap = monitor();
-        tap.on_write(GET);
-        assert!(!tap.died_idle(), "never served");
-        tap.on_read(b"HTTP/1.1 204 No Content\r\n\r\n").expect("sound");
-        tap.on_write(GET);
-        assert!(tap.died_idle());
-        tap.on_read(b"HTTP/1.1 2").expect("sound");
-        assert!(!tap.died_idle(), "the answer had begun");
+    fn died_idle_only_if_a_reused_connection_gave_no_response_byte() {
+        let monitor = monitor();
+        monitor.on_write(GET);
+        assert!(!monitor.died_idle(), "never served");
+        monitor.on_read(b"HTTP/1.1 204 No Content\r\n\r\n").expect("sound");
+        monitor.on_write(GET);
+        assert!(monitor.died_idle());
+        monitor.on_read(b"HTTP/1.1 2").expect("sound");
+        assert!(!monitor.died_idle(), "the answer had begun");
     }
 }

@@ -60,7 +60,7 @@ const enter = async page => {
   await page.getByRole('button', { name: 'Open' }).click()
 }
 
-// Before there is any data: nothing was asked, no Redis, no token.
+// Before any request: no data, no Redis, no token.
 const [emptyPort, emptyAdmin] = [await freePort(), await freePort()]
 writeFileSync(join(folder, 'empty.toml'), `[[upstream]]\nurl = "http://127.0.0.1:${shop}"\nlisten = "127.0.0.1:${emptyPort}"\n[admin]\nlisten = "127.0.0.1:${emptyAdmin}"\n`)
 await start(['--config', join(folder, 'empty.toml')], 'listening admin')
@@ -96,10 +96,10 @@ await page.getByText('purged: 1 selector(s)').waitFor()
 
 // The kill switch asks first.
 page.once('dialog', dialog => dialog.dismiss())
-await page.getByRole('button', { name: 'Hand everything through' }).click()
+await page.getByRole('button', { name: 'Pass everything through' }).click()
 assert.match(await page.locator('#mode').textContent(), /normal/)
 page.once('dialog', dialog => dialog.accept())
-await page.getByRole('button', { name: 'Hand everything through' }).click()
+await page.getByRole('button', { name: 'Pass everything through' }).click()
 await page.getByText('mode bypass, set by hand for another 30 min').waitFor()
 await page.getByRole('button', { name: 'Back to what is configured' }).click()
 await page.locator('#mode', { hasText: /^mode normal$/ }).waitFor()

@@ -209,7 +209,7 @@ impl Origin {
     }
 
     /// Waits until so many requests have come.
-    pub(crate) async fn asked(&self, count: usize) {
+    pub(crate) async fn wait_for_requests(&self, count: usize) {
         until(&format!("{count} requests at the origin"), || (self.count() >= count).then_some(())).await;
     }
 }

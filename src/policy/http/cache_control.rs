@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn lifetimes() {
+    fn max_age_is_the_lowest_value_and_an_invalid_value_is_zero() {
         let table: &[(&[&str], Option<u64>)] = &[
             (&["max-age=60"], Some(60)),
             (&["Max-Age=60"], Some(60)),
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn field_names_are_dropped_fields_not_prohibitions() {
+    fn qualified_private_and_no_cache_only_drop_the_named_fields() {
         let parsed = parse(&["private=\"X-A, x-b\", no-cache=\"Set-Cookie\""]);
         assert!(!parsed.private && !parsed.no_cache);
         assert_eq!(parsed.drop_fields.len(), 3);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn pragma_counts_only_alone() {
+    fn pragma_no_cache_applies_only_without_cache_control() {
         let mut headers = HeaderMap::new();
         headers.insert(PRAGMA, HeaderValue::from_static("no-cache"));
         assert!(CacheControl::of_request(&headers).no_cache);

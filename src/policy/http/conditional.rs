@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_conditions() {
+    fn not_modified_depends_on_if_none_match_then_if_modified_since() {
         let stored = [("etag", "W/\"a,b\""), ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT")];
         let head = PackedHead::new(StatusCode::OK, &map(&stored), None, Vec::new());
         let table: &[(&[(&'static str, &'static str)], bool)] = &[
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_304_updates_what_it_names_and_keeps_what_describes_the_bytes() {
+    fn not_modified_response_updates_stored_fields_except_content_length() {
         let stored = map(&[("x-a", "old"), ("x-b", "kept"), ("content-length", "4"), ("etag", "\"1\"")]);
         let merged =
             freshen_head(&stored, &map(&[("x-a", "new"), ("content-length", "0"), ("cache-control", "max-age=9")]));
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_of_the_same_by_its_validators() {
+    fn head_response_is_compared_by_validators_and_content_length() {
         let stored = map(&[("etag", "\"1\""), ("last-modified", "Fri, 20 Nov 2026 12:00:00 GMT")]);
         let table: &[(&[(&'static str, &'static str)], HeadComparison)] = &[
             (&[], HeadComparison::Unknown),
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn our_conditions_replace_the_clients() {
+    fn stored_validators_replace_the_conditions_of_the_client() {
         let mut request = map(&[("if-none-match", "\"client\""), ("if-range", "\"x\"")]);
         set_conditions(&mut request, Some(&map(&[("etag", "\"1\"")])));
         assert_eq!(request, map(&[("if-none-match", "\"1\"")]));

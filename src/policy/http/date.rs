@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_three_forms_in_any_case() {
+    fn three_http_date_formats_are_parsed_in_any_case() {
         let forms = [
             "Sun, 06 Nov 1994 08:49:37 GMT",
             "SUN, 06 nov 1994 08:49:37 gMT",
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_year_of_two_digits_is_at_most_fifty_ahead() {
+    fn two_digit_year_is_at_most_fifty_years_in_the_future() {
         assert_eq!(year_of(now()), 2026);
         assert_eq!(seconds("Thursday, 18-Aug-50 02:01:18 GMT"), seconds("Thu, 18 Aug 2050 02:01:18 GMT"));
         assert_eq!(seconds("Tuesday, 18-Aug-76 02:01:18 GMT"), seconds("Tue, 18 Aug 2076 02:01:18 GMT"));
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_of_them_is_no_date() {
+    fn invalid_http_dates_are_rejected() {
         let wrong = [
             "",
             "0",
@@ -170,7 +170,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(at in 0u64..253_402_300_799) {
+        fn formatted_http_date_parses_to_the_same_time(at in 0u64..253_402_300_799) {
             let time = UNIX_EPOCH + Duration::from_secs(at);
             prop_assert_eq!(seconds(&httpdate::fmt_http_date(time)), Some(at));
             let text = httpdate::fmt_http_date(time);
@@ -178,7 +178,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..40), text in "[a-z0-9 ,:-]{0,32}") {
+        fn date_parsing_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..40), text in "[a-z0-9 ,:-]{0,32}") {
             let _ = parse(&bytes, now());
             let _ = parse(text.as_bytes(), now());
         }

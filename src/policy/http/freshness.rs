@@ -52,14 +52,14 @@ impl RequestDirectives {
 }
 
 /// Decides how an entry may be used for a request.
-pub fn evaluate(entry: &Entry, standing: InvalidationState, demands: &RequestDirectives, now: Tick) -> Verdict {
-    if standing == InvalidationState::Gone || entry.expired(now) {
+pub fn evaluate(entry: &Entry, invalidation: InvalidationState, demands: &RequestDirectives, now: Tick) -> Verdict {
+    if invalidation == InvalidationState::Gone || entry.expired(now) {
         return Verdict::Gone;
     }
     let left = freshness_left(entry, now);
-    let by_age = if entry.lifetimes.always_validate || standing == InvalidationState::Unverified {
+    let by_age = if entry.lifetimes.always_validate || invalidation == InvalidationState::Unverified {
         Verdict::Stale
-    } else if standing == InvalidationState::Valid && left > 0 {
+    } else if invalidation == InvalidationState::Valid && left > 0 {
         Verdict::Fresh
     } else if within(entry.lifetimes.while_revalidate, left) {
         Verdict::WhileRevalidate
@@ -89,11 +89,11 @@ fn with_directives(by_age: Verdict, entry: &Entry, demands: &CacheControl, left:
 /// Returns the reason why an entry may be served after a failed fetch, or `None` if it may not.
 pub fn stale_on_failure(
     entry: &Entry,
-    standing: InvalidationState,
+    invalidation: InvalidationState,
     failure: Failure,
     now: Tick,
 ) -> Option<StaleReason> {
-    if standing == InvalidationState::Gone {
+    if invalidation == InvalidationState::Gone {
         return None;
     }
     let left = freshness_left(entry, now);
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn time_passes_through_the_windows() {
+    fn verdict_depends_on_age_and_invalidation_state() {
         let entry = entry(terms());
         let table = [
             (0, InvalidationState::Valid, Verdict::Fresh),
@@ -159,13 +159,17 @@ mod tests {
             (0, InvalidationState::Unverified, Verdict::Stale),
             (0, InvalidationState::Gone, Verdict::Gone),
         ];
-        for (at, standing, expected) in table {
-            assert_eq!(evaluate(&entry, standing, &RequestDirectives(None), Tick(at)), expected, "{at} {standing:?}");
+        for (at, invalidation, expected) in table {
+            assert_eq!(
+                evaluate(&entry, invalidation, &RequestDirectives(None), Tick(at)),
+                expected,
+                "{at} {invalidation:?}"
+            );
         }
     }
 
     #[test]
-    fn the_client_may_ask_for_more_or_be_content_with_less() {
+    fn request_directives_tighten_or_relax_freshness() {
         let entry = entry(Lifetimes { while_revalidate: 0, ..terms() });
         let table = [
             ("no-cache", 0, Verdict::Refused),
@@ -188,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ladder_climbs_down_window_by_window() {
+    fn stale_response_on_failure_is_allowed_only_within_its_stale_windows() {
         let entry = entry(terms());
         let status = Failure::Status(StatusCode::BAD_GATEWAY);
         let table = [
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn age_and_ttl_are_whole_seconds_that_never_flatter() {
+    fn age_and_ttl_are_rounded_down_to_whole_seconds() {
         let entry = entry(Lifetimes { initial_age: 1_500, ..terms() });
         assert_eq!((entry.age(Tick(400)), entry.age(Tick(500))), (1, 2));
         assert_eq!((entry.ttl(Tick(1)), entry.ttl(Tick(10_000)), entry.ttl(Tick(10_001))), (9, 0, -1));

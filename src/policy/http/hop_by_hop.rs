@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_connection_names_goes_with_it() {
+    fn hop_by_hop_headers_and_those_named_by_connection_are_removed() {
         let mut headers = HeaderMap::new();
         for (name, value) in
             [("connection", "close, X-Hop"), ("x-hop", "1"), ("keep-alive", "5"), ("te", "trailers"), ("x-stay", "1")]

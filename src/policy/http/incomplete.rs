@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beginning_is_completed_by_the_rest_of_the_same() {
+    fn incomplete_response_is_completed_by_the_matching_range() {
         let partial = partial("\"1\"");
         let mut request = HeaderMap::new();
         partial.ask_for_rest(&mut request);
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_of_another_completes_nothing() {
+    fn mismatched_validator_or_range_does_not_complete_a_response() {
         let status = StatusCode::PARTIAL_CONTENT;
         let table = [
             ("\"1\"", "\"2\"", "bytes 4-9/10"),
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_begins_at_the_beginning_is_a_beginning() {
+    fn only_an_incomplete_range_from_byte_zero_is_a_first_part() {
         let of = |range| is_first_part(StatusCode::PARTIAL_CONTENT, &map(&[("content-range", range)]));
         assert_eq!(of("bytes 0-3/10"), Some((4, 10)));
         for other in

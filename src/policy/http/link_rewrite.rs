@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_origin_changes() {
+    fn only_the_upstream_origin_is_rewritten_in_link_and_location() {
         let shop = "shop.example";
         let table = [
             (

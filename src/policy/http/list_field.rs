@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commas_in_quotes_separate_nothing() {
+    fn commas_in_quotes_do_not_separate_list_members() {
         let split = |list: &'static str, escapes| -> Vec<_> {
             members(list.as_bytes(), escapes).map(|member| String::from_utf8_lossy(member).into_owned()).collect()
         };

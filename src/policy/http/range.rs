@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn parts() {
+    fn range_selects_bytes_and_an_invalid_range_selects_the_whole_body() {
         let table = [
             ("bytes=0-1", RangeSelection::One(0..2)),
             ("Bytes=0-1", RangeSelection::One(0..2)),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn only_of_what_the_client_has_the_rest_of() {
+    fn if_range_mismatch_selects_the_whole_body() {
         let with = |condition| of(&[("range", "bytes=0-1"), ("if-range", condition)]);
         assert_eq!(with("\"a\""), RangeSelection::One(0..2));
         assert_eq!(with("Fri, 20 Nov 2026 12:00:00 GMT"), RangeSelection::One(0..2));
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn several_parts_in_one_body() {
+    fn multipart_body_contains_each_selected_range() {
         let head = PackedHead::new(StatusCode::OK, &map(&[("content-type", "text/plain")]), None, Vec::new());
         let body = Bytes::from_static(b"0123456789");
         let made = multipart(&head, &body, &[0..2, 8..10], "b").expect("made");
@@ -216,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_part_reaches_beyond_the_end(value in "bytes=[0-9, -]{0,20}", length in 0usize..40) {
+        fn selected_ranges_are_within_the_body(value in "bytes=[0-9, -]{0,20}", length in 0usize..40) {
             match select_range(&map(&[("range", &value)]), &stored(), length, || SystemTime::UNIX_EPOCH) {
                 RangeSelection::Whole | RangeSelection::Nowhere => {}
                 RangeSelection::One(range) => prop_assert!(range.start < range.end && range.end <= length),

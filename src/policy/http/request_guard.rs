@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused() {
+    fn invalid_requests_are_rejected_with_the_matching_4xx_status() {
         let host = ("host", "localhost:8080");
         let long = format!("/{}", "a".repeat(100));
         let big = "a".repeat(1000);

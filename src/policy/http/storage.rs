@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn http_lifetimes() {
+    fn http_mode_lifetime_and_storability_depend_on_status_and_headers() {
         type Lines<'a> = &'a [(&'static str, &'a str)];
         let table: &[(u16, Lines<'_>, Result<i64, NotStored>)] = &[
             (200, &[("cache-control", "max-age=60")], Ok(60_000)),
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn authorization_needs_leave_to_share() {
+    fn response_to_authorization_is_stored_only_if_explicitly_allowed() {
         let request_headers = map(&[("authorization", "Bearer x")]);
         let table = [
             ("max-age=60", Err(NotStored::Authorization)),
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn must_revalidate_closes_every_stale_window() {
+    fn must_revalidate_disables_every_stale_window() {
         let headers = map(&[("cache-control", "max-age=1, must-revalidate, stale-if-error=60"), ("etag", "\"a\"")]);
         let stored = decided(CacheMode::Http, 200, &HeaderMap::new(), &headers).expect("stored");
         let Lifetimes { if_error, while_revalidate, disconnected, last_known_good, .. } = stored.lifetimes;
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn override_asks_nobody() {
+    fn override_mode_ignores_cache_control_and_drops_set_cookie() {
         let mode = CacheMode::Override { ttl: Duration::from_mins(1), negative_ttl: Some(Duration::from_secs(10)) };
         let table = [
             (200, Ok(60_000)),

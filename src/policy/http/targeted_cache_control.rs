@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_strict_dictionary_counts() {
+    fn targeted_cache_control_must_be_a_valid_structured_dictionary() {
         let field = "cdn-cache-control";
         let max_age = |value: &str| of(&[(field, value)]).and_then(|found| found.max_age);
         assert_eq!(max_age("max-age=60"), Some(60));
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn ours_comes_before_that_of_all_caches() {
+    fn sidecache_cache_control_takes_precedence_over_cdn_cache_control() {
         let lines = [("cdn-cache-control", "max-age=1"), ("sidecache-cache-control", "max-age=2")];
         assert_eq!(of(&lines).and_then(|found| found.max_age), Some(2));
         let lines = [("cdn-cache-control", "max-age=1"), ("sidecache-cache-control", "max-age=oops!!(")];
@@ -100,7 +100,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_value_panics(value in "[ -~]{0,60}") {
+        fn parsing_of_arbitrary_values_does_not_panic(value in "[ -~]{0,60}") {
             let _ = of(&[("cdn-cache-control", &value)]);
         }
     }

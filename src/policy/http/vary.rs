@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_said_otherwise_is_the_same() {
+    fn variants_match_if_normalized_header_values_are_equal() {
         let table: &[(&str, &[&str], &[&str], bool)] = &[
             ("foo", &["1, 2"], &["1", "2"], true),
             ("foo", &["1,2"], &[" 1, 2 "], true),
@@ -184,7 +184,7 @@ mod tests {
 
     // Digests of variants are part of Redis keys and of the names of leases.
     #[test]
-    fn encoding_of_variants_is_golden() {
+    fn variant_digest_matches_the_golden_values() {
         let digest = |name: &'static str, lines: &[&str]| {
             Variant::of(vec![HeaderName::from_static(name)], &request(name, lines)).digest().to_hex()[..32].to_owned()
         };
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_preferences_are_compared_to_the_byte() {
+    fn overlong_preference_lists_are_compared_exactly() {
         let variant = |text: &str| Variant::of(vec![ACCEPT_ENCODING], &request("accept-encoding", &[text]));
         let (one, other) = (format!("{}b", "a,".repeat(9000)), format!("{}a", "b,".repeat(9000)));
         assert!(variant(&one) == variant(&one) && variant(&one) != variant(&other));
@@ -204,7 +204,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn equal_variants_have_equal_digests_and_others_do_not(
+        fn variant_digests_are_equal_only_for_equal_variants(
             name in prop::sample::select(vec!["foo", "accept-language", "accept-encoding", "user-agent"]),
             one in prop::collection::vec("[aA,\" ;q=]{0,8}", 0..3),
             other in prop::collection::vec("[aA,\" ;q=]{0,8}", 0..3),

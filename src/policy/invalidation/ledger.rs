@@ -127,10 +127,10 @@ impl PurgePositions {
         self.soft.max(self.hard)
     }
 
-    fn state_of(self, born: Position) -> InvalidationState {
-        if self.hard > born {
+    fn state_of(self, position: Position) -> InvalidationState {
+        if self.hard > position {
             InvalidationState::Gone
-        } else if self.soft > born {
+        } else if self.soft > position {
             InvalidationState::Stale
         } else {
             InvalidationState::Valid
@@ -208,20 +208,20 @@ impl Ledger {
         self.position
     }
 
-    /// Returns the state of an entry whose fetch began at position `born`.
-    pub fn state_of(&self, address: &ResourceId, born: Position) -> InvalidationState {
+    /// Returns the state of an entry whose fetch began at `position`.
+    pub fn state_of(&self, address: &ResourceId, position: Position) -> InvalidationState {
         let of_subjects =
-            address.subjects.iter().filter_map(|s| self.subjects.get(s)).map(|m| m.state_of(born)).max();
+            address.subjects.iter().filter_map(|s| self.subjects.get(s)).map(|m| m.state_of(position)).max();
         let of_matchers = self
             .matchers
             .iter()
-            .filter(|(matcher, mark)| mark.latest() > born && matcher.matches(address))
-            .map(|(_, mark)| mark.state_of(born))
+            .filter(|(matcher, mark)| mark.latest() > position && matcher.matches(address))
+            .map(|(_, mark)| mark.state_of(position))
             .max();
         let doubt =
-            if born < self.unverified_before { InvalidationState::Unverified } else { InvalidationState::Valid };
+            if position < self.unverified_before { InvalidationState::Unverified } else { InvalidationState::Valid };
         let named = of_subjects.max(of_matchers).unwrap_or(InvalidationState::Valid);
-        doubt.max(named).max(self.everything.state_of(born))
+        doubt.max(named).max(self.everything.state_of(position))
     }
 
     fn forget_older_subjects(&mut self) {
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_purge_touches_what_was_born_before_it_and_no_other() {
+    fn purge_affects_only_matching_entries_stored_before_it() {
         let mut ledger = Ledger::new(100, 100);
         let shoe = address("/shoe?x=1", &["shoe"]);
         let before = ledger.position();
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn selectors() {
+    fn soft_purge_makes_only_entries_that_match_the_selector_stale() {
         let table: Vec<(Selector, InvalidationState)> = vec![
             (tag("shoe"), InvalidationState::Stale),
             (tag("hat"), InvalidationState::Valid),
@@ -292,13 +292,13 @@ mod tests {
         for (selector, expected) in table {
             let mut ledger = Ledger::new(100, 100);
             ledger.record([selector.clone()], PurgeKind::Soft);
-            let standing = ledger.state_of(&address("/shoe?x=1", &["shoe"]), Position(1));
-            assert_eq!(standing, expected, "{selector:?}");
+            let state = ledger.state_of(&address("/shoe?x=1", &["shoe"]), Position(1));
+            assert_eq!(state, expected, "{selector:?}");
         }
     }
 
     #[test]
-    fn soft_after_hard_stays_hard() {
+    fn entry_stays_gone_when_a_soft_purge_follows_a_hard_purge() {
         let mut ledger = Ledger::new(100, 100);
         ledger.record([tag("shoe")], PurgeKind::Hard);
         ledger.record([tag("shoe")], PurgeKind::Soft);
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_have_been_purged_unseen_is_in_doubt_but_not_gone() {
+    fn entry_that_may_have_missed_a_purge_is_unverified() {
         let mut ledger = Ledger::new(100, 100);
         let (shoe, hat) = (address("/shoe", &["shoe"]), address("/hat", &["hat"]));
         assert_eq!(ledger.state_of(&hat, Position(0)), InvalidationState::Unverified, "before everything known");
@@ -320,17 +320,17 @@ mod tests {
     }
 
     #[test]
-    fn an_overflow_forgets_names_but_never_a_purge() {
+    fn ledger_overflow_keeps_the_effect_of_every_purge() {
         let mut ledger = Ledger::new(10, 10);
         for i in 0..25 {
             ledger.record([tag(&format!("tag{i}")), prefix(&format!("/p{i}"))], PurgeKind::Hard);
         }
         assert!(ledger.subjects.len() <= 10 && ledger.matchers.len() <= 10);
         for i in 0..25 {
-            let born = Position(i + 1);
+            let position = Position(i + 1);
             let entry = address("/x", &[&format!("tag{i}")]);
-            assert_eq!(ledger.state_of(&entry, born), InvalidationState::Gone, "tag{i}");
-            assert_eq!(ledger.state_of(&address(&format!("/p{i}"), &[]), born), InvalidationState::Gone, "/p{i}");
+            assert_eq!(ledger.state_of(&entry, position), InvalidationState::Gone, "tag{i}");
+            assert_eq!(ledger.state_of(&address(&format!("/p{i}"), &[]), position), InvalidationState::Gone, "/p{i}");
         }
         assert_eq!(ledger.state_of(&address("/x", &[]), ledger.position()), InvalidationState::Valid);
     }

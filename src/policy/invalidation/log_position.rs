@@ -64,42 +64,42 @@ struct LoggedPosition {
 /// The part of the log that was read without a gap, with the positions of its entries.
 #[derive(Debug)]
 pub struct LogPositions {
-    links: VecDeque<LoggedPosition>,
+    segments: VecDeque<LoggedPosition>,
     max: usize,
 }
 
 impl LogPositions {
     /// Creates an empty mapping that keeps at most `max` links (at least 2).
     pub fn new(max: usize) -> LogPositions {
-        LogPositions { links: VecDeque::new(), max: max.max(2) }
+        LogPositions { segments: VecDeque::new(), max: max.max(2) }
     }
 
     /// Returns the last log entry that was read.
     pub fn last(&self) -> Option<LogId> {
-        self.links.back().map(|link| link.id)
+        self.segments.back().map(|segment| segment.id)
     }
 
     /// Clears the mapping and restarts it after log entry `origin`: the next entry read is its successor.
     pub fn begin(&mut self, origin: LogId, at: Position) {
-        self.links.clear();
-        self.links.push_back(LoggedPosition { id: origin, low: at, high: at });
+        self.segments.clear();
+        self.segments.push_back(LoggedPosition { id: origin, low: at, high: at });
     }
 
     /// Appends the log entry `id`, whose predecessor is `previous`, at position `at`.
     ///
     /// Returns [`LogGap`] if it does not follow the last one.
     pub fn extend(&mut self, previous: LogId, id: LogId, at: Position) -> Result<(), LogGap> {
-        let last = self.links.back().ok_or(LogGap)?;
+        let last = self.segments.back().ok_or(LogGap)?;
         if last.id != previous || id <= previous {
             return Err(LogGap);
         }
         let high = last.high.max(at);
-        for link in self.links.iter_mut().rev().take_while(|link| link.low > at) {
-            link.low = at;
+        for segment in self.segments.iter_mut().rev().take_while(|segment| segment.low > at) {
+            segment.low = at;
         }
-        self.links.push_back(LoggedPosition { id, low: at, high });
-        if self.links.len() > self.max {
-            self.links.pop_front();
+        self.segments.push_back(LoggedPosition { id, low: at, high });
+        if self.segments.len() > self.max {
+            self.segments.pop_front();
         }
         Ok(())
     }
@@ -108,16 +108,16 @@ impl LogPositions {
     /// later positions. `now` is the current position, lowered by purges of this sidecar that are not in the log yet.
     /// Returns `None` if `id` is not in the mapping, because it is then unknown which purges the entry has missed.
     pub fn position_of(&self, id: LogId, now: Position) -> Option<Position> {
-        let index = self.links.binary_search_by_key(&id, |link| link.id).ok()?;
-        let before_next = self.links.get(index + 1).map_or(now, |next| Position(next.low.0.saturating_sub(1)));
+        let index = self.segments.binary_search_by_key(&id, |segment| segment.id).ok()?;
+        let before_next = self.segments.get(index + 1).map_or(now, |next| Position(next.low.0.saturating_sub(1)));
         Some(before_next.min(now))
     }
 
     /// Returns the last log entry that an entry fetched at `position` had seen, with all log entries before it. Returns
     /// `None` if that was too long ago.
     pub fn seen_at(&self, position: Position) -> Option<LogId> {
-        let after = self.links.partition_point(|link| link.high <= position);
-        after.checked_sub(1).and_then(|index| self.links.get(index)).map(|link| link.id)
+        let after = self.segments.partition_point(|segment| segment.high <= position);
+        after.checked_sub(1).and_then(|index| self.segments.get(index)).map(|segment| segment.id)
     }
 }
 
@@ -141,14 +141,14 @@ mod tests {
     }
 
     #[test]
-    fn ids_read_as_they_are_written() {
+    fn log_id_round_trips_through_text() {
         let id = LogId { ms: 1_763_700_000_000, seq: 7 };
         assert_eq!(LogId::parse(&id.to_string()), Some(id));
         assert_eq!(LogId::parse("7"), None);
     }
 
     #[test]
-    fn a_gap_another_log_and_a_shortened_log_are_noticed() {
+    fn missed_entry_other_log_or_rewritten_log_is_reported_as_a_gap() {
         let mut chain = chain(&[2, 3]);
         assert_eq!(chain.extend(id(3), id(4), Position(4)), Err(LogGap), "one was missed");
         assert_eq!(chain.extend(id(0), id(9), Position(4)), Err(LogGap), "another log");
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn positions_and_ids_translate_both_ways() {
+    fn log_ids_convert_to_positions_and_back() {
         let chain = chain(&[2, 3, 4]);
         let now = Position(4);
         assert_eq!(chain.position_of(id(1), now), Some(Position(2)));
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_old_is_unknown_rather_than_guessed() {
+    fn ids_and_positions_older_than_the_mapping_are_unknown() {
         let mut chain = LogPositions::new(2);
         chain.begin(id(0), Position(1));
         chain.extend(id(0), id(1), Position(2)).expect("the next one");
@@ -183,7 +183,7 @@ mod tests {
         /// In whatever order local and remote purges got their positions, an entry that had seen the log up to an id
         /// has a lower position than every later purge, and an entry written with an id has seen all purges up to it.
         #[test]
-        fn no_purge_is_ever_missed(positions in proptest::collection::vec(2u64..20, 1..20)) {
+        fn conversion_of_ids_and_positions_misses_no_purge(positions in proptest::collection::vec(2u64..20, 1..20)) {
             let chain = chain(&positions);
             let now = Position(*positions.iter().max().expect("some"));
             for seen in 0..=positions.len() {

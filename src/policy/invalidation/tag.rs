@@ -21,7 +21,7 @@ impl TagTemplate {
     /// Parses a template whose `{names}` the path pattern captures. An error says what to write instead.
     pub fn parse(text: &str, path: &PathPattern) -> Result<TagTemplate, String> {
         if text.is_empty() || text.contains(char::is_whitespace) {
-            return Err(format!("tag {text:?}: a tag is not empty and has no spaces"));
+            return Err(format!("tag {text:?}: a tag must not be empty or contain spaces"));
         }
         let mut parts = Vec::new();
         let mut rest = text;
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn templates_take_what_the_path_captured() {
+    fn tag_templates_are_filled_with_path_captures() {
         let path = PathPattern::parse("/{shop}/products/{id}.json").expect("a pattern");
         let fill = |text: &str| TagTemplate::parse(text, &path).map(|t| t.expand(&["acme", "7"]));
         assert_eq!(fill("product:{id}").as_deref(), Ok("product:7"));
@@ -157,7 +157,7 @@ mod tests {
 
     // The invalidation log and the records of running fleets contain subjects and upstream ids.
     #[test]
-    fn encoding_of_subjects_is_golden() {
+    fn subject_encoding_matches_the_golden_values() {
         let upstream = UpstreamId::of("shop", "https://shop.example");
         assert_eq!(format!("{:016x}", upstream.0), "14e8276d8656b4da");
         let hex = |subject: Subject| crate::policy::testing::hex(&subject.to_bytes());
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_keeps_its_subjects_apart() {
+    fn subjects_differ_by_authority_and_kind() {
         let one = TagScope { upstream: UpstreamId(0), authority: Some("a.example") };
         let other = TagScope { upstream: UpstreamId(0), authority: Some("b.example") };
         assert_ne!(Subject::tag(one, "x"), Subject::tag(other, "x"));

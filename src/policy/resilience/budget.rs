@@ -57,7 +57,7 @@ mod tests {
     use http::HeaderValue;
 
     #[test]
-    fn all_forms_of_retry_after() {
+    fn retry_after_accepts_seconds_decimals_and_http_dates() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_hours(1);
         let ms = Duration::from_millis;
         let table = [

@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn retries_are_a_tenth_of_all_in_the_long_run() {
+    fn retry_budget_allows_one_retry_per_ten_requests() {
         let mut budget = RetryBudget::default();
         assert_eq!((0..100).filter(|_| budget.withdraw()).count(), 10, "saved up");
         let retries = (0..1000).filter(|_| {
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_safe_is_tried_again() {
+    fn retry_only_if_unsent_or_safe_method_on_a_dead_reused_connection() {
         let retry = RetryPolicy { attempts: 3, base: Duration::from_millis(50), cap: Duration::from_millis(80) };
         let ms = Duration::from_millis;
         let table = [

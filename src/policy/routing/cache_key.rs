@@ -256,7 +256,7 @@ pub fn looks_like_credential(name: &str) -> bool {
         "cache-control",
     ];
     const HARMLESS: [&str; 3] = ["idempotency-key", "sec-websocket-key", "surrogate-key"];
-    !PLAIN.contains(&name) && name.split(['-', '_']).any(|word| WORDS.contains(&word)) && !HARMLESS.contains(&name)
+    !PLAIN.contains(&name) && name.split(['-', '_']).any(|part| WORDS.contains(&part)) && !HARMLESS.contains(&name)
 }
 
 /// Returns true if entries under this key belong to a credential.
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_part_tenants() {
+    fn credential_headers_partition_keys_and_unkeyed_credentials_bypass() {
         let key = |headers: &HeaderMap| key_spec().cache_key(&SECRET, &parts("/", None, headers));
         let none = key(&HeaderMap::new());
         assert_ne!(none, key(&with("authorization", "a")));
@@ -328,7 +328,7 @@ mod tests {
     // Running fleets have keys in Redis. A difference here gives every fleet a cold cache: change the version byte, and
     // record it in the changelog.
     #[test]
-    fn encoding_of_keys_is_golden() {
+    fn cache_key_encoding_matches_the_golden_values() {
         let headers = HeaderMap::from_iter([
             (AUTHORIZATION, HeaderValue::from_static("Bearer a")),
             (ACCEPT, HeaderValue::from_static("text/html")),
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn encoding_of_rules_is_golden() {
+    fn rule_digest_matches_the_golden_values() {
         let path = super::super::pattern::PathPattern::parse("/p/{id}.json").expect("a pattern");
         let tags = ["products", "product:{id}"].map(|tag| TagTemplate::parse(tag, &path).expect("a tag"));
         let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_of_rules_differ_in_each_part() {
+    fn rule_digest_differs_for_each_part_of_a_rule() {
         let path = super::super::pattern::PathPattern::parse("/p/{a}/{b}").expect("a pattern");
         let tag = |text: &str| TagTemplate::parse(text, &path).expect("a tag");
         let digests = [
@@ -379,14 +379,14 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_itself_is_not_in_the_key() {
+    fn credential_value_does_not_appear_in_the_cache_key() {
         let headers = with("authorization", "Bearer canary");
         let key = key_spec().cache_key(&SECRET, &parts("/", None, &headers)).expect("a key");
         assert!(!key.windows(6).any(|w| w == b"canary"));
     }
 
     #[test]
-    fn filtered_queries_drop_only_what_they_name() {
+    fn query_filter_removes_only_the_excluded_parameters() {
         let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
         let key_spec = KeySpec { query: filter, ..KeySpec::default() };
         let headers = HeaderMap::new();

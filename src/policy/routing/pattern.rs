@@ -104,7 +104,7 @@ impl PathPattern {
         while let Some(segment) = segments.next() {
             if segment == "**" {
                 if segments.peek().is_some() {
-                    return Err("`**` stands for any rest, so it must be the last segment".into());
+                    return Err("`**` matches any rest of the path, so it must be the last segment".into());
                 }
                 pattern.rest = true;
             } else {
@@ -144,7 +144,7 @@ impl PathPattern {
                     return Err(format!("`{{{name}}}`: a name has letters, digits and _ only"));
                 }
                 if self.names.iter().any(|known| **known == *name) {
-                    return Err(format!("`{{{name}}}` stands twice in this path"));
+                    return Err(format!("`{{{name}}}` occurs twice in this path"));
                 }
                 if matches!(pieces.last(), Some(PatternPiece::Capture | PatternPiece::Run)) {
                     return Err(format!("`{{{name}}}` follows a wildcard at once; put text between them"));
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn globs() {
+    fn glob_asterisk_matches_any_text() {
         let table = [
             ("*json*", "application/json", true),
             ("*", "", true),
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn paths() {
+    fn path_patterns_match_and_return_captures() {
         let table: &[(&str, &str, Option<&[&str]>)] = &[
             ("/admin/api/*/products/{id}.json", "/admin/api/2026-07/products/632.json", Some(&["632"])),
             ("/admin/api/*/products/{id}.json", "/admin/api/2026-07/products/.json", None),
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_that_take_all_of_another() {
+    fn path_pattern_covers_only_the_patterns_that_it_includes() {
         let table = [
             ("/**", "/a/{id}", true),
             ("/a/**", "/a", false),
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_patterns_say_what_to_write() {
+    fn invalid_path_patterns_are_rejected() {
         for bad in ["a/b", "/a?b", "/**/a", "/{}", "/{a", "/{a}{b}", "/{a}/{a}", "/x**"] {
             assert!(PathPattern::parse(bad).is_err(), "{bad}");
         }

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rule_that_matches_wins_wherever_it_hangs_in_the_tree() {
+    fn first_matching_rule_wins_and_ambiguous_paths_are_bypassed() {
         let router = Router::new(vec![
             rule("one", "/a/*/c"),
             rule("two", "/a/b/c"),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tree_agrees_with_trying_every_rule_in_order() {
+    fn router_finds_the_same_rule_as_a_linear_search() {
         use proptest::prelude::*;
         let segment = prop_oneof!["a", "b", "\\*", "[ab]\\*", "x", "y"];
         let paths = proptest::collection::vec(prop_oneof!["a", "b", "ab", "x"], 1..4);

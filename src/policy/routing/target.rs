@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_that_two_readers_read_differently() {
+    fn ambiguous_request_targets_are_detected() {
         for bad in ["/a/../b", "/./a", "/a/%2E%2e/b", "/a%2fb", "/a%00", "/a\\b", "/.."] {
             assert!(is_ambiguous(bad), "{bad}");
         }
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_addresses_are_refused() {
+    fn metadata_link_local_and_unspecified_addresses_are_refused() {
         for bad in ["169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:169.254.169.254", "0.0.0.0"] {
             assert!(is_refused(bad.parse().expect("an address")), "{bad}");
         }

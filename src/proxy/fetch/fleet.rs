@@ -215,9 +215,20 @@ impl FleetLookup {
         request: &CacheRequest,
         stored: StoredResponse,
     ) -> Option<Arc<Entry>> {
-        let StoredResponse { address, status, headers, header_case, body, born, seen, lifetimes, vary, tags, rule } =
-            stored;
-        let received_at: Tick = fleet.redis.clock().tick(born)?;
+        let StoredResponse {
+            address,
+            status,
+            headers,
+            header_case,
+            body,
+            received_at,
+            seen,
+            lifetimes,
+            vary,
+            tags,
+            rule,
+        } = stored;
+        let received_at: Tick = fleet.redis.clock().tick(received_at)?;
         if received_at > self.clock.now().plus(MAX_CLOCK_ERROR) {
             return None;
         }

@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_short_way_says_the_same() {
+    fn hit_cache_status_equals_formatted_outcome_and_timing_is_in_ms() {
         for ttl in [0, 7, 35_999] {
             let outcome = Outcome::Hit { ttl };
             assert_eq!(said(&stored_cache_status(&outcome, "9f3a")), format!("{outcome}; key=\"9f3a\""));

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn first_come_first_served_at_the_pace() {
+    async fn budget_admits_requests_in_order_at_the_configured_rate() {
         let (bucket, start) = (bucket(Some((500, 2)), 5000), Instant::now());
         let mut turns = tokio::task::JoinSet::new();
         for n in 0..6u32 {
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_would_wait_too_long_does_not_wait_at_all() {
+    async fn requests_that_would_exceed_the_maximum_wait_are_refused() {
         let (bucket, start) = (bucket(Some((1000, 1)), 2500), Instant::now());
         let waits: Vec<_> = (0..5)
             .map(|_| {
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pause_holds_for_all_and_to_the_millisecond() {
+    async fn closed_budget_delays_all_requests_until_the_pause_ends() {
         let (bucket, start) = (bucket(None, 5000), Instant::now());
         assert_eq!(bucket.admit(MS(0)).await, Ok(()), "nothing in the way");
         bucket.close(MS(2000));
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_leaves_gives_the_turn_to_the_next() {
+    async fn cancelled_wait_gives_its_turn_to_the_next_request() {
         let (bucket, start) = (bucket(Some((1000, 1)), 5000), Instant::now());
         bucket.admit(MS(0)).await.expect("the first");
         let leaves = tokio::time::timeout(MS(300), bucket.admit(MS(5000)));
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_and_hosts_have_their_own() {
+    fn budget_is_separate_per_credential_and_host() {
         let budgets = Budgets::new(Some(Budget { pace: None, max_wait: MS(1), per: BudgetScope::Credential }));
         let headers = |token: &'static str| {
             HeaderMap::from_iter([(http::header::AUTHORIZATION, http::HeaderValue::from_static(token))])

@@ -43,7 +43,7 @@ pub(super) struct Meta<'a> {
     #[serde(borrow)]
     pub(super) start: MetaStart<'a>,
     pub(super) status: u16,
-    pub(super) born: u64,
+    pub(super) received_at: u64,
     #[serde(with = "MetaLifetimes")]
     pub(super) lifetimes: Lifetimes,
     #[serde(borrow)]
