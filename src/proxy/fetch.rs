@@ -9,6 +9,7 @@ pub(crate) mod opportunistic;
 pub(crate) mod spec;
 pub(crate) mod store;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +63,9 @@ struct Delivery {
 impl Fetcher {
     /// Runs a fetch as a task of its own, which no client's disconnect ends.
     pub(crate) fn spawn(self: &Arc<Self>, leader: Leader, spec: FetchSpec) {
-        tokio::spawn(self.clone().run(leader, spec).instrument(spans::fetch()));
+        // Boxed: spawning moves the future several times, and it has some kilobytes.
+        let fetch: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.clone().run(leader, spec));
+        tokio::spawn(fetch.instrument(spans::fetch()));
     }
 
     /// Runs a fetch until the response is stored, delivered, or known not to arrive.

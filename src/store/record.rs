@@ -173,7 +173,7 @@ impl RecordCodec {
         let packed =
             (entry.body.len() as u64 > self.compress_above).then(|| self.compression.compress(&entry.body)).flatten();
         let flags = if packed.is_some() { self.compression.number() } else { 0 };
-        let body = RecordBody { stored: packed.as_deref().unwrap_or(&entry.body), size: entry.body.len() };
+        let body = &RecordBody { stored: packed.as_deref().unwrap_or(&entry.body), size: entry.body.len() };
         self.encode(flags, meta, body, place, salt)
     }
 
@@ -181,7 +181,7 @@ impl RecordCodec {
     pub fn encode_vary_marker(&self, vary: &[HeaderName], place: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
         let names: Vec<&str> = vary.iter().map(HeaderName::as_str).collect();
         let meta = postcard::to_allocvec(&names).ok()?;
-        self.encode(VARY_MARKER, meta, RecordBody { stored: &[], size: 0 }, place, salt)
+        self.encode(VARY_MARKER, meta, &RecordBody { stored: &[], size: 0 }, place, salt)
     }
 
     /// Returns the maximum size of a record, in bytes.
@@ -193,11 +193,11 @@ impl RecordCodec {
         &self,
         flags: u8,
         mut meta: Vec<u8>,
-        body: RecordBody<'_>,
+        body: &RecordBody<'_>,
         place: &str,
         salt: [u8; SALT],
     ) -> Option<Vec<u8>> {
-        let RecordBody { stored: body, size } = body;
+        let &RecordBody { stored: body, size } = body;
         let (id, growth) = (self.keyring.current_id(), if self.encrypt { TAG } else { 0 });
         let mut record = Vec::with_capacity(HEADER_BYTES + meta.len() + body.len() + 2 * TAG);
         record.extend_from_slice(&[MAGIC, VERSION, flags | if self.encrypt { ENCRYPTED } else { 0 }, 0]);
