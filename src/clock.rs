@@ -115,6 +115,11 @@ impl FleetClock {
         self.at(self.clock.now())
     }
 
+    /// Returns the present tick.
+    pub fn tick_now(&self) -> Tick {
+        self.clock.now()
+    }
+
     /// Returns the earliest fleet time of a tick. `None` until the first reply.
     pub fn at(&self, tick: Tick) -> Option<u64> {
         self.offset().map(|(least, _)| tick.0.saturating_add_signed(least))

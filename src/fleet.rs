@@ -7,6 +7,8 @@ pub mod inbox;
 pub mod invalidation_log;
 pub mod invalidations;
 pub mod lease;
+mod ledger_state;
+pub mod membership;
 pub mod purge_message;
 pub mod refresh_queue;
 
@@ -20,6 +22,8 @@ use crate::redis::Redis;
 use crate::store::RedisTier;
 use crate::store::authentication::Keyring;
 use inbox::Inbox;
+use invalidations::Invalidations;
+use membership::Membership;
 
 /// The state that a sidecar needs to coordinate with the others.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub struct Fleet {
     pub redis: Arc<Redis>,
     /// The shared store.
     pub tier: Arc<RedisTier>,
+    /// What the heartbeats have shown.
+    pub membership: Arc<Membership>,
     /// Messages to this sidecar.
     pub inbox: Arc<Inbox>,
     /// The keys that authenticate and encrypt messages.
@@ -38,6 +44,22 @@ pub struct Fleet {
     pub shares_refreshes: bool,
     /// The longest wait for the fleet.
     pub timeout: Duration,
+}
+
+impl Fleet {
+    /// Leaves the fleet, if the log has all purges of this sidecar within `patience`. A sidecar that does not leave is
+    /// missed by the others, which stop trusting what they have stored.
+    pub async fn leave(&self, invalidations: &Invalidations, patience: Duration) {
+        if !invalidations.wait_all_logged(patience).await {
+            let unlogged = invalidations.unlogged();
+            tracing::warn!(
+                unlogged,
+                "purges are not in the invalidation log: the other sidecars stop trusting theirs"
+            );
+        } else if let Err(error) = self.redis.leave(&self.sidecar_id.to_string()).await {
+            tracing::debug!(%error, "this sidecar could not leave the fleet");
+        }
+    }
 }
 
 /// Identifies a sidecar for the lifetime of its process.

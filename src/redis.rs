@@ -14,6 +14,7 @@ mod connection_state;
 mod coordination;
 mod errors;
 mod log_throttle;
+mod membership;
 mod records;
 mod refresh_queue;
 mod scripts;
@@ -33,6 +34,7 @@ pub use config::{RedisConfig, RedisDatabases, RedisTopology};
 pub use connection::MAX_IN_FLIGHT;
 pub use connection_state::ConnectionState;
 pub use coordination::{InboxMessage, LeaseClaim, LogEntry, StreamUpdate};
+pub use membership::{Beat, BeatReply};
 pub use records::ScanCursor;
 
 /// Log filter directive for the driver: its warnings are suppressed, because this module logs them itself.
@@ -195,8 +197,8 @@ impl Redis {
         &self.clock
     }
 
-    fn links(&self) -> impl Iterator<Item = &Arc<SupervisedConnection>> {
-        let links = [
+    fn connections(&self) -> impl Iterator<Item = &Arc<SupervisedConnection>> {
+        let connections = [
             &self.shared.reader,
             &self.shared.writer,
             &self.private.reader,
@@ -204,12 +206,12 @@ impl Redis {
             &self.coordination,
             &self.follower,
         ];
-        links.into_iter().chain(&self.worker)
+        connections.into_iter().chain(&self.worker)
     }
 
     /// Returns the command latencies of each connection.
     pub fn latencies(&self) -> std::collections::BTreeMap<&'static str, &Histogram> {
-        self.links().map(|connection| (connection.name, connection.latencies())).collect()
+        self.connections().map(|connection| (connection.name, connection.latencies())).collect()
     }
 
     /// Returns the state of Redis.
@@ -217,7 +219,7 @@ impl Redis {
         RedisState {
             place: self.place.clone(),
             trouble: self.log_throttle.last_error().map(|why| format!("{why}{}", advice(&why))),
-            connections: self.links().map(|connection| (connection.name, connection.state())).collect(),
+            connections: self.connections().map(|connection| (connection.name, connection.state())).collect(),
         }
     }
 

@@ -13,9 +13,9 @@ use serde_json::json;
 use super::Admin;
 use super::extract::{JsonBody, QueryParams, bad_request};
 use crate::config::parse_duration;
-use crate::fleet::invalidation_log::{PRESENCE_TTL, applied};
+use crate::fleet::invalidation_log::applied;
 use crate::policy::invalidation::ledger::{Matcher, PurgeKind, Selector, TargetMatch};
-use crate::policy::invalidation::tag::{Subject, TagScope};
+use crate::policy::invalidation::tag::TagScope;
 use crate::policy::routing::origin::Origin;
 use crate::policy::routing::pattern::Glob;
 use crate::proxy::SharedState;
@@ -115,8 +115,9 @@ struct PurgeAck {
     id: u64,
     /// Whether the fleet's log has the purge. `None` without Redis.
     logged: Option<bool>,
-    /// The number of sidecars that have applied the purge, and the number of all sidecars. `None` without `wait`.
-    applied: Option<(u64, u64)>,
+    /// The number of sidecars that have applied the purge, and the number of all that may serve: `None` if they can't be
+    /// counted. `None` without `wait`.
+    applied: Option<(u64, Option<u64>)>,
 }
 
 async fn record_purge(
@@ -127,7 +128,7 @@ async fn record_purge(
 ) -> PurgeAck {
     let Some(fleet) = &shared.fleet else {
         let recorded = shared.invalidations.record(selectors, strength, None);
-        return PurgeAck { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, 1)) };
+        return PurgeAck { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, Some(1))) };
     };
     let cleared = if strength == PurgeKind::Hard { selectors.clone() } else { Vec::new() };
     let name = wait.and_then(|_| getrandom::u64().ok());
@@ -137,16 +138,17 @@ async fn record_purge(
     fleet.tier.enqueue_scan(cleared);
     let applied = match (&mut answers, wait) {
         (Some(answers), Some(wait)) => {
-            let sidecars = fleet.redis.announce(None, PRESENCE_TTL).await.unwrap_or(1).max(1);
-            let mut who = HashSet::new();
+            let members = fleet.redis.members().await.ok().filter(|_| logged);
+            let sidecars = members.map(|members| members.max(fleet.membership.expected()).max(1));
+            let mut confirmed = HashSet::new();
             let all = async {
-                while (who.len() as u64) < sidecars {
-                    who.insert(answers.next_message().await);
+                while sidecars.is_none_or(|sidecars| (confirmed.len() as u64) < sidecars) {
+                    confirmed.insert(answers.next_message().await);
                 }
             };
             // A sidecar that has not confirmed by then counts as one that has not applied the purge.
             let _ = tokio::time::timeout(wait, all).await;
-            Some(((who.len() as u64).max(1), sidecars))
+            Some(((confirmed.len() as u64).max(1), sidecars))
         }
         (_, _) => None,
     };
@@ -170,16 +172,15 @@ fn selectors(request: &PurgeRequest, upstreams: &[&UpstreamState]) -> Result<(us
     let mut selectors = Vec::new();
     for scope in purge_scopes(request, &hosts, upstreams)? {
         let tag_scope = TagScope { upstream: scope.upstream.id, authority: scope.host };
-        let subjects = request.tags.iter().map(|tag| Subject::tag(tag_scope, tag));
-        selectors.extend(subjects.map(Selector::Subject));
+        selectors.extend(request.tags.iter().map(|tag| Selector::tag(tag_scope, tag)));
         if request.all {
-            selectors.push(Selector::Subject(Subject::everything(tag_scope)));
+            selectors.push(Selector::scope(tag_scope));
         }
         for url in &request.urls {
             let (host, target) = split_url(url)?;
             let host = host.map(str::to_ascii_lowercase);
             if let Some(tag_scope) = narrow_scope(scope, host.as_deref()) {
-                selectors.push(Selector::Subject(Subject::target(tag_scope, target)));
+                selectors.push(Selector::target(tag_scope, target));
             }
         }
         for (text, make) in matchers(request) {

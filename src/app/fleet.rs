@@ -97,18 +97,20 @@ pub(super) fn build(
         max_body: config.memory.max_entry_bytes,
     };
     let works = config.upstreams.iter().flat_map(|u| u.router.rules()).any(|rule| rule.refresh_ahead.is_some());
-    let connections = Arc::new(Redis::start(redis, works, clock, &Arc::new(FleetClock::new(clock.clone()))));
+    let fleet_clock = Arc::new(FleetClock::new(clock.clone()));
+    let connections = Arc::new(Redis::start(redis, works, clock, &fleet_clock));
     let tier = RedisTier::new(connections.clone(), &redis.key_prefix, codec, config.redis_tier.write_behind);
     let fleet = Fleet {
         sidecar_id: me,
         redis: connections,
         tier: Arc::new(tier),
+        membership: Arc::default(),
         inbox: Arc::new(Inbox::default()),
         keyring: Arc::new(ArcSwap::from_pointee(secrets.ring())),
         shares_refreshes: works,
         timeout: redis.command_timeout,
     };
-    let invalidations = Invalidations::shared(me, config.memory.max_unverified, clock.now());
+    let invalidations = Invalidations::shared(me, config.memory.max_unverified, fleet_clock, clock.now());
     Ok(FleetParts {
         fleet: Arc::new(fleet),
         invalidations: Arc::new(invalidations),
@@ -128,7 +130,7 @@ impl FleetParts {
             keyring: fleet.keyring.clone(),
             sidecar_id: fleet.sidecar_id,
             clock: shared.clock.clone(),
-            announced_at: Arc::default(),
+            membership: fleet.membership.clone(),
         };
         let (follower, writer, tier) = (log.clone(), log, fleet.tier.clone());
         let active = active.clone();

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -31,6 +31,9 @@ use crate::telemetry::logs;
 
 /// Time that the admin and probes listeners may take to finish.
 const ADMIN_GRACE: Duration = Duration::from_secs(1);
+
+/// Minimum time for purges to reach the fleet's log at shutdown.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The components of a configuration, running or ready to run.
 pub(super) struct Runtime {
@@ -126,11 +129,16 @@ impl Runtime {
         let next = self.now().prepare(config, &shared, make)?;
         // Nothing fails from here on.
         let mut replaced = Vec::new();
+        let all_logged = before.invalidations.unlogged() == 0;
         if restart_cache {
             before.invalidations.replace_with(&shared.invalidations);
         }
         self.active.set_shared(shared.clone());
         if restart_cache {
+            if let Some(fleet) = before.fleet.clone().filter(|_| all_logged) {
+                let invalidations = before.invalidations.clone();
+                serving_runtime.spawn(async move { fleet.leave(&invalidations, LEAVE_TIMEOUT).await });
+            }
             self.foundations = foundations;
             self.work_for_fleet(parts);
             replaced.push("redis, secrets or memory.max_unverified (the cache starts empty)".to_owned());
@@ -266,7 +274,9 @@ impl Runtime {
             running.stop.send_replace(true);
         }
         let stops = self.admin.iter().chain(&self.probes).map(|listener| listener.stop.clone()).collect();
-        Shutdown { tasks, stops }
+        let shared = self.active.shared();
+        let deadline = shared.clock.instant() + Duration::from_millis(self.grace.load(Ordering::Relaxed));
+        Shutdown { tasks, stops, shared, deadline }
     }
 }
 
@@ -274,6 +284,9 @@ impl Runtime {
 pub(super) struct Shutdown {
     tasks: Option<Tasks>,
     stops: Vec<watch::Sender<bool>>,
+    shared: Arc<SharedState>,
+    /// The end of the grace period.
+    deadline: Instant,
 }
 
 impl Shutdown {
@@ -284,6 +297,10 @@ impl Shutdown {
             return 0;
         };
         let cut = serving.join_all().await.into_iter().sum();
+        if let Some(fleet) = &self.shared.fleet {
+            let rest = self.deadline.saturating_duration_since(self.shared.clock.instant());
+            fleet.leave(&self.shared.invalidations, rest.max(LEAVE_TIMEOUT)).await;
+        }
         fleet.shutdown().await;
         for stop in self.stops {
             stop.send_replace(true);

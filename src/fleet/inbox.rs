@@ -13,7 +13,10 @@ const MAX_WAITING: usize = 4096;
 
 /// The inbox of a sidecar.
 #[derive(Debug, Default)]
-pub struct Inbox(Mutex<HashMap<Box<str>, mpsc::Sender<Bytes>>>);
+pub struct Inbox(Mutex<Subscribers>);
+
+/// The subscriptions of each subject.
+type Subscribers = HashMap<Box<str>, Vec<mpsc::Sender<Bytes>>>;
 
 /// A subscription to messages about a subject. Dropping it unsubscribes.
 #[derive(Debug)]
@@ -25,14 +28,14 @@ pub struct Subscription<'i> {
 }
 
 impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, mpsc::Sender<Bytes>>> {
+    fn lock(&self) -> MutexGuard<'_, Subscribers> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Subscribes to a subject: messages about it are queued for the caller from now on.
     pub fn subscribe(&self, subject: &str) -> Subscription<'_> {
         let (sender, messages) = mpsc::channel(MAX_WAITING);
-        self.lock().insert(subject.into(), sender.clone());
+        self.lock().entry(subject.into()).or_default().push(sender.clone());
         Subscription { inbox: self, subject: subject.into(), sender, messages }
     }
 
@@ -40,7 +43,7 @@ impl Inbox {
     pub fn deliver(&self, message: &Bytes) {
         let Some(space) = message.iter().position(|byte| *byte == b' ') else { return };
         let Ok(subject) = std::str::from_utf8(&message[..space]) else { return };
-        if let Some(waiting) = self.lock().get(subject) {
+        for waiting in self.lock().get(subject).into_iter().flatten() {
             // A full queue drops the message: a subscriber with this many pending messages needs no further one.
             let _ = waiting.try_send(message.slice(space + 1..));
         }
@@ -58,8 +61,11 @@ impl Subscription<'_> {
 impl Drop for Subscription<'_> {
     fn drop(&mut self) {
         let mut waiting = self.inbox.lock();
-        if waiting.get(&self.subject).is_some_and(|sender| sender.same_channel(&self.sender)) {
-            waiting.remove(&self.subject);
+        if let Some(senders) = waiting.get_mut(&self.subject) {
+            senders.retain(|sender| !sender.same_channel(&self.sender));
+            if senders.is_empty() {
+                waiting.remove(&self.subject);
+            }
         }
     }
 }

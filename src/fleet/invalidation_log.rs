@@ -3,9 +3,11 @@
 //! The follower reads the log from its beginning, then blocks at the server until there are new entries. Each entry
 //! names its predecessor. If that is not the entry read last, or if the log ends before it, entries may have been
 //! missed: everything stored becomes unverified, and reading starts again. A lost connection alone loses no entry.
+//!
+//! Heartbeats ([`super::membership`]) prove that this sidecar can write, that the log has all purges of all sidecars,
+//! and where the log ends. Stored entries are trusted only while they succeed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -15,34 +17,30 @@ use tracing::{debug, warn};
 use super::SidecarId;
 use super::inbox::Inbox;
 use super::invalidations::Invalidations;
-use super::purge_message::PurgeMessage;
+use super::membership::Membership;
+use super::purge_message::{LogMessage, PurgeMessage};
 use crate::clock::Clock;
 use crate::policy::invalidation::log_position::{LogGap, LogId};
 use crate::policy::{Tick, millis};
-use crate::redis::{LogEntry, Redis, RedisError};
+use crate::redis::{Beat, LogEntry, Redis, RedisError};
 use crate::store::authentication::Keyring;
 use crate::store::record::random_salt;
 
 /// How long the server blocks a read when there are no new entries.
 const BLOCK_TIME: Duration = Duration::from_secs(1);
 
-/// Minimum interval between two queries for the end of the log.
-const END_INTERVAL: Duration = Duration::from_millis(500);
+/// Interval of heartbeats, unless `max_unverified` is shorter than four of them.
+const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Pause between an error and the next attempt.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// Interval at which a sidecar announces its presence.
-const PRESENCE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// A sidecar that has not announced its presence for this long is considered gone.
-pub const PRESENCE_TTL: Duration = Duration::from_secs(15);
-
 /// Older log entries are not confirmed, because no sidecar waits this long for a confirmation.
 const MAX_CONFIRM_AGE: Duration = Duration::from_secs(30);
 
-/// Maximum number of entries per read.
+/// Maximum number of entries per read, and of purges per append.
 const BATCH_SIZE: u64 = 1_000;
+const APPEND_BATCH: usize = 100;
 
 /// The state shared by the follower and the writer.
 #[derive(Debug, Clone)]
@@ -59,8 +57,15 @@ pub struct InvalidationLog {
     pub sidecar_id: SidecarId,
     /// The clock.
     pub clock: Clock,
-    /// The tick at which this sidecar last announced its presence.
-    pub announced_at: Arc<AtomicU64>,
+    /// What the heartbeats have shown.
+    pub membership: Arc<Membership>,
+}
+
+/// What a heartbeat proves once the log is read up to an entry: until a tick, all purges are applied.
+#[derive(Debug, Clone, Copy)]
+struct Proof {
+    end: LogId,
+    complete_until: Tick,
 }
 
 /// The reason why following the log was interrupted.
@@ -94,6 +99,9 @@ impl InvalidationLog {
                 }
                 FollowError::Broken => {
                     warn!("the invalidation log was replaced or truncated: all entries are now stale");
+                    // A stream that was begun anew may have lower IDs.
+                    inbox = LogId::default();
+                    self.membership.set_broken();
                     if let Err(error) = self.begin().await {
                         debug!(%error, "the invalidation log can't be read");
                     }
@@ -111,28 +119,35 @@ impl InvalidationLog {
                 self.begin().await?;
             }
             self.catch_up().await?;
-            let (mut looked, mut goal) = (None::<Tick>, None);
+            let max_unverified = self.invalidations.max_unverified().unwrap_or(BEAT_INTERVAL);
+            let interval = BEAT_INTERVAL.min(max_unverified / 4);
+            let (mut sent, mut proof) = (None::<Tick>, None);
             loop {
                 let now = self.clock.now();
-                if looked.is_none_or(|looked| now.since(looked) >= millis(END_INTERVAL)) {
-                    goal = Some((self.end().await?, now));
-                    looked = Some(now);
-                    self.announce_presence(now).await;
+                if sent.is_none_or(|sent| now.since(sent) >= millis(interval)) {
+                    proof = Some(self.beat(now).await?);
+                    sent = Some(now);
+                    if self.membership.clock_went_back() {
+                        *inbox = LogId::default();
+                    }
                 }
-                self.update_verified(&mut goal);
-                self.wait_for_entries(inbox).await?;
-                self.update_verified(&mut goal);
+                self.update_verified(&mut proof);
+                self.wait_for_entries(inbox, BLOCK_TIME.min(interval)).await?;
+                self.update_verified(&mut proof);
             }
         };
         let Err::<std::convert::Infallible, _>(interrupted) = read.await;
         self.invalidations.set_caught_up(false);
+        if let FollowError::Redis(error) = &interrupted {
+            self.membership.set_error(error.to_string());
+        }
         interrupted
     }
 
     /// Starts at the oldest entry that the log still has.
     async fn begin(&self) -> Result<(), RedisError> {
         // Creates the log if it does not exist, so that everything fetched from now on has an entry before it.
-        self.redis.append(Bytes::new()).await?;
+        self.send_beat(self.clock.now()).await?;
         let first = self.redis.log_after(None, 1).await?;
         if let Some(entry) = first.first() {
             self.invalidations.begin_log(entry.previous);
@@ -152,33 +167,39 @@ impl InvalidationLog {
         }
     }
 
-    /// Returns the ID of the last log entry. Fails if the log is missing, or ends before the entry read last.
-    async fn end(&self) -> Result<LogId, FollowError> {
-        let (end, read) = (self.redis.log_end().await?, self.invalidations.log_position());
-        end.filter(|end| Some(*end) >= read).ok_or(FollowError::Broken)
+    /// Sends a heartbeat at `now`. Fails if the log ends before the entry read last.
+    async fn beat(&self, now: Tick) -> Result<Proof, FollowError> {
+        let proof = self.send_beat(now).await?;
+        if Some(proof.end) < self.invalidations.log_position() { Err(FollowError::Broken) } else { Ok(proof) }
     }
 
-    /// Marks everything verified up to the time of `goal`, once the entry that was the log's last at that time is read.
-    fn update_verified(&self, goal: &mut Option<(LogId, Tick)>) {
-        if let Some((_, at)) = goal.take_if(|(end, _)| self.invalidations.log_position() >= Some(*end)) {
-            self.invalidations.mark_verified(at);
+    async fn send_beat(&self, now: Tick) -> Result<Proof, RedisError> {
+        let reset = Bytes::from(LogMessage::seal_reset(&self.keyring.load(), random_salt()));
+        let broken = self.membership.broken_epoch();
+        let beat = Beat {
+            me: &self.sidecar_id.to_string(),
+            all_logged: self.invalidations.unlogged() == 0,
+            broken: &broken,
+            reset: &reset,
+            nonce: getrandom::u64().unwrap_or(0),
+            forget_after: super::membership::FORGET_AFTER,
+        };
+        let reply = self.redis.beat(beat).await?;
+        let complete_until = self.membership.update(&reply, now);
+        Ok(Proof { end: reply.end, complete_until })
+    }
+
+    /// Marks everything verified that `proof` proves, once the log is read up to its entry.
+    fn update_verified(&self, proof: &mut Option<Proof>) {
+        if let Some(proof) = proof.take_if(|proof| self.invalidations.log_position() >= Some(proof.end)) {
+            self.invalidations.mark_verified(proof.complete_until);
             self.invalidations.set_caught_up(true);
         }
     }
 
-    /// Announces the presence of this sidecar, at most once per [`PRESENCE_INTERVAL`].
-    async fn announce_presence(&self, now: Tick) {
-        if now.since(Tick(self.announced_at.load(Ordering::Relaxed))) >= millis(PRESENCE_INTERVAL) {
-            self.announced_at.store(now.0, Ordering::Relaxed);
-            if let Err(error) = self.redis.announce(Some(&self.sidecar_id.to_string()), PRESENCE_TTL).await {
-                debug!(%error, "the presence of this sidecar could not be written");
-            }
-        }
-    }
-
-    async fn wait_for_entries(&self, inbox: &mut LogId) -> Result<(), FollowError> {
+    async fn wait_for_entries(&self, inbox: &mut LogId, wait: Duration) -> Result<(), FollowError> {
         let last = self.invalidations.log_position().unwrap_or_default();
-        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), BLOCK_TIME).await?;
+        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), wait).await?;
         self.apply(update.log)?;
         for message in update.inbox {
             *inbox = message.id;
@@ -190,12 +211,14 @@ impl InvalidationLog {
     fn apply(&self, entries: Vec<LogEntry>) -> Result<(), LogGap> {
         let mut forged = 0;
         for LogEntry { id, previous, body } in entries {
-            let said = (!body.is_empty()).then(|| PurgeMessage::open(&body, &self.keyring.load()));
-            let answer =
-                said.as_ref().and_then(|purge| purge.as_ref().filter(|purge| purge.answer.is_some()).cloned());
-            forged += u64::from(matches!(said, Some(None)));
-            self.invalidations.apply(previous, id, said)?;
-            if let Some(purge) = answer.filter(|_| self.is_recent(id)) {
+            let message = (!body.is_empty()).then(|| LogMessage::open(&body, &self.keyring.load()));
+            let to_confirm = match &message {
+                Some(Some(LogMessage::Purge(purge))) if purge.answer.is_some() => Some(purge.clone()),
+                _ => None,
+            };
+            forged += u64::from(matches!(message, Some(None)));
+            self.invalidations.apply(previous, id, message)?;
+            if let Some(purge) = to_confirm.filter(|_| self.is_recent(id)) {
                 tokio::spawn(self.clone().confirm_applied(purge));
             }
         }
@@ -225,13 +248,17 @@ impl InvalidationLog {
 
     /// Appends the purges of this sidecar to the log, in order. Never returns.
     pub async fn write_purges(self) {
+        let me = self.sidecar_id.to_string();
         loop {
-            let purge = self.invalidations.next_to_log().await;
-            let body = Bytes::from(purge.seal(&self.keyring.load(), random_salt()));
-            match self.redis.append(body).await {
-                Ok(_id) => self.invalidations.mark_logged(purge.number),
+            let purges = self.invalidations.next_to_log(APPEND_BATCH).await;
+            let last = purges.last().map_or(0, |purge| purge.number);
+            let seal =
+                |purge: PurgeMessage| (purge.number, Bytes::from(purge.seal(&self.keyring.load(), random_salt())));
+            match self.redis.append(&me, purges.into_iter().map(seal).collect()).await {
+                Ok(_id) => self.invalidations.mark_logged(last),
                 Err(error) => {
                     self.invalidations.mark_log_unwritable();
+                    self.membership.set_error(error.to_string());
                     debug!(%error, "a purge is not in the invalidation log yet");
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }

@@ -1,10 +1,10 @@
 //! Local and fleet-wide invalidations: a lock around the [`Ledger`] and [`LogPositions`], and two atomics read on hits.
 //!
 //! A purge made here takes effect when it is recorded, and stays in the outbox until the log has it. Purges of other
-//! sidecars arrive through the log ([`super::invalidation_log`]). While the log can't be read, an entry is trusted for
-//! `max_unverified` after the log was last read to its end, or after the entry was received, whichever is later.
+//! sidecars arrive through the log ([`super::invalidation_log`]). An entry is trusted for `max_unverified` after the last
+//! moment at which this sidecar is known to have applied all purges of all sidecars, or after the entry was received,
+//! whichever is later.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -12,27 +12,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::SidecarId;
-use super::purge_message::PurgeMessage;
+use super::ledger_state::LedgerState;
+use super::purge_message::{LogMessage, PurgeMessage};
+use crate::clock::FleetClock;
 use crate::policy::entry::Entry;
-use crate::policy::invalidation::ledger::{InvalidationState, Ledger, Position, PurgeKind, ResourceId, Selector};
-use crate::policy::invalidation::log_position::{LogGap, LogId, LogPositions, SeenLog};
+use crate::policy::invalidation::ledger::{InvalidationState, Position, Purge, PurgeKind, ResourceId, Selector};
+use crate::policy::invalidation::log_position::{LogGap, LogId, SeenLog};
 use crate::policy::{Tick, millis};
-
-/// Capacity of the ledger: subjects and URL matchers.
-const MAX_SUBJECTS: usize = 100_000;
-const MAX_MATCHERS: usize = 1_000;
-
-/// Maximum number of log entries whose positions are kept.
-const MAX_LOG_POSITIONS: usize = 60_000;
-
-/// Maximum number of own purges that are appended again when the log, or its end, was lost.
-const MAX_RECENT: usize = 1_000;
-
-/// Maximum number of sidecars whose last purge number is kept.
-const MAX_SIDECARS: usize = 10_000;
-
-/// Capacity of the outbox. When it is full, one purge of everything replaces all purges in it.
-const MAX_OUTBOX: usize = 10_000;
 
 /// The purges made by this sidecar and the fleet.
 #[derive(Debug)]
@@ -52,28 +38,13 @@ pub struct Invalidations {
 struct FleetState {
     me: SidecarId,
     max_unverified: Duration,
+    clock: Arc<FleetClock>,
     /// How far the log has this sidecar's purges.
     wait_logged: watch::Sender<LogProgress>,
     /// The number of the last purge that waits to be appended to the log.
     waiting: watch::Sender<u64>,
     /// Whether the log has been read to its end.
     wait_caught_up: watch::Sender<bool>,
-}
-
-#[derive(Debug)]
-struct LedgerState {
-    ledger: Ledger,
-    chain: LogPositions,
-    /// Numbers and positions of own purges that have not been read back from the log yet.
-    unconfirmed: VecDeque<(u64, Position)>,
-    /// The most recent own purges: another log may lack them.
-    recent: VecDeque<PurgeMessage>,
-    /// The number of the last purge read of each sidecar, so that a purge logged twice is applied once.
-    last_numbers: HashMap<SidecarId, u64>,
-    /// Own purges that the log does not have yet.
-    outbox: VecDeque<PurgeMessage>,
-    /// Number of purges made by this sidecar.
-    recorded: u64,
 }
 
 /// Progress of appending own purges to the log.
@@ -96,18 +67,9 @@ pub struct PurgeReceipt {
 
 impl Default for Invalidations {
     fn default() -> Self {
-        let ledger = Ledger::new(MAX_SUBJECTS, MAX_MATCHERS);
-        let epoch = AtomicU64::new(ledger.position().0);
-        let (unread, outbox) = (VecDeque::new(), VecDeque::new());
-        let state = RwLock::new(LedgerState {
-            ledger,
-            chain: LogPositions::new(MAX_LOG_POSITIONS),
-            unconfirmed: unread,
-            recent: VecDeque::new(),
-            last_numbers: HashMap::new(),
-            outbox,
-            recorded: 0,
-        });
+        let state = LedgerState::default();
+        let epoch = AtomicU64::new(state.ledger.position().0);
+        let state = RwLock::new(state);
         let (trusted_until, successor) = (AtomicU64::new(u64::MAX), OnceLock::new());
         Invalidations { epoch, trusted_until, state, fleet: None, successor }
     }
@@ -116,11 +78,18 @@ impl Default for Invalidations {
 impl Invalidations {
     /// Returns the invalidations of a sidecar in a fleet. Every entry is trusted until `now` + `max_unverified`; after
     /// that, trust depends on the log.
-    pub fn shared(me: SidecarId, max_unverified: Duration, now: Tick) -> Invalidations {
+    pub fn shared(me: SidecarId, max_unverified: Duration, clock: Arc<FleetClock>, now: Tick) -> Invalidations {
         let (logged, waiting, caught_up) =
             (watch::Sender::new(LogProgress::default()), watch::Sender::new(0), watch::Sender::new(false));
         let shared = Invalidations {
-            fleet: Some(FleetState { me, max_unverified, wait_logged: logged, waiting, wait_caught_up: caught_up }),
+            fleet: Some(FleetState {
+                me,
+                max_unverified,
+                clock,
+                wait_logged: logged,
+                waiting,
+                wait_caught_up: caught_up,
+            }),
             ..Invalidations::default()
         };
         shared.mark_verified(now);
@@ -149,18 +118,9 @@ impl Invalidations {
         let mut state = self.write();
         let position = state.ledger.record(selectors.iter().cloned(), strength);
         if let Some(fleet) = &self.fleet {
-            if state.outbox.len() >= MAX_OUTBOX {
-                state.collapse_outbox();
-            }
-            state.recorded += 1;
-            let number = state.recorded;
-            let purge = PurgeMessage { from: fleet.me, number, strength, selectors, answer };
-            state.unconfirmed.push_back((number, position));
-            state.recent.push_back(purge.clone());
-            if state.recent.len() > MAX_RECENT {
-                state.recent.pop_front();
-            }
-            state.outbox.push_back(purge);
+            let number = state.recorded + 1;
+            let purge = PurgeMessage { from: fleet.me, number, strength, selectors, answer, repeated: None };
+            state.queue(purge, position, fleet.clock.tick_now());
             fleet.waiting.send_replace(number);
         }
         self.epoch.store(position.0, Ordering::Release);
@@ -184,7 +144,7 @@ impl Invalidations {
         let epoch = self.position();
         let known = entry.cached_state(epoch).unwrap_or_else(|| {
             let state = self.read();
-            let found = state.ledger.state_of(&entry.resource, entry.position);
+            let found = state.ledger.state_of(&entry.resource, entry.position, entry.received_at);
             entry.cache_state(state.ledger.position(), found);
             found
         });
@@ -204,7 +164,8 @@ impl Invalidations {
 
     /// Returns true if a purge since `position` applies to a fetch of this resource.
     pub fn purged_since(&self, address: &ResourceId, position: Position) -> bool {
-        self.position() != position && self.read().ledger.state_of(address, position) != InvalidationState::Valid
+        self.position() != position
+            && self.read().ledger.state_of(address, position, Tick(u64::MAX)) != InvalidationState::Valid
     }
 
     /// Returns the position of a record whose fetch had seen the log up to `id`; the lowest one if `id` is unknown.
@@ -235,36 +196,55 @@ impl Invalidations {
     pub fn begin_log(&self, origin: LogId) {
         let mut state = self.write();
         if state.chain.last().is_some() {
-            let position = state.ledger.mark_unverified();
-            self.epoch.store(position.0, Ordering::Release);
-            state.requeue_recent(position);
-            if let (Some(fleet), Some(last)) = (&self.fleet, state.outbox.back()) {
-                fleet.waiting.send_replace(last.number);
-            }
+            self.reset(&mut state);
         }
         let position = state.ledger.position();
         state.chain.begin(origin, position);
-        state.last_numbers.clear();
     }
 
-    /// Applies the next log entry. `said` is `None` for an empty entry, and `Some(None)` for one that can't be verified
-    /// or decoded, which makes all stored entries unverified. Fails if `previous` is not the entry read last.
-    pub fn apply(&self, previous: LogId, id: LogId, said: Option<Option<PurgeMessage>>) -> Result<(), LogGap> {
+    /// Makes all stored entries unverified, and logs the recent own purges once more, because the log may have lost them.
+    fn reset(&self, state: &mut LedgerState) -> Position {
+        let position = state.ledger.mark_unverified();
+        self.epoch.store(position.0, Ordering::Release);
+        if let Some(fleet) = &self.fleet {
+            state.requeue_recent(position, &fleet.clock);
+            if let Some(last) = state.outbox.back() {
+                fleet.waiting.send_replace(last.number);
+            }
+        }
+        position
+    }
+
+    /// Applies the next log entry. `message` is `None` for an empty entry, and `Some(None)` for one that can't be
+    /// verified or decoded, which makes all stored entries unverified. Fails if `previous` is not the entry read last.
+    pub fn apply(&self, previous: LogId, id: LogId, message: Option<Option<LogMessage>>) -> Result<(), LogGap> {
         let mut state = self.write();
         if state.chain.last() != Some(previous) {
             return Err(LogGap);
         }
-        let at = match said {
+        let at = match message {
             None => state.ledger.position(),
             Some(None) => state.ledger.mark_unverified(),
-            Some(Some(purge)) if state.is_duplicate(&purge) => state.ledger.position(),
-            Some(Some(purge)) => match self.ours(&mut state, &purge) {
-                Some(position) => position,
-                None => state.ledger.record(purge.selectors, purge.strength),
-            },
+            Some(Some(LogMessage::Reset)) => self.reset(&mut state),
+            Some(Some(LogMessage::Purge(purge))) => {
+                let (ours, duplicate) = (self.ours(&mut state, &purge), state.is_duplicate(&purge));
+                match ours {
+                    Some(position) => position,
+                    None if duplicate => state.ledger.position(),
+                    None => {
+                        let made_at = purge.repeated.map(|time| self.tick_of(time));
+                        state.ledger.record(purge.selectors, Purge { kind: purge.strength, made_at })
+                    }
+                }
+            }
         };
         self.epoch.store(state.ledger.position().0, Ordering::Release);
         state.chain.extend(previous, id, at)
+    }
+
+    /// Returns the earliest tick of a fleet time.
+    fn tick_of(&self, time: u64) -> Tick {
+        self.fleet.as_ref().and_then(|fleet| fleet.clock.tick(time)).unwrap_or_default()
     }
 
     /// Returns the position of a purge that this sidecar made itself, when it is read back from the log.
@@ -276,11 +256,21 @@ impl Invalidations {
         state.unconfirmed.remove(index).map(|(_, position)| position)
     }
 
-    /// Marks the log as read to its end at `now`.
-    pub fn mark_verified(&self, now: Tick) {
+    /// Marks all purges that any sidecar made up to `at` as applied.
+    pub fn mark_verified(&self, at: Tick) {
         if let Some(fleet) = &self.fleet {
-            self.trusted_until.store(now.plus(fleet.max_unverified).0, Ordering::Relaxed);
+            self.trusted_until.store(at.plus(fleet.max_unverified).0, Ordering::Relaxed);
         }
+    }
+
+    /// Returns how long entries are trusted without proof that all purges are applied. `None` without a fleet.
+    pub fn max_unverified(&self) -> Option<Duration> {
+        self.fleet.as_ref().map(|fleet| fleet.max_unverified)
+    }
+
+    /// Returns how often the ledger was full.
+    pub fn overflows(&self) -> u64 {
+        self.read().ledger.overflows()
     }
 
     /// Sets whether the log has been read to its end since the last read error.
@@ -299,13 +289,14 @@ impl Invalidations {
         }
     }
 
-    /// Waits until there is a purge that the log does not have, and returns the oldest one.
-    pub async fn next_to_log(&self) -> PurgeMessage {
+    /// Waits until there are purges that the log does not have, and returns the oldest ones, at most `count`.
+    pub async fn next_to_log(&self, count: usize) -> Vec<PurgeMessage> {
         loop {
             let Some(fleet) = &self.fleet else { return std::future::pending().await };
             let mut waiting = fleet.waiting.subscribe();
-            if let Some(purge) = self.read().outbox.front().cloned() {
-                return purge;
+            let purges: Vec<PurgeMessage> = self.read().outbox.iter().take(count).cloned().collect();
+            if !purges.is_empty() {
+                return purges;
             }
             let _ = waiting.changed().await;
         }
@@ -329,6 +320,13 @@ impl Invalidations {
         }
     }
 
+    /// Waits for at most `patience` until the log has all purges, and returns whether it does.
+    pub async fn wait_all_logged(&self, patience: Duration) -> bool {
+        let Some(fleet) = &self.fleet else { return true };
+        let mut logged = fleet.wait_logged.subscribe();
+        tokio::time::timeout(patience, logged.wait_for(|_| self.unlogged() == 0)).await.is_ok()
+    }
+
     /// Waits for at most `patience` until the log has the purge, and returns whether it does. Returns false at once if
     /// the log can't be written, or if purges are not shared.
     pub async fn wait_logged(&self, number: u64, patience: Duration) -> bool {
@@ -349,41 +347,5 @@ impl Invalidations {
         let fleet = self.fleet.as_ref()?;
         let trusted = self.trusted_until.load(Ordering::Relaxed);
         Some(now.since(Tick(trusted.saturating_sub(millis(fleet.max_unverified)))))
-    }
-}
-
-impl LedgerState {
-    /// Puts the most recent own purges into the outbox again, in order. Their local position becomes `at`: everything
-    /// before is unverified anyway.
-    fn requeue_recent(&mut self, at: Position) {
-        let first = self.recent.front().map_or(u64::MAX, |purge| purge.number);
-        self.outbox.retain(|purge| purge.number < first);
-        self.outbox.extend(self.recent.iter().cloned());
-        self.unconfirmed = self.outbox.iter().map(|purge| (purge.number, at)).collect();
-    }
-
-    /// Notes that a purge was read. Returns true if it had been read before.
-    fn is_duplicate(&mut self, purge: &PurgeMessage) -> bool {
-        if self.last_numbers.len() > MAX_SIDECARS {
-            self.last_numbers.clear();
-        }
-        let last = self.last_numbers.entry(purge.from).or_insert(0);
-        let before = purge.number <= *last;
-        *last = purge.number.max(*last);
-        before
-    }
-
-    /// Replaces all purges in a full outbox with one hard purge of everything.
-    fn collapse_outbox(&mut self) {
-        if let Some(last) = self.outbox.pop_back() {
-            self.outbox.clear();
-            let everything =
-                PurgeMessage { strength: PurgeKind::Hard, selectors: vec![Selector::Everything], ..last };
-            // When it is read back from the log, it has the position of the first purge that it replaces.
-            let first = self.unconfirmed.front().map(|(_, position)| *position);
-            self.unconfirmed.clear();
-            self.unconfirmed.extend(first.map(|position| (everything.number, position)));
-            self.outbox.push_back(everything);
-        }
     }
 }

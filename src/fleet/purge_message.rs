@@ -11,10 +11,22 @@ use crate::policy::invalidation::tag::{Subject, UpstreamId};
 use crate::policy::routing::pattern::Glob;
 use crate::store::authentication::{KEY_ID, Keyring, SALT, TAG};
 
-const VERSION: u8 = 1;
+/// The first byte of a message: its format, which says what it is.
+const PURGE: u8 = 1;
+const RESET: u8 = 2;
+const REPEATED_PURGE: u8 = 3;
 
 /// The context that the MAC of a log entry is bound to.
 const BOUND_TO: &[u8] = b"invalidation log";
+
+/// A message in the invalidation log.
+#[derive(Debug, Clone)]
+pub enum LogMessage {
+    /// A purge.
+    Purge(PurgeMessage),
+    /// Purges before this entry may have been lost: all that was stored before is unverified.
+    Reset,
+}
 
 /// A purge and the sidecar that made it.
 #[derive(Debug, Clone)]
@@ -29,6 +41,9 @@ pub struct PurgeMessage {
     pub selectors: Vec<Selector>,
     /// The name under which sidecars confirm that they have applied the purge, if a confirmation is wanted.
     pub answer: Option<u64>,
+    /// Set if the purge is logged once more, because the log may have lost it: the fleet time at which it was made, in
+    /// milliseconds. Entries received since are stale, not gone.
+    pub repeated: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -46,6 +61,7 @@ enum SelectorPayload {
     Prefix(MatcherPayload),
     Glob(MatcherPayload),
     Everything,
+    ScopedSubject { subject: [u8; 16], scope: [u8; 16] },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,7 +79,9 @@ impl From<&Selector> for SelectorPayload {
             text,
         };
         match selector {
-            Selector::Subject(subject) => SelectorPayload::Subject(subject.to_bytes()),
+            Selector::Subject { subject, scope } => {
+                SelectorPayload::ScopedSubject { subject: subject.to_bytes(), scope: scope.to_bytes() }
+            }
             Selector::Everything => SelectorPayload::Everything,
             Selector::Matching(matcher) => match &matcher.target {
                 TargetMatch::Prefix(text) => SelectorPayload::Prefix(payload(matcher, text.to_string())),
@@ -80,7 +98,13 @@ impl From<SelectorPayload> for Selector {
             Selector::Matching(Matcher { upstream, authority: matcher.authority.map(Into::into), target })
         };
         match payload {
-            SelectorPayload::Subject(bytes) => Selector::Subject(Subject::from_bytes(bytes)),
+            // Written by earlier versions: a scope of its own.
+            SelectorPayload::Subject(bytes) => {
+                Selector::Subject { subject: Subject::from_bytes(bytes), scope: Subject::from_bytes(bytes) }
+            }
+            SelectorPayload::ScopedSubject { subject, scope } => {
+                Selector::Subject { subject: Subject::from_bytes(subject), scope: Subject::from_bytes(scope) }
+            }
             SelectorPayload::Everything => Selector::Everything,
             SelectorPayload::Prefix(matcher) => {
                 let target = TargetMatch::Prefix(matcher.text.as_str().into());
@@ -104,34 +128,56 @@ impl PurgeMessage {
             answer: self.answer,
             selectors: self.selectors.iter().map(SelectorPayload::from).collect(),
         };
-        let mut body = vec![VERSION];
-        body.extend_from_slice(&ring.current_id());
-        body.extend_from_slice(&salt);
-        body.extend(postcard::to_allocvec(&payload).unwrap_or_default());
-        // The current key of a keyring is always in it, so `mac` can't fail.
-        let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
-        body.extend_from_slice(&tag);
-        body
+        let payload = postcard::to_allocvec(&payload).unwrap_or_default();
+        match self.repeated {
+            None => seal(PURGE, &payload, ring, salt),
+            Some(made_at) => seal(REPEATED_PURGE, &[&made_at.to_be_bytes(), &*payload].concat(), ring, salt),
+        }
+    }
+}
+
+fn seal(format: u8, payload: &[u8], ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
+    let mut body = vec![format];
+    body.extend_from_slice(&ring.current_id());
+    body.extend_from_slice(&salt);
+    body.extend_from_slice(payload);
+    // The current key of a keyring is always in it, so `mac` can't fail.
+    let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
+    body.extend_from_slice(&tag);
+    body
+}
+
+impl LogMessage {
+    /// Encodes a reset for the log and authenticates it with the current key.
+    pub fn seal_reset(ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
+        seal(RESET, &[], ring, salt)
     }
 
-    /// Verifies and decodes a log entry. Returns `None` if the MAC, the version or the encoding is wrong.
-    pub fn open(body: &[u8], ring: &Keyring) -> Option<PurgeMessage> {
+    /// Verifies and decodes a log entry. Returns `None` if the MAC, the format or the encoding is wrong.
+    pub fn open(body: &[u8], ring: &Keyring) -> Option<LogMessage> {
         let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
-        let (version, rest) = sealed.split_first()?;
+        let (format, rest) = sealed.split_first()?;
         let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
         let (salt, payload) = rest.split_first_chunk::<SALT>()?;
-        if *version != VERSION {
-            return None;
-        }
         ring.verify(*id, salt, BOUND_TO, &[sealed], tag).ok()?;
+        let (repeated, payload) = match *format {
+            RESET => return Some(LogMessage::Reset),
+            PURGE => (None, payload),
+            REPEATED_PURGE => {
+                let (made_at, payload) = payload.split_first_chunk()?;
+                (Some(u64::from_be_bytes(*made_at)), payload)
+            }
+            _ => return None,
+        };
         let payload: PurgePayload = postcard::from_bytes(payload).ok()?;
-        Some(PurgeMessage {
+        Some(LogMessage::Purge(PurgeMessage {
+            repeated,
             from: SidecarId(payload.from),
             number: payload.number,
             strength: if payload.hard { PurgeKind::Hard } else { PurgeKind::Soft },
             selectors: payload.selectors.into_iter().map(Selector::from).collect(),
             answer: payload.answer,
-        })
+        }))
     }
 }
 
@@ -150,28 +196,40 @@ mod tests {
             number: 9,
             strength: PurgeKind::Soft,
             selectors: vec![
-                Selector::Subject(Subject::tag(scope, "products")),
+                Selector::tag(scope, "products"),
                 Selector::Matching(matcher(TargetMatch::Prefix("/a".into()))),
                 Selector::Matching(matcher(TargetMatch::Glob(Glob::new("*b*")))),
                 Selector::Everything,
             ],
             answer: Some(5),
+            repeated: None,
         };
         let sealed = purge.seal(&ring, [1; SALT]);
-        let opened = PurgeMessage::open(&sealed, &ring).expect("ours");
-        assert_eq!(format!("{opened:?}"), format!("{purge:?}"));
-        // Other versions of the program read this format: a change of the layout needs a new VERSION.
-        let hex = crate::policy::testing::hex(&sealed);
+        let opened = LogMessage::open(&sealed, &ring).expect("ours");
+        assert_eq!(format!("{opened:?}"), format!("Purge({purge:?})"));
+        // Other versions of the program read these formats: a change of the layout needs another first byte.
+        let hex = crate::policy::testing::hex;
         assert_eq!(
-            hex,
-            "01347d1312010101010101010101010101010101010309000105040021474a48eaa0072cdee2caacd7832c040101070109612e6578616d706c65022f610201070109612e6578616d706c65032a622a036c759205b12b7315dd07645cfe1cd57c"
+            hex(&sealed),
+            "01347d1312010101010101010101010101010101010309000105040421474a48eaa0072cdee2caacd7832c04fa822e97d634fc89498ad6adf072c8500101070109612e6578616d706c65022f610201070109612e6578616d706c65032a622a03c59f428791cafd6bbfa9f880de0e345e"
         );
-        assert!(PurgeMessage::open(&sealed, &Keyring::new([&b"other"[..]])).is_none());
+        let late = PurgeMessage { repeated: Some(7), selectors: Vec::new(), ..purge };
+        let late = late.seal(&ring, [1; SALT]);
+        assert_eq!(
+            hex(&late),
+            "03347d13120101010101010101010101010101010100000000000000070309000105009bf528a278edbca1d3b481eb9e137478"
+        );
+        let opened = LogMessage::open(&late, &ring);
+        assert!(matches!(opened, Some(LogMessage::Purge(PurgeMessage { repeated: Some(7), number: 9, .. }))));
+        let reset = LogMessage::seal_reset(&ring, [1; SALT]);
+        assert_eq!(hex(&reset), "02347d131201010101010101010101010101010101ddc8243977b7d74e50ece1d69dc8e994");
+        assert!(matches!(LogMessage::open(&reset, &ring), Some(LogMessage::Reset)));
+        assert!(LogMessage::open(&sealed, &Keyring::new([&b"other"[..]])).is_none());
         for at in 0..sealed.len() {
             let mut broken = sealed.clone();
             broken[at] ^= 1;
-            assert!(PurgeMessage::open(&broken, &ring).is_none(), "byte {at}");
-            assert!(PurgeMessage::open(&sealed[..at], &ring).is_none(), "cut at {at}");
+            assert!(LogMessage::open(&broken, &ring).is_none(), "byte {at}");
+            assert!(LogMessage::open(&sealed[..at], &ring).is_none(), "cut at {at}");
         }
     }
 }

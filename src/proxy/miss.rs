@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use http::header::HeaderName;
 use http::{Method, Response};
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
@@ -51,8 +52,8 @@ struct JoinState {
     key: CacheKey,
     /// The fetch is for this request only.
     unshared: bool,
-    /// The key is from a response: it knows more than what is stored.
-    learnt: bool,
+    /// The request headers that a response was seen to depend on: the key is of this variant.
+    vary: Option<Vec<HeaderName>>,
 }
 
 impl MissHandler {
@@ -67,7 +68,7 @@ impl MissHandler {
             key: context.miss.fetch_key(&request.key, &request.parts.headers),
             unshared: request.parts.method == Method::HEAD
                 || self.coalescer.is_hit_for_miss(&request.key, context.exchange.now),
-            learnt: false,
+            vary: None,
         };
         let mut joins = 0;
         while joins < MAX_JOINS {
@@ -97,7 +98,7 @@ impl MissHandler {
                 FollowerResult::Completed(FetchResult::Shared(shared), own) => {
                     if !shared.variant.selected_by(&request.parts.headers) {
                         join.key = variant_key(&request.key, &shared.variant, &request.parts.headers);
-                        join.learnt = true;
+                        join.vary = Some(shared.variant.names());
                     } else if let Some(body) = own.or_else(|| shared.body_for(collapsed)) {
                         return self.respond_shared(&context, shared, body, collapsed);
                     } else {
@@ -107,7 +108,7 @@ impl MissHandler {
                 FollowerResult::Completed(FetchResult::FoundInFleet(entry), _) => {
                     if !entry.variant.selected_by(&request.parts.headers) {
                         join.key = variant_key(&request.key, &entry.variant, &request.parts.headers);
-                        join.learnt = true;
+                        join.vary = Some(entry.variant.names());
                     } else if let Some(response) = self.respond_found(&context, &entry) {
                         return response;
                     } else {
@@ -150,7 +151,8 @@ impl MissHandler {
                 Err(step) => return step,
             }
         };
-        let spec = FetchSpec::for_miss(resource, context, position, self.fleet_use(context, join.unshared));
+        let mut spec = FetchSpec::for_miss(resource, context, position, self.fleet_use(context, join.unshared));
+        spec.vary.clone_from(&join.vary);
         MissStep::Lead(Box::new((leader, spec)), follower)
     }
 
@@ -184,7 +186,7 @@ impl MissHandler {
         match self.lookup.find(key, headers, &RequestDirectives::default(), now) {
             LookupResult::Fresh(entry) => Some(MissStep::Hit(entry)),
             LookupResult::WhileRevalidate(_) | LookupResult::Miss(Miss { sibling: None, .. }) => None,
-            LookupResult::Miss(_) if join.learnt => None,
+            LookupResult::Miss(_) if join.vary.is_some() => None,
             LookupResult::Miss(miss) => {
                 let key = miss.fetch_key(key, headers);
                 (key != join.key).then(|| MissStep::Rejoin(Box::new(key)))

@@ -13,7 +13,7 @@ use super::upstream_state::{Destination, rule_tags};
 use crate::body::Body;
 use crate::fleet::invalidations::PurgeReceipt;
 use crate::policy::invalidation::ledger::{Position, PurgeKind, Selector};
-use crate::policy::invalidation::tag::{Subject, TagScope};
+use crate::policy::invalidation::tag::TagScope;
 use crate::policy::outcome::Failure;
 use crate::policy::resilience::retry::RetrySafety;
 use crate::policy::routing::router::Route;
@@ -95,9 +95,8 @@ impl Writer {
         let rules = upstream.router.rules_for_write(parts.uri.path());
         let tags: Vec<String> = rules.flat_map(|rule| rule_tags(rule, parts.uri.path())).collect();
         let selectors: Vec<_> = paths
-            .map(|path| Subject::path(scope, &path))
-            .chain(tags.iter().map(|tag| Subject::tag(scope, tag)))
-            .map(Selector::Subject)
+            .map(|path| Selector::path(scope, &path))
+            .chain(tags.iter().map(|tag| Selector::tag(scope, tag)))
             .collect();
         self.telemetry.written();
         self.fleet.invalidations.record(selectors, PurgeKind::Hard, None)

@@ -57,6 +57,8 @@ pub(super) struct SupervisedConnection {
     /// ping would wait too, and the command's own deadline serves the same purpose.
     heartbeat: Option<Duration>,
     client: ArcSwapOption<Client>,
+    /// The run ID of the server: another one after a restart, or on another server.
+    server_id: ArcSwapOption<String>,
     breaker: Mutex<CircuitBreaker>,
     slots: Semaphore,
     clock: Clock,
@@ -83,6 +85,7 @@ impl SupervisedConnection {
             slot,
             heartbeat: (!waits).then_some(HEARTBEAT),
             client: ArcSwapOption::empty(),
+            server_id: ArcSwapOption::empty(),
             breaker: Mutex::default(),
             slots: Semaphore::new(MAX_IN_FLIGHT),
             clock,
@@ -148,6 +151,11 @@ impl SupervisedConnection {
         let begun = Instant::now();
         let place = timeout(deadline, self.slots.acquire()).await.ok()?.ok()?;
         Some((place, deadline.checked_sub(begun.elapsed())?))
+    }
+
+    /// Returns the run ID of the server. Empty before the first connection.
+    pub(super) fn server_id(&self) -> String {
+        self.server_id.load().as_deref().cloned().unwrap_or_default()
     }
 
     /// Returns true if there is a connection and the breaker would admit a command.
@@ -250,6 +258,7 @@ impl SupervisedConnection {
             Err(_elapsed) => return Err("connected, but no reply".into()),
         };
         on_time(time);
+        self.server_id.store(Some(Arc::new(run_id(&connection.client, self.slot).await?)));
         // Notifications about the previous connection do not apply to this one.
         for notify in [&self.replace, &self.deadline_missed] {
             let _ = timeout(Duration::ZERO, notify.notified()).await;
@@ -336,6 +345,15 @@ async fn server_time(client: &Client, slot: u16) -> FredResult<ServerTime> {
     let command = CustomCommand::new_static("TIME", ClusterHash::Custom(slot), false);
     let (seconds, micros): (u64, u64) = client.custom(command, Vec::<String>::new()).await?;
     Ok(ServerTime { server: seconds * 1000 + micros / 1000, sent_at })
+}
+
+/// Asks the server for its run ID, which is random for each process of a server.
+async fn run_id(client: &Client, slot: u16) -> Result<String, String> {
+    let command = CustomCommand::new_static("INFO", ClusterHash::Custom(slot), false);
+    let info = timeout(REPLACE_AFTER, client.custom::<String, _>(command, vec!["server"])).await;
+    let info = info.map_err(|_elapsed| "connected, but no reply")?.map_err(|error| first_line(error.details()))?;
+    let id = info.lines().find_map(|line| line.strip_prefix("run_id:")).unwrap_or("unknown");
+    Ok(id.trim().to_owned())
 }
 
 /// Writes and reads once, and returns the server's version.

@@ -1,4 +1,4 @@
-//! Coordination between sidecars: the invalidation log, leases, inboxes, presence, the mode and the shared secret.
+//! Coordination between sidecars: reading the invalidation log, leases, inboxes, the mode and the shared secret.
 
 use std::time::Duration;
 
@@ -7,12 +7,9 @@ use fred::interfaces::{KeysInterface, StreamsInterface};
 use fred::types::{Expiration, SetOptions, Value};
 
 use super::connection::TimedClient;
-use super::scripts::{APPEND, CLAIM, PRESENT, RELEASE, RENEW};
+use super::scripts::{CLAIM, RELEASE, RENEW, SEND};
 use super::{Redis, RedisError, RedisErrorKind};
 use crate::policy::invalidation::log_position::LogId;
-
-/// Approximate number of entries that the log keeps.
-const LOG_LENGTH: usize = 50_000;
 
 /// An entry of the invalidation log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,24 +62,6 @@ impl Redis {
         format!("{}:{name}", self.coordination_prefix)
     }
 
-    /// Appends to the log and returns the ID of the last entry. An empty `body` only makes sure that the log exists.
-    pub async fn append(&self, body: Bytes) -> Result<LogId, RedisError> {
-        let arguments = vec![Value::from(i64::try_from(LOG_LENGTH).unwrap_or(i64::MAX)), Value::Bytes(body)];
-        let id: String =
-            self.coordination.script(self.command_timeout, APPEND, vec![self.at("log")], arguments).await?;
-        parse(&id)
-    }
-
-    /// Returns the ID of the last log entry.
-    pub async fn log_end(&self) -> Result<Option<LogId>, RedisError> {
-        let key = self.at("log");
-        let rows: Rows = self
-            .follower
-            .run(self.command_timeout, |client| async move { client.xrevrange(key, "+", "-", Some(1)).await })
-            .await?;
-        rows.first().map(|(id, _)| parse(id)).transpose()
-    }
-
     /// Returns at most `count` log entries after an ID, or from the log's beginning.
     pub async fn log_after(&self, after: Option<LogId>, count: u64) -> Result<Vec<LogEntry>, RedisError> {
         let key = self.at("log");
@@ -127,19 +106,15 @@ impl Redis {
         self.follower.connected().await;
     }
 
-    fn inbox(&self, name: &str) -> String {
+    pub(super) fn inbox(&self, name: &str) -> String {
         format!("{}:inbox:{name}", self.coordination_prefix)
     }
 
     /// Sends a message to the inbox of another sidecar.
     pub async fn send(&self, inbox: &str, body: Bytes) -> Result<(), RedisError> {
-        let key = self.inbox(inbox);
-        let command = |client: TimedClient| async move {
-            let kept = (fred::types::streams::XCapKind::MaxLen, fred::types::streams::XCapTrim::AlmostExact, 1000);
-            client.xadd::<(), _, _, _, _>(&key, false, kept, "*", vec![("m", body)]).await?;
-            client.pexpire::<(), _>(key, 60_000, None).await
-        };
-        self.coordination.run(self.command_timeout, command).await
+        let keys = vec![self.inbox(inbox)];
+        let _sent: i64 = self.coordination.script(self.command_timeout, SEND, keys, vec![Value::Bytes(body)]).await?;
+        Ok(())
     }
 
     /// Claims the lease `name`, also if the holder with the token `instead_of` still has it.
@@ -171,21 +146,20 @@ impl Redis {
 
     /// Releases a lease, and sends `message` to all sidecars that wait for it.
     pub async fn release(&self, name: &str, token: &str, message: Bytes) -> Result<(), RedisError> {
-        let arguments = vec![Value::from(token), Value::Bytes(message), Value::from(self.inbox(""))];
-        let _told: i64 =
-            self.coordination.script(self.command_timeout, RELEASE, self.lease_keys(name), arguments).await?;
-        Ok(())
+        let waiting: Vec<String> = self
+            .coordination
+            .script(self.command_timeout, RELEASE, self.lease_keys(name), vec![Value::from(token)])
+            .await?;
+        // An error does not keep the others from being told.
+        let mut result = Ok(());
+        for inbox in waiting {
+            result = result.and(self.send(&inbox, message.clone()).await);
+        }
+        result
     }
 
     fn lease_keys(&self, name: &str) -> Vec<String> {
         vec![self.at(&format!("lease:{name}")), self.at(&format!("line:{name}"))]
-    }
-
-    /// Announces the sidecar `me`, if given, and returns the number of sidecars announced within this time.
-    pub async fn announce(&self, me: Option<&str>, within: Duration) -> Result<u64, RedisError> {
-        let seconds = i64::try_from(within.as_secs()).unwrap_or(i64::MAX);
-        let arguments = vec![Value::from(me.unwrap_or_default()), Value::from(seconds)];
-        self.coordination.script(self.command_timeout, PRESENT, vec![self.at("sidecars")], arguments).await
     }
 
     /// Returns the mode that was set for the fleet, and the time until it expires. `None` if no mode is set.
@@ -231,11 +205,11 @@ impl Redis {
     }
 }
 
-fn millis(duration: Duration) -> Value {
+pub(super) fn millis(duration: Duration) -> Value {
     Value::from(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
-fn parse(id: &str) -> Result<LogId, RedisError> {
+pub(super) fn parse(id: &str) -> Result<LogId, RedisError> {
     LogId::parse(id)
         .ok_or_else(|| RedisError { why: RedisErrorKind::Refused, message: format!("{id:?} is no stream id") })
 }

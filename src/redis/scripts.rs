@@ -10,18 +10,70 @@ use fred::util::sha1_hash;
 use super::RedisError;
 use super::connection::{SupervisedConnection, TimedClient};
 
-/// Appends an entry to the log, with the ID of the entry before it. KEYS: log. ARGV: number of entries to keep,
-/// content. A new log begins with an empty entry, so that every fetch has an entry before it.
+/// Appends purges to the log, each with the ID of the entry before it, and skips those that it already has.
+/// KEYS: log, numbers of the last purge of each sidecar. ARGV: number of entries to keep, bytes to keep, own ID, then
+/// number and content of each purge. The field `bytes` of the numbers counts all bytes ever appended, and each entry
+/// has the count at its end, so that the size of the log is the difference between the last entry and the first.
 pub(super) const APPEND: &str = "
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 local previous = last[1] and last[1][1]
-if not previous then
-  previous = redis.call('XADD', KEYS[1], '*', 'p', '0-0', 'b', '')
-  if ARGV[2] == '' then return previous end
-elseif ARGV[2] == '' then
-  return previous
+if not previous then return redis.error_reply('ERR the invalidation log is missing') end
+local known = tonumber(redis.call('HGET', KEYS[2], ARGV[3]) or '0')
+local bytes = 0
+for at = 4, #ARGV, 2 do
+  local number = tonumber(ARGV[at])
+  if number > known then
+    bytes = redis.call('HINCRBY', KEYS[2], 'bytes', #ARGV[at + 1])
+    previous = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'p', previous, 'b', ARGV[at + 1], 's', bytes)
+    known = number
+  end
 end
-return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'p', previous, 'b', ARGV[2])";
+if bytes > 0 then
+  redis.call('HSET', KEYS[2], ARGV[3], known)
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][2]
+  local before = 0
+  for at = 1, #first, 2 do if first[at] == 's' then before = tonumber(first[at + 1]) end end
+  if bytes - before > tonumber(ARGV[2]) then
+    redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', math.floor(redis.call('XLEN', KEYS[1]) / 2))
+  end
+end
+return previous";
+
+/// Announces a sidecar, and starts a new epoch of the log if its end may have been lost. KEYS: sidecars (a sorted set:
+/// ID, and the time at which the log had all purges of the sidecar), log, epoch, numbers of the last purge of each
+/// sidecar. ARGV: own ID, `1` if the log has all purges of this sidecar, milliseconds after which a sidecar is
+/// forgotten, ID of the server, the epoch in which this sidecar found the log broken, content of a reset entry, a nonce.
+///
+/// The epoch names the server (its run ID) that wrote it: on a server that was restarted, or promoted, it is another's.
+/// Returns the server's time in milliseconds, the epoch, the ID of the last log entry, the number of sidecars, and the
+/// milliseconds since the oldest time among the sidecars.
+pub(super) const BEAT: &str = "
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+local ending = last[1] and last[1][1]
+local epoch = redis.call('GET', KEYS[3])
+local server = epoch and string.match(epoch, '^(%S+) ')
+if not ending then redis.call('DEL', KEYS[4]) end
+if not ending or server ~= ARGV[4] or epoch == ARGV[5] then
+  ending = redis.call('XADD', KEYS[2], '*', 'p', ending or '0-0', 'b', ARGV[6])
+  epoch = ARGV[4] .. ' ' .. ARGV[7]
+  redis.call('SET', KEYS[3], epoch)
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now + 1, '+inf')) do redis.call('ZADD', KEYS[1], now, id) end
+if ARGV[2] == '1' or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then redis.call('ZADD', KEYS[1], now, ARGV[1]) end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])) do
+  redis.call('ZREM', KEYS[1], id)
+  redis.call('HDEL', KEYS[4], id)
+end
+local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+return {now, epoch, ending, redis.call('ZCARD', KEYS[1]), now - (oldest[2] or now)}";
+
+/// Removes a sidecar that shuts down. KEYS: sidecars, numbers, its inbox. ARGV: its ID.
+pub(super) const LEAVE: &str = "
+redis.call('DEL', KEYS[3])
+redis.call('HDEL', KEYS[2], ARGV[1])
+return redis.call('ZREM', KEYS[1], ARGV[1])";
 
 /// Claims a lease, or registers to be notified of its release. KEYS: lease, set of waiting inboxes. ARGV: token,
 /// milliseconds, own inbox, and the token of a holder to be replaced.
@@ -33,31 +85,24 @@ redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], 60000)
 return {math.max(1, redis.call('PTTL', KEYS[1])), redis.call('GET', KEYS[1])}";
 
-/// Announces a sidecar, and counts those present. KEYS: sidecars. ARGV: own ID, seconds after which a sidecar is gone.
-pub(super) const PRESENT: &str = "
-local now = tonumber(redis.call('TIME')[1])
-if ARGV[1] ~= '' then redis.call('ZADD', KEYS[1], now, ARGV[1]) end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]))
-redis.call('EXPIRE', KEYS[1], ARGV[2])
-return redis.call('ZCARD', KEYS[1])";
-
 /// Renews a lease, if this sidecar still holds it. KEYS: lease. ARGV: token, milliseconds.
 pub(super) const RENEW: &str = "
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])";
 
-/// Releases a lease, if this sidecar still holds it, and sends a message to all waiting inboxes. KEYS: lease, set of
-/// waiting inboxes. ARGV: token, message, key prefix of inboxes.
+/// Releases a lease, if this sidecar still holds it. KEYS: lease, set of waiting inboxes. ARGV: token. Returns the
+/// waiting inboxes.
 pub(super) const RELEASE: &str = "
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {} end
 redis.call('DEL', KEYS[1])
 local waiting = redis.call('SMEMBERS', KEYS[2])
 redis.call('DEL', KEYS[2])
-for _, inbox in ipairs(waiting) do
-  redis.call('XADD', ARGV[3] .. inbox, 'MAXLEN', '~', 1000, '*', 'm', ARGV[2])
-  redis.call('PEXPIRE', ARGV[3] .. inbox, 60000)
-end
-return #waiting";
+return waiting";
+
+/// Sends a message to an inbox. KEYS: inbox. ARGV: message.
+pub(super) const SEND: &str = "
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', 1000, '*', 'm', ARGV[1])
+return redis.call('PEXPIRE', KEYS[1], 60000)";
 
 /// Adds a refresh to the queue, unless the same was added within a time. KEYS: mark, queue. ARGV: milliseconds, number
 /// of entries to keep, content.

@@ -83,9 +83,11 @@ pub struct TierState {
     pub walks: super::scan::ScanState,
 }
 
-/// A record that was found.
+/// The result of a lookup.
 #[derive(Debug)]
 pub enum TierRecord {
+    /// No record of this variant. The request headers that the resource varies by, if a vary marker shows them.
+    Absent(Option<Vec<HeaderName>>),
     /// A record from Redis.
     Answer(Box<StoredResponse>),
     /// An entry that still waits to be written.
@@ -119,10 +121,10 @@ impl RedisTier {
         record_key: &RecordKey,
         usual: &[HeaderName],
         request: &HeaderMap,
-    ) -> Result<Option<TierRecord>, RedisError> {
+    ) -> Result<TierRecord, RedisError> {
         let guess = Variant::of(usual.to_vec(), request);
         match self.read(record_key, &record_key.for_variant(&guess)).await? {
-            Some(KeyContents::Found(found)) => return Ok(Some(found)),
+            Some(KeyContents::Found(found)) => return Ok(found),
             Some(KeyContents::VaryMarker(names)) if names != usual => {
                 return self.find_variant(record_key, names, request).await;
             }
@@ -133,12 +135,12 @@ impl RedisTier {
                     return self.find_variant(record_key, names, request).await;
                 }
                 // A record under the plain key does not vary: it matches any request headers.
-                Some(KeyContents::Found(found)) => return Ok(Some(found)),
+                Some(KeyContents::Found(found)) => return Ok(found),
                 Some(KeyContents::VaryMarker(_)) | None => {}
             },
         }
         self.counts.misses.fetch_add(1, Relaxed);
-        Ok(None)
+        Ok(TierRecord::Absent(None))
     }
 
     async fn find_variant(
@@ -146,12 +148,12 @@ impl RedisTier {
         record_key: &RecordKey,
         names: Vec<HeaderName>,
         request: &HeaderMap,
-    ) -> Result<Option<TierRecord>, RedisError> {
-        match self.read(record_key, &record_key.for_variant(&Variant::of(names, request))).await? {
-            Some(KeyContents::Found(found)) => Ok(Some(found)),
+    ) -> Result<TierRecord, RedisError> {
+        match self.read(record_key, &record_key.for_variant(&Variant::of(names.clone(), request))).await? {
+            Some(KeyContents::Found(found)) => Ok(found),
             Some(KeyContents::VaryMarker(_)) | None => {
                 self.counts.misses.fetch_add(1, Relaxed);
-                Ok(None)
+                Ok(TierRecord::Absent(Some(names)))
             }
         }
     }

@@ -101,6 +101,16 @@ impl Sidecar {
         super::soon("the fleet's log is read", self.shared.invalidations.wait_caught_up()).await;
     }
 
+    /// Waits until it has read the log to the end that a heartbeat of later than now has reported.
+    pub(crate) async fn settled(&self) {
+        let fleet = self.shared.fleet.as_ref().expect("a fleet");
+        let last = || fleet.membership.last_beat();
+        let before = last();
+        let (_, end) = super::until("a heartbeat", || last().filter(|last| Some(*last) != before)).await;
+        let read = || self.shared.invalidations.log_position() >= Some(end);
+        super::until("the log is read", || read().then_some(())).await;
+    }
+
     /// Waits until it has read the log to where it ends now.
     pub(crate) async fn level_with(&self, redis: &super::Redis) {
         let mut observer = redis.observer();

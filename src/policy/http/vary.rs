@@ -53,6 +53,11 @@ impl VaryComparison {
 }
 
 impl Variant {
+    /// Returns the names of the request headers that select the variant.
+    pub fn names(&self) -> Vec<HeaderName> {
+        self.0.iter().map(|(name, _)| name.clone()).collect()
+    }
+
     /// Creates a variant with the values that the fields `names` have in a request.
     pub fn of(names: Vec<HeaderName>, request: &HeaderMap) -> Variant {
         let values = |name: &HeaderName| request.get_all(name).iter().map(detached_copy).collect();

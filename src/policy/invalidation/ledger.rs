@@ -4,15 +4,17 @@
 //! invalidated by every matching purge with a later position. Purging a tag is therefore one map insertion, however
 //! many entries have the tag, and needs no search for them.
 //!
-//! The ledger's size is bounded: when it is full, the older half of the purges is dropped and the floor rises, so that
-//! everything fetched before the floor counts as purged.
+//! The ledger's size is bounded. When it is full, the older half of the purges of the largest scope (an upstream, or one
+//! of its hosts) is dropped, and everything of that scope that was fetched before counts as unverified: it is validated
+//! before it is served, and may stand in for a failed response.
 //!
 //! Positions are local to this process. [`super::log_position`] maps them to positions in the fleet's log.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::tag::{Subject, UpstreamId};
+use super::tag::{Subject, TagScope, UpstreamId};
+use crate::policy::Tick;
 use crate::policy::routing::pattern::Glob;
 
 /// A position in the sequence of purges. Larger is later. 0 is before all known purges.
@@ -57,15 +59,42 @@ impl InvalidationState {
 #[derive(Debug, Clone)]
 pub enum Selector {
     /// A tag, a URL, a path, or a whole scope.
-    Subject(Subject),
+    Subject {
+        /// What is purged.
+        subject: Subject,
+        /// The subject of everything in its scope.
+        scope: Subject,
+    },
     /// URLs that match a pattern.
     Matching(Matcher),
     /// All entries.
     Everything,
 }
 
+impl Selector {
+    /// Selects everything in the scope.
+    pub fn scope(scope: TagScope<'_>) -> Selector {
+        Selector::Subject { subject: Subject::everything(scope), scope: Subject::everything(scope) }
+    }
+
+    /// Selects everything with this tag.
+    pub fn tag(scope: TagScope<'_>, tag: &str) -> Selector {
+        Selector::Subject { subject: Subject::tag(scope, tag), scope: Subject::everything(scope) }
+    }
+
+    /// Selects one path and query.
+    pub fn target(scope: TagScope<'_>, target: &str) -> Selector {
+        Selector::Subject { subject: Subject::target(scope, target), scope: Subject::everything(scope) }
+    }
+
+    /// Selects one path with any query.
+    pub fn path(scope: TagScope<'_>, path: &str) -> Selector {
+        Selector::Subject { subject: Subject::path(scope, path), scope: Subject::everything(scope) }
+    }
+}
+
 /// A URL pattern of a purge.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Matcher {
     /// Restricts the pattern to this upstream.
     pub upstream: Option<UpstreamId>,
@@ -76,7 +105,7 @@ pub struct Matcher {
 }
 
 /// How a [`Matcher`] matches path and query.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetMatch {
     /// They begin with this prefix.
     Prefix(Box<str>),
@@ -109,27 +138,38 @@ impl Matcher {
     }
 }
 
+/// The latest purges of one selector.
 #[derive(Debug, Clone, Copy, Default)]
 struct PurgePositions {
     soft: Position,
     hard: Position,
+    /// Purges that may have been made at any time before.
+    doubtful: Position,
+    /// Entries received up to this tick are gone: the time of a hard purge that was logged once more.
+    hard_before: Tick,
 }
 
 impl PurgePositions {
-    fn set(&mut self, strength: PurgeKind, at: Position) {
-        match strength {
-            PurgeKind::Soft => self.soft = at,
-            PurgeKind::Hard => self.hard = at,
+    fn set(&mut self, purge: Purge, at: Position) {
+        match purge {
+            Purge { kind: PurgeKind::Soft, .. } => self.soft = at,
+            Purge { kind: PurgeKind::Hard, made_at: None } => self.hard = at,
+            Purge { kind: PurgeKind::Hard, made_at: Some(made_at) } => {
+                self.doubtful = at;
+                self.hard_before = self.hard_before.max(made_at);
+            }
         }
     }
 
     fn latest(self) -> Position {
-        self.soft.max(self.hard)
+        self.soft.max(self.hard).max(self.doubtful)
     }
 
-    fn state_of(self, position: Position) -> InvalidationState {
-        if self.hard > position {
+    fn state_of(self, position: Position, received_at: Tick) -> InvalidationState {
+        if self.hard > position || received_at <= self.hard_before {
             InvalidationState::Gone
+        } else if self.doubtful > position {
+            InvalidationState::Unverified
         } else if self.soft > position {
             InvalidationState::Stale
         } else {
@@ -138,17 +178,43 @@ impl PurgePositions {
     }
 }
 
+/// The effect of a purge, and when it was made.
+#[derive(Debug, Clone, Copy)]
+pub struct Purge {
+    /// Soft or hard.
+    pub kind: PurgeKind,
+    /// Set if the purge is recorded later than it was made: an entry received since may have been fetched before or
+    /// after it, and is unverified.
+    pub made_at: Option<Tick>,
+}
+
+impl From<PurgeKind> for Purge {
+    fn from(kind: PurgeKind) -> Purge {
+        Purge { kind, made_at: None }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct SubjectMark {
+    positions: PurgePositions,
+    scope: Subject,
+}
+
 /// The ledger of purges. One writer at a time; the owner does the locking.
 #[derive(Debug)]
 pub struct Ledger {
     position: Position,
     /// Entries with an earlier position can't be verified.
     unverified_before: Position,
-    subjects: HashMap<Subject, PurgePositions>,
+    subjects: HashMap<Subject, SubjectMark>,
+    /// The number of marks of each scope, besides the scope's own.
+    scopes: HashMap<Subject, usize>,
     matchers: Vec<(Matcher, PurgePositions)>,
     everything: PurgePositions,
     max_subjects: usize,
     max_matchers: usize,
+    /// How often the ledger was full.
+    overflows: u64,
 }
 
 impl Ledger {
@@ -158,10 +224,12 @@ impl Ledger {
             position: Position(1),
             unverified_before: Position(1),
             subjects: HashMap::new(),
+            scopes: HashMap::new(),
             matchers: Vec::new(),
             everything: PurgePositions::default(),
             max_subjects: max_subjects.max(2),
             max_matchers: max_matchers.max(2),
+            overflows: 0,
         }
     }
 
@@ -170,29 +238,35 @@ impl Ledger {
         self.position
     }
 
+    /// Returns how often the ledger was full, so that purges were replaced by coarser ones.
+    pub fn overflows(&self) -> u64 {
+        self.overflows
+    }
+
     /// Records a purge. Returns its position.
-    pub fn record(&mut self, selectors: impl IntoIterator<Item = Selector>, strength: PurgeKind) -> Position {
+    pub fn record(&mut self, selectors: impl IntoIterator<Item = Selector>, purge: impl Into<Purge>) -> Position {
         self.position.0 += 1;
+        let (purge, at) = (purge.into(), self.position);
         for selector in selectors {
             match selector {
-                Selector::Subject(subject) => {
-                    if self.subjects.len() >= self.max_subjects && !self.subjects.contains_key(&subject) {
-                        self.forget_older_subjects();
-                    }
-                    self.subjects.entry(subject).or_default().set(strength, self.position);
-                }
+                Selector::Subject { subject, scope } => self.mark_subject(subject, scope).set(purge, at),
                 Selector::Matching(matcher) => {
+                    if let Some((_, mark)) = self.matchers.iter_mut().find(|(known, _)| *known == matcher) {
+                        mark.set(purge, at);
+                        continue;
+                    }
                     if self.matchers.len() >= self.max_matchers {
                         self.forget_older_matchers();
                     }
                     let mut mark = PurgePositions::default();
-                    mark.set(strength, self.position);
+                    mark.set(purge, at);
                     self.matchers.push((matcher, mark));
                 }
                 Selector::Everything => {
-                    self.everything.set(strength, self.position);
-                    if strength == PurgeKind::Hard {
+                    self.everything.set(purge, at);
+                    if purge.kind == PurgeKind::Hard && purge.made_at.is_none() {
                         self.subjects.clear();
+                        self.scopes.clear();
                         self.matchers.clear();
                     }
                 }
@@ -208,41 +282,96 @@ impl Ledger {
         self.position
     }
 
-    /// Returns the state of an entry whose fetch began at `position`.
-    pub fn state_of(&self, address: &ResourceId, position: Position) -> InvalidationState {
-        let of_subjects =
-            address.subjects.iter().filter_map(|s| self.subjects.get(s)).map(|m| m.state_of(position)).max();
+    /// Returns the state of an entry whose fetch began at `position`, and that was received at `received_at`.
+    pub fn state_of(&self, address: &ResourceId, position: Position, received_at: Tick) -> InvalidationState {
+        let marks = address.subjects.iter().filter_map(|subject| self.subjects.get(subject));
+        let of_subjects = marks.map(|mark| mark.positions.state_of(position, received_at)).max();
+        let relevant = |mark: &PurgePositions| mark.latest() > position || received_at <= mark.hard_before;
         let of_matchers = self
             .matchers
             .iter()
-            .filter(|(matcher, mark)| mark.latest() > position && matcher.matches(address))
-            .map(|(_, mark)| mark.state_of(position))
+            .filter(|(matcher, mark)| relevant(mark) && matcher.matches(address))
+            .map(|(_, mark)| mark.state_of(position, received_at))
             .max();
         let doubt =
             if position < self.unverified_before { InvalidationState::Unverified } else { InvalidationState::Valid };
         let named = of_subjects.max(of_matchers).unwrap_or(InvalidationState::Valid);
-        doubt.max(named).max(self.everything.state_of(position))
+        doubt.max(named).max(self.everything.state_of(position, received_at))
     }
 
+    /// Returns the mark of a subject, which is added if there is none.
+    fn mark_subject(&mut self, subject: Subject, scope: Subject) -> &mut PurgePositions {
+        if !self.subjects.contains_key(&subject) {
+            if self.subjects.len() >= self.max_subjects {
+                self.forget_older_subjects();
+            }
+            *self.scopes.entry(scope).or_default() += usize::from(subject != scope);
+        }
+        let new = SubjectMark { positions: PurgePositions::default(), scope };
+        &mut self.subjects.entry(subject).or_insert(new).positions
+    }
+
+    /// Drops the older half of the marks of the scope that has most. Everything in it that was fetched before becomes
+    /// unverified. If nearly all marks are those of whole scopes, the older half of all marks is dropped.
     fn forget_older_subjects(&mut self) {
-        let mut positions: Vec<Position> = self.subjects.values().map(|mark| mark.latest()).collect();
+        self.overflows += 1;
+        let largest = self.scopes.iter().max_by_key(|(scope, count)| (**count, **scope));
+        let scope = largest.filter(|(_, count)| **count * 8 >= self.max_subjects).map(|(scope, _)| *scope);
+        let of_scope = |subject: &Subject, mark: &SubjectMark| {
+            scope.is_none_or(|scope| mark.scope == scope && *subject != scope)
+        };
+        let marks = self.subjects.iter().filter(|(subject, mark)| of_scope(subject, mark));
+        let mut positions: Vec<Position> = marks.map(|(_, mark)| mark.positions.latest()).collect();
         let middle = positions.len() / 2;
         let floor = *positions.select_nth_unstable(middle).1;
-        self.subjects.retain(|_, mark| mark.latest() > floor);
-        self.everything.hard = self.everything.hard.max(floor);
+        self.subjects.retain(|subject, mark| !of_scope(subject, mark) || mark.positions.latest() > floor);
+        match scope {
+            Some(scope) => {
+                let new = SubjectMark { positions: PurgePositions::default(), scope };
+                let whole = &mut self.subjects.entry(scope).or_insert(new).positions;
+                whole.doubtful = whole.doubtful.max(floor);
+            }
+            None => self.everything.doubtful = self.everything.doubtful.max(floor),
+        }
+        self.scopes.clear();
+        for (subject, mark) in &self.subjects {
+            *self.scopes.entry(mark.scope).or_default() += usize::from(*subject != mark.scope);
+        }
     }
 
+    /// Drops the older half of the URL patterns of the upstream that has most. Everything of that upstream that was
+    /// fetched before becomes unverified.
     fn forget_older_matchers(&mut self) {
-        let older = self.matchers.len() / 2 + 1;
-        let floor = self.matchers.drain(..older).map(|(_, mark)| mark.latest()).max().unwrap_or_default();
-        self.everything.hard = self.everything.hard.max(floor);
+        self.overflows += 1;
+        let mut counts: HashMap<Option<UpstreamId>, usize> = HashMap::new();
+        for (matcher, _) in &self.matchers {
+            *counts.entry(matcher.upstream).or_default() += 1;
+        }
+        let Some((upstream, count)) = counts.into_iter().max_by_key(|(_, count)| *count) else { return };
+        let (mut older, mut floor) = (count / 2 + 1, Position(0));
+        self.matchers.retain(|(matcher, mark)| {
+            let dropped = older > 0 && matcher.upstream == upstream;
+            if dropped {
+                (older, floor) = (older - 1, floor.max(mark.latest()));
+            }
+            !dropped
+        });
+        match upstream {
+            Some(upstream) => {
+                let scope = Subject::everything(TagScope { upstream, authority: None });
+                let new = SubjectMark { positions: PurgePositions::default(), scope };
+                let whole = &mut self.subjects.entry(scope).or_insert(new).positions;
+                whole.doubtful = whole.doubtful.max(floor);
+            }
+            None => self.everything.doubtful = self.everything.doubtful.max(floor),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::invalidation::tag::{TagScope, subjects};
+    use crate::policy::invalidation::tag::subjects;
 
     const SCOPE: TagScope<'static> = TagScope { upstream: UpstreamId(0), authority: None };
 
@@ -257,7 +386,14 @@ mod tests {
     }
 
     fn tag(name: &str) -> Selector {
-        Selector::Subject(Subject::tag(SCOPE, name))
+        Selector::tag(SCOPE, name)
+    }
+
+    /// A tick after all purges.
+    const NOW: Tick = Tick(1_000_000);
+
+    fn state(ledger: &Ledger, address: &ResourceId, position: Position) -> InvalidationState {
+        ledger.state_of(address, position, NOW)
     }
 
     fn prefix(text: &str) -> Selector {
@@ -271,9 +407,9 @@ mod tests {
         let shoe = address("/shoe?x=1", &["shoe"]);
         let before = ledger.position();
         let at = ledger.record([tag("shoe")], PurgeKind::Hard);
-        assert_eq!(ledger.state_of(&shoe, before), InvalidationState::Gone);
-        assert_eq!(ledger.state_of(&shoe, at), InvalidationState::Valid);
-        assert_eq!(ledger.state_of(&address("/hat", &["hat"]), before), InvalidationState::Valid);
+        assert_eq!(state(&ledger, &shoe, before), InvalidationState::Gone);
+        assert_eq!(state(&ledger, &shoe, at), InvalidationState::Valid);
+        assert_eq!(state(&ledger, &address("/hat", &["hat"]), before), InvalidationState::Valid);
     }
 
     #[test]
@@ -281,10 +417,10 @@ mod tests {
         let table: Vec<(Selector, InvalidationState)> = vec![
             (tag("shoe"), InvalidationState::Stale),
             (tag("hat"), InvalidationState::Valid),
-            (Selector::Subject(Subject::target(SCOPE, "/shoe?x=1")), InvalidationState::Stale),
-            (Selector::Subject(Subject::target(SCOPE, "/shoe")), InvalidationState::Valid),
-            (Selector::Subject(Subject::path(SCOPE, "/shoe")), InvalidationState::Stale),
-            (Selector::Subject(Subject::everything(SCOPE)), InvalidationState::Stale),
+            (Selector::target(SCOPE, "/shoe?x=1"), InvalidationState::Stale),
+            (Selector::target(SCOPE, "/shoe"), InvalidationState::Valid),
+            (Selector::path(SCOPE, "/shoe"), InvalidationState::Stale),
+            (Selector::scope(SCOPE), InvalidationState::Stale),
             (Selector::Everything, InvalidationState::Stale),
             (prefix("/sh"), InvalidationState::Stale),
             (prefix("/ha"), InvalidationState::Valid),
@@ -292,7 +428,7 @@ mod tests {
         for (selector, expected) in table {
             let mut ledger = Ledger::new(100, 100);
             ledger.record([selector.clone()], PurgeKind::Soft);
-            let state = ledger.state_of(&address("/shoe?x=1", &["shoe"]), Position(1));
+            let state = state(&ledger, &address("/shoe?x=1", &["shoe"]), Position(1));
             assert_eq!(state, expected, "{selector:?}");
         }
     }
@@ -302,36 +438,77 @@ mod tests {
         let mut ledger = Ledger::new(100, 100);
         ledger.record([tag("shoe")], PurgeKind::Hard);
         ledger.record([tag("shoe")], PurgeKind::Soft);
-        assert_eq!(ledger.state_of(&address("/shoe", &["shoe"]), Position(1)), InvalidationState::Gone);
+        assert_eq!(state(&ledger, &address("/shoe", &["shoe"]), Position(1)), InvalidationState::Gone);
     }
 
     #[test]
     fn entry_that_may_have_missed_a_purge_is_unverified() {
         let mut ledger = Ledger::new(100, 100);
         let (shoe, hat) = (address("/shoe", &["shoe"]), address("/hat", &["hat"]));
-        assert_eq!(ledger.state_of(&hat, Position(0)), InvalidationState::Unverified, "before everything known");
+        assert_eq!(state(&ledger, &hat, Position(0)), InvalidationState::Unverified, "before everything known");
         let before = ledger.record([tag("shoe")], PurgeKind::Soft);
-        assert_eq!(ledger.state_of(&hat, before), InvalidationState::Valid);
+        assert_eq!(state(&ledger, &hat, before), InvalidationState::Valid);
         let since = ledger.mark_unverified();
-        assert_eq!(ledger.state_of(&hat, before), InvalidationState::Unverified);
-        assert_eq!(ledger.state_of(&hat, since), InvalidationState::Valid);
+        assert_eq!(state(&ledger, &hat, before), InvalidationState::Unverified);
+        assert_eq!(state(&ledger, &hat, since), InvalidationState::Valid);
         ledger.record([tag("shoe")], PurgeKind::Hard);
-        assert_eq!(ledger.state_of(&shoe, before), InvalidationState::Gone, "a hard purge is more than a doubt");
+        assert_eq!(state(&ledger, &shoe, before), InvalidationState::Gone, "a hard purge is more than a doubt");
     }
 
     #[test]
-    fn ledger_overflow_keeps_the_effect_of_every_purge() {
+    fn overflow_makes_entries_of_the_largest_scope_unverified_and_no_others() {
         let mut ledger = Ledger::new(10, 10);
+        let other = TagScope { upstream: UpstreamId(1), authority: None };
+        ledger.record([Selector::tag(other, "kept")], PurgeKind::Hard);
         for i in 0..25 {
             ledger.record([tag(&format!("tag{i}")), prefix(&format!("/p{i}"))], PurgeKind::Hard);
         }
-        assert!(ledger.subjects.len() <= 10 && ledger.matchers.len() <= 10);
+        assert!(ledger.subjects.len() <= 11 && ledger.matchers.len() <= 10);
+        assert!(ledger.overflows() > 1);
         for i in 0..25 {
             let position = Position(i + 1);
-            let entry = address("/x", &[&format!("tag{i}")]);
-            assert_eq!(ledger.state_of(&entry, position), InvalidationState::Gone, "tag{i}");
-            assert_eq!(ledger.state_of(&address(&format!("/p{i}"), &[]), position), InvalidationState::Gone, "/p{i}");
+            for entry in [address("/x", &[&format!("tag{i}")]), address(&format!("/p{i}"), &[])] {
+                let state = state(&ledger, &entry, position);
+                assert!(state >= InvalidationState::Unverified, "{i}: {state:?}");
+            }
         }
-        assert_eq!(ledger.state_of(&address("/x", &[]), ledger.position()), InvalidationState::Valid);
+        assert_eq!(state(&ledger, &address("/x", &[]), ledger.position()), InvalidationState::Valid);
+        let elsewhere = |tag: &str| {
+            let subjects = subjects(other, "/x", &[tag.to_owned()]).into();
+            ResourceId { upstream: other.upstream, subjects, ..address("/x", &[]) }
+        };
+        assert_eq!(state(&ledger, &elsewhere("kept"), Position(1)), InvalidationState::Gone);
+        let scoped = |text: &str| {
+            let target = TargetMatch::Prefix(text.into());
+            Selector::Matching(Matcher { upstream: Some(UpstreamId(0)), authority: None, target })
+        };
+        let mut ledger = Ledger::new(10, 10);
+        for i in 0..25 {
+            ledger.record([scoped(&format!("/p{i}")), tag(&format!("tag{i}"))], PurgeKind::Hard);
+        }
+        assert_eq!(state(&ledger, &elsewhere("x"), Position(1)), InvalidationState::Valid, "another upstream");
+    }
+
+    #[test]
+    fn repeated_purges_of_one_selector_take_one_place() {
+        let mut ledger = Ledger::new(10, 10);
+        for _ in 0..100 {
+            ledger.record([tag("tag"), prefix("/p")], PurgeKind::Soft);
+        }
+        assert_eq!((ledger.subjects.len(), ledger.matchers.len(), ledger.overflows()), (1, 1, 0));
+    }
+
+    #[test]
+    fn purge_recorded_late_removes_what_was_received_before_it_and_leaves_the_rest_unverified() {
+        let mut ledger = Ledger::new(10, 10);
+        let shoe = address("/shoe", &["shoe"]);
+        let late = Purge { kind: PurgeKind::Hard, made_at: Some(Tick(500)) };
+        let at = ledger.record([tag("shoe"), prefix("/hat")], late);
+        for resource in [&shoe, &address("/hat", &[])] {
+            assert_eq!(ledger.state_of(resource, Position(1), Tick(500)), InvalidationState::Gone);
+            assert_eq!(ledger.state_of(resource, Position(1), Tick(501)), InvalidationState::Unverified);
+            assert_eq!(ledger.state_of(resource, at, Tick(501)), InvalidationState::Valid);
+        }
+        assert_eq!(ledger.state_of(&address("/x", &[]), Position(1), Tick(1)), InvalidationState::Valid);
     }
 }

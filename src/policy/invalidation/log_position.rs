@@ -6,7 +6,7 @@
 //! and back; neither depends on a clock.
 //!
 //! This sidecar's own purges get a position as soon as they are made, and their place in the log later. Positions
-//! therefore do not quite follow the log's order: each link keeps the lowest position of itself and all later links,
+//! therefore do not quite follow the log's order: each segment keeps the lowest position of itself and all later ones,
 //! and the highest of itself and all earlier ones.
 
 use std::collections::VecDeque;
@@ -55,9 +55,9 @@ pub struct LogGap;
 #[derive(Debug, Clone, Copy)]
 struct LoggedPosition {
     id: LogId,
-    /// The lowest position of this and all later links.
+    /// The lowest position of this and all later segments.
     low: Position,
-    /// The highest position of this and all earlier links.
+    /// The highest position of this and all earlier segments.
     high: Position,
 }
 
@@ -69,7 +69,7 @@ pub struct LogPositions {
 }
 
 impl LogPositions {
-    /// Creates an empty mapping that keeps at most `max` links (at least 2).
+    /// Creates an empty mapping that keeps at most `max` segments (at least 2).
     pub fn new(max: usize) -> LogPositions {
         LogPositions { segments: VecDeque::new(), max: max.max(2) }
     }

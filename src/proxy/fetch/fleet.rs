@@ -64,7 +64,8 @@ enum TierLookup {
     WhileRevalidate(Arc<Entry>),
     /// To be validated, or a fallback.
     Stale(Arc<Entry>),
-    Nothing,
+    /// No record of this variant. The request headers that the resource varies by, if a record shows them.
+    Nothing(Option<Vec<HeaderName>>),
     /// Redis can't be used.
     Unavailable,
 }
@@ -73,17 +74,24 @@ impl TierLookup {
     fn fresh(self) -> Option<Arc<Entry>> {
         match self {
             TierLookup::Fresh(entry) => Some(entry),
-            TierLookup::WhileRevalidate(_) | TierLookup::Stale(_) | TierLookup::Nothing | TierLookup::Unavailable => {
-                None
-            }
+            TierLookup::WhileRevalidate(_)
+            | TierLookup::Stale(_)
+            | TierLookup::Nothing(_)
+            | TierLookup::Unavailable => None,
         }
+    }
+
+    /// Returns the request headers that select a variant, if they are others than those of the fetch's lease.
+    fn other_vary(&self, spec: &FetchSpec) -> Option<Vec<HeaderName>> {
+        let TierLookup::Nothing(Some(names)) = self else { return None };
+        (*names != vary_names(spec)).then(|| names.clone())
     }
 
     /// A record that was stored just now may have arrived stale.
     fn servable(self) -> Option<Arc<Entry>> {
         match self {
             TierLookup::Fresh(entry) | TierLookup::WhileRevalidate(entry) => Some(entry),
-            TierLookup::Stale(_) | TierLookup::Nothing | TierLookup::Unavailable => None,
+            TierLookup::Stale(_) | TierLookup::Nothing(_) | TierLookup::Unavailable => None,
         }
     }
 }
@@ -107,7 +115,7 @@ impl FleetLookup {
                 spec.stale = Some(entry);
             }
             TierLookup::Stale(entry) => spec.stale = Some(entry),
-            TierLookup::Nothing => {}
+            TierLookup::Nothing(vary) => spec.vary = spec.vary.take().or(vary),
             TierLookup::Unavailable => spec.fleet_use = FleetUse::None,
         }
         None
@@ -127,8 +135,25 @@ impl FleetLookup {
         }
     }
 
-    /// Claims the lease until it is acquired, or a record is there.
-    async fn claim(&self, fleet: &Fleet, record: &RecordKey, spec: &FetchSpec) -> LeaseOutcome {
+    /// Claims the lease of a variant until it is acquired, or a record is there. When a record shows which request
+    /// headers select a variant, goes on with the lease of that variant: other variants are not waited for.
+    async fn claim(&self, fleet: &Fleet, record: &RecordKey, spec: &mut FetchSpec) -> LeaseOutcome {
+        loop {
+            match self.claim_variant(fleet, record, spec).await {
+                Ok(outcome) => return outcome,
+                Err(vary) => spec.vary = Some(vary),
+            }
+        }
+    }
+
+    /// Claims the lease of the variant that is known. Returns the request headers that select a variant if others than
+    /// known do.
+    async fn claim_variant(
+        &self,
+        fleet: &Fleet,
+        record: &RecordKey,
+        spec: &FetchSpec,
+    ) -> Result<LeaseOutcome, Vec<HeaderName>> {
         let name = lease_name(record, spec);
         let mut messages = fleet.inbox.subscribe(&subject(&name));
         let mut instead_of = None;
@@ -137,13 +162,16 @@ impl FleetLookup {
             match claim(&fleet.redis, &name, fleet.sidecar_id, seen, instead_of.take().as_ref()).await {
                 Err(error) => {
                     debug!(%error, "lease not available: fetching without one");
-                    return LeaseOutcome::Fetch(None);
+                    return Ok(LeaseOutcome::Fetch(None));
                 }
                 // Another sidecar may have stored the record between the lookup and the lease: look again.
                 Ok(ClaimResult::Ours(lease)) => {
                     let found = self.look_up(fleet, record, &spec.request).await;
+                    if let Some(vary) = found.other_vary(spec) {
+                        return Err(vary);
+                    }
                     let found = found.fresh().filter(|entry| is_newer(spec, entry));
-                    return found.map_or_else(|| LeaseOutcome::Fetch(Some(lease)), LeaseOutcome::Found);
+                    return Ok(found.map_or_else(|| LeaseOutcome::Fetch(Some(lease)), LeaseOutcome::Found));
                 }
                 // A fetch that began before a purge of its resource is not waited for: a new one replaces it.
                 Ok(ClaimResult::Theirs { holder, .. }) if self.is_outdated(spec, holder.log_seen()) => {
@@ -151,12 +179,15 @@ impl FleetLookup {
                 }
                 Ok(ClaimResult::Theirs { left, .. }) => match timeout(left, messages.next_message()).await {
                     Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Unshared => {
-                        return LeaseOutcome::Fetch(None);
+                        return Ok(LeaseOutcome::Fetch(None));
                     }
                     Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Stored => {
-                        let found = self.look_up(fleet, record, &spec.request).await.servable();
-                        if let Some(entry) = found.filter(|entry| is_newer(spec, entry)) {
-                            return LeaseOutcome::Found(entry);
+                        let found = self.look_up(fleet, record, &spec.request).await;
+                        if let Some(vary) = found.other_vary(spec) {
+                            return Err(vary);
+                        }
+                        if let Some(entry) = found.servable().filter(|entry| is_newer(spec, entry)) {
+                            return Ok(LeaseOutcome::Found(entry));
                         }
                     }
                     Ok(_) | Err(_) => {}
@@ -183,13 +214,15 @@ impl FleetLookup {
         let looking = fleet.tier.find(record, request.rule.expected_vary(), headers);
         let found = match looking.instrument(spans::lookup("redis")).await {
             Err(_counted) => return TierLookup::Unavailable,
-            Ok(None) => return TierLookup::Nothing,
-            Ok(Some(TierRecord::Waiting(entry))) => Some(entry),
-            Ok(Some(TierRecord::Answer(stored))) => self.entry_from_record(fleet, record, request, *stored).await,
+            Ok(TierRecord::Absent(vary)) => return TierLookup::Nothing(vary),
+            Ok(TierRecord::Waiting(entry)) => Some(entry),
+            Ok(TierRecord::Answer(stored)) => self.entry_from_record(fleet, record, request, *stored).await,
         };
         let now = self.clock.now();
-        let Some(entry) = found.filter(|entry| entry.variant.selected_by(headers)) else {
-            return TierLookup::Nothing;
+        let entry = match found {
+            Some(entry) if entry.variant.selected_by(headers) => entry,
+            Some(other) => return TierLookup::Nothing(Some(other.variant.names())),
+            None => return TierLookup::Nothing(None),
         };
         let state = self.invalidations.state_of(&entry, now);
         let verdict = evaluate(&entry, state, &RequestDirectives::default(), now);
@@ -203,7 +236,7 @@ impl FleetLookup {
             Verdict::Fresh => TierLookup::Fresh(entry),
             Verdict::WhileRevalidate => TierLookup::WhileRevalidate(entry),
             Verdict::Stale | Verdict::Refused => TierLookup::Stale(entry),
-            Verdict::Gone => TierLookup::Nothing,
+            Verdict::Gone => TierLookup::Nothing(None),
         }
     }
 
@@ -293,6 +326,6 @@ fn lease_name(record: &RecordKey, spec: &FetchSpec) -> String {
 
 /// Returns the request headers that the response to a fetch is expected to depend on.
 pub(crate) fn vary_names(spec: &FetchSpec) -> Vec<HeaderName> {
-    let known = spec.stale.as_ref().map(|entry| entry.variant.0.iter().map(|(name, _)| name.clone()).collect());
-    known.unwrap_or_else(|| spec.request.rule.expected_vary().to_vec())
+    let stored = || spec.stale.as_ref().map(|entry| entry.variant.names());
+    spec.vary.clone().or_else(stored).unwrap_or_else(|| spec.request.rule.expected_vary().to_vec())
 }

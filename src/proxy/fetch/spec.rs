@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use http::header::HeaderName;
 use http::{Method, Request};
 
 use crate::body::Body;
@@ -42,6 +43,8 @@ pub(crate) struct FetchSpec {
     pub(crate) fleet_use: FleetUse,
     /// Set for a refresh ahead of expiry: arrival time of the entry that is refreshed. Only a newer one will do.
     pub(crate) newer_than: Option<Tick>,
+    /// The request headers that a response of this resource was seen to depend on (`Vary`).
+    pub(crate) vary: Option<Vec<HeaderName>>,
     lease: Mutex<Option<Lease>>,
 }
 
@@ -58,7 +61,7 @@ impl FetchSpec {
         fleet_use: FleetUse,
     ) -> FetchSpec {
         let lease = Mutex::default();
-        FetchSpec { request, resource, position, stale: None, fleet_use, newer_than: None, lease }
+        FetchSpec { request, resource, position, stale: None, fleet_use, newer_than: None, vary: None, lease }
     }
 
     /// Returns the fetch for a cache miss. `resource`: that of its request.

@@ -1,0 +1,148 @@
+//! The membership of this sidecar in the fleet, as its heartbeats show it.
+//!
+//! Redis keeps for each sidecar the last time at which the log had all of its purges. The oldest of these times bounds
+//! what any sidecar may have missed: a sidecar that is cut off from Redis, or can't write to it, makes the others stop
+//! trusting their entries after `max_unverified`, until it is back, leaves, or is forgotten.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::policy::invalidation::log_position::LogId;
+use crate::policy::{Tick, millis};
+use crate::redis::BeatReply;
+
+/// A sidecar that has sent no heartbeat for this long, and did not leave, is forgotten: it is taken for dead.
+pub const FORGET_AFTER: Duration = Duration::from_mins(10);
+
+/// What the heartbeats have shown.
+#[derive(Debug, Default)]
+pub struct Membership(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    last: Option<BeatReply>,
+    clock_went_back: bool,
+    /// The epoch in which this sidecar found the log broken.
+    broken: Option<String>,
+    /// Sidecars that a Redis which lost its data has not heard of since, and until when they are expected.
+    expected: Option<(u64, Tick)>,
+    /// Why the last command for the log failed. `None` after a successful heartbeat.
+    error: Option<String>,
+}
+
+impl Membership {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records the reply to a heartbeat sent at `now`. Returns the tick until which the log is known to be complete.
+    pub fn update(&self, reply: &BeatReply, now: Tick) -> Tick {
+        let mut state = self.state();
+        if let Some(last) = state.last.take() {
+            state.clock_went_back = reply.now < last.now;
+            if reply.epoch != last.epoch {
+                state.broken = None;
+                let known = state.expected.map_or(last.members, |(members, _)| members.max(last.members));
+                state.expected = Some((known, now.plus(FORGET_AFTER)));
+            }
+        }
+        state.expected = state.expected.filter(|(members, until)| reply.members < *members && now < *until);
+        state.error = None;
+        state.last = Some(reply.clone());
+        match state.expected {
+            // The time of the sidecars that are not back yet is unknown.
+            Some((_, until)) => Tick(until.0.saturating_sub(millis(FORGET_AFTER))),
+            None => Tick(now.0.saturating_sub(millis(reply.oldest))),
+        }
+    }
+
+    /// Notes that the log is broken in the present epoch: the next heartbeat starts another.
+    pub fn set_broken(&self) {
+        let mut state = self.state();
+        state.broken = state.last.as_ref().map(|last| last.epoch.clone());
+    }
+
+    /// Returns the epoch in which the log was found broken, or an empty text.
+    pub fn broken_epoch(&self) -> String {
+        self.state().broken.clone().unwrap_or_default()
+    }
+
+    /// Returns true if the server's clock went back between the last two heartbeats.
+    pub fn clock_went_back(&self) -> bool {
+        self.state().clock_went_back
+    }
+
+    /// Records why a command for the log failed.
+    pub fn set_error(&self, error: String) {
+        self.state().error = Some(error);
+    }
+
+    /// Returns why the last command for the log failed. `None` after a successful heartbeat.
+    pub fn error(&self) -> Option<String> {
+        self.state().error.clone()
+    }
+
+    /// Returns the number of sidecars of which this one knows, besides those that Redis knows. 0 if there are none.
+    pub fn expected(&self) -> u64 {
+        self.state().expected.map_or(0, |(members, _)| members)
+    }
+
+    /// Returns the server's time at the last heartbeat, in milliseconds, and the last log entry at that time.
+    pub fn last_beat(&self) -> Option<(u64, LogId)> {
+        self.state().last.as_ref().map(|last| (last.now, last.end))
+    }
+
+    /// Returns the time since the log is known to have all purges of all sidecars, at the last heartbeat.
+    pub fn oldest(&self) -> Option<Duration> {
+        self.state().last.as_ref().map(|last| last.oldest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(now: u64, epoch: &str, members: u64, oldest: u64) -> BeatReply {
+        let oldest = Duration::from_millis(oldest);
+        BeatReply { now, epoch: epoch.into(), end: LogId::default(), members, oldest }
+    }
+
+    #[test]
+    fn log_is_complete_up_to_the_oldest_heartbeat() {
+        let membership = Membership::default();
+        assert_eq!(membership.update(&reply(1_000, "a 1", 2, 400), Tick(5_000)), Tick(4_600));
+        assert_eq!(membership.update(&reply(2_000, "a 1", 2, 1_400), Tick(6_000)), Tick(4_600), "one is silent");
+        assert!(!membership.clock_went_back());
+        membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500));
+        assert!(membership.clock_went_back());
+    }
+
+    #[test]
+    fn sidecars_unknown_to_an_emptied_redis_are_expected_back() {
+        let membership = Membership::default();
+        membership.update(&reply(1_000, "a 1", 3, 0), Tick(1_000));
+        assert_eq!(membership.update(&reply(2_000, "a 2", 1, 0), Tick(2_000)), Tick(2_000));
+        assert_eq!(
+            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000)), membership.expected()),
+            (Tick(2_000), 3)
+        );
+        assert_eq!(
+            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000)), membership.expected()),
+            (Tick(4_000), 0)
+        );
+        membership.update(&reply(5_000, "a 3", 1, 0), Tick(5_000));
+        let later = Tick(5_001 + millis(FORGET_AFTER));
+        assert_eq!(membership.update(&reply(6_000, "a 3", 1, 0), later), later, "taken for dead");
+    }
+
+    #[test]
+    fn broken_log_is_reported_until_the_epoch_changes() {
+        let membership = Membership::default();
+        membership.update(&reply(1, "a 1", 1, 0), Tick(1));
+        membership.set_broken();
+        assert_eq!(membership.broken_epoch(), "a 1");
+        membership.set_error("refused".into());
+        membership.update(&reply(2, "a 2", 1, 0), Tick(2));
+        assert_eq!((membership.broken_epoch().as_str(), membership.error()), ("", None));
+    }
+}
