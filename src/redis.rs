@@ -83,6 +83,13 @@ pub struct RedisError {
     pub message: String,
 }
 
+impl RedisError {
+    /// Returns the error with what to do about it.
+    pub fn explained(&self) -> String {
+        format!("{self}{}", advice(&self.message))
+    }
+}
+
 impl fmt::Display for RedisError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = match self.why {
@@ -263,6 +270,14 @@ fn advice(why: &str) -> &'static str {
         ("ERR This instance has cluster support disabled", ": this is no cluster: write redis://"),
         ("MOVED", ": this is a node of a cluster: write redis-cluster://"),
         ("ERR SELECT", ": a Redis Cluster has database 0 only"),
+        (
+            "OOM",
+            ": Redis has no memory left and evicts nothing: raise maxmemory, or set maxmemory-policy allkeys-lru",
+        ),
+        ("MISCONF", ": Redis can't save its snapshot and refuses writes: make room on its disk, or see its log"),
+        ("NOREPLICAS", ": too few replicas are connected (min-replicas-to-write)"),
+        ("WRONGTYPE", ": another program uses this key: choose another key_prefix"),
+        ("LOADING", ": Redis is loading its data: wait"),
         ("ERR DB index", ": this server has fewer databases"),
         ("READONLY", ": this is a replica: name its master, or write redis-sentinel://"),
     ];

@@ -14,6 +14,7 @@ mod docs;
 mod explain;
 mod fallback;
 mod fleet;
+mod fleet_faults;
 mod framing;
 mod limits;
 mod malformed;

@@ -13,6 +13,7 @@ use super::Admin;
 use crate::policy::millis;
 use crate::process;
 use crate::proxy::SharedState;
+use crate::redis::RedisErrorKind;
 
 /// Event loop lag from which the process is reported as slow, in milliseconds.
 const SLOW_MS: u64 = 1000;
@@ -57,7 +58,7 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     }
     let usage = shared.memory.usage();
     let redis = redis_component(&shared);
-    degraded |= redis["status"] == "down";
+    degraded |= redis["status"] == "down" || redis["status"] == "degraded";
     let status = match (admin.draining.load(Ordering::Relaxed), degraded) {
         (true, _) => "draining",
         (false, true) => "degraded",
@@ -78,21 +79,29 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
     }))
 }
 
-/// Returns the health of Redis: `off`, `ok`, `connecting`, or `down`. While it is down, responses are served from
-/// memory, and each sidecar works on its own.
+/// Returns the health of Redis: `off`, `ok`, `connecting`, `degraded` (it can be read, but purges may not reach every
+/// sidecar), or `down`. While it is down, responses are served from memory, and each sidecar works on its own.
 fn redis_component(shared: &SharedState) -> Value {
     let Some(fleet) = &shared.fleet else { return json!({ "status": "off" }) };
     let state = fleet.redis.state();
     let well = state.connections.values().all(|connection| connection.connected && connection.breaker == "closed");
-    let status = match (&state.trouble, well) {
-        (None, true) => "ok",
-        (None, false) => "connecting",
-        (Some(_), _) => "down",
+    let refused = fleet.membership.error();
+    let (max_unverified, oldest) = (shared.invalidations.max_unverified(), fleet.membership.oldest());
+    let silent = oldest.filter(|oldest| Some(*oldest) > max_unverified).map(|oldest| {
+        format!("a sidecar has not logged its purges for {oldest:.0?}: it is cut off from Redis, or was killed")
+    });
+    let (status, trouble) = match (refused, state.trouble) {
+        (Some(error), _) if error.why == RedisErrorKind::Refused => ("degraded", Some(error.explained())),
+        (_, Some(trouble)) => ("down", Some(trouble)),
+        (Some(error), None) => ("degraded", Some(error.explained())),
+        (None, None) if !well => ("connecting", Some(format!("no connection to {} yet", state.place))),
+        (None, None) if silent.is_some() => ("degraded", silent),
+        (None, None) => ("ok", None),
     };
     json!({
         "status": status,
         "place": state.place,
-        "trouble": state.trouble,
+        "trouble": trouble,
         "breakers_open": state.connections.values().filter(|connection| connection.breaker == "open").count(),
         "waiting_to_be_written_bytes": fleet.tier.state().queue.bytes,
         "unlogged_purges": shared.invalidations.unlogged(),

@@ -139,7 +139,7 @@ impl InvalidationLog {
         let Err::<std::convert::Infallible, _>(interrupted) = read.await;
         self.invalidations.set_caught_up(false);
         if let FollowError::Redis(error) = &interrupted {
-            self.membership.set_error(error.to_string());
+            self.membership.set_error(error.clone());
         }
         interrupted
     }
@@ -258,7 +258,7 @@ impl InvalidationLog {
                 Ok(_id) => self.invalidations.mark_logged(last),
                 Err(error) => {
                     self.invalidations.mark_log_unwritable();
-                    self.membership.set_error(error.to_string());
+                    self.membership.set_error(error.clone());
                     debug!(%error, "a purge is not in the invalidation log yet");
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }

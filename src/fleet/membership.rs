@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::policy::invalidation::log_position::LogId;
 use crate::policy::{Tick, millis};
-use crate::redis::BeatReply;
+use crate::redis::{BeatReply, RedisError};
 
 /// A sidecar that has sent no heartbeat for this long, and did not leave, is forgotten: it is taken for dead.
 pub const FORGET_AFTER: Duration = Duration::from_mins(10);
@@ -27,7 +27,7 @@ struct State {
     /// Sidecars that a Redis which lost its data has not heard of since, and until when they are expected.
     expected: Option<(u64, Tick)>,
     /// Why the last command for the log failed. `None` after a successful heartbeat.
-    error: Option<String>,
+    error: Option<RedisError>,
 }
 
 impl Membership {
@@ -73,12 +73,12 @@ impl Membership {
     }
 
     /// Records why a command for the log failed.
-    pub fn set_error(&self, error: String) {
+    pub fn set_error(&self, error: RedisError) {
         self.state().error = Some(error);
     }
 
     /// Returns why the last command for the log failed. `None` after a successful heartbeat.
-    pub fn error(&self) -> Option<String> {
+    pub fn error(&self) -> Option<RedisError> {
         self.state().error.clone()
     }
 
@@ -101,6 +101,7 @@ impl Membership {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::redis::RedisErrorKind;
 
     fn reply(now: u64, epoch: &str, members: u64, oldest: u64) -> BeatReply {
         let oldest = Duration::from_millis(oldest);
@@ -141,7 +142,7 @@ mod tests {
         membership.update(&reply(1, "a 1", 1, 0), Tick(1));
         membership.set_broken();
         assert_eq!(membership.broken_epoch(), "a 1");
-        membership.set_error("refused".into());
+        membership.set_error(RedisError { why: RedisErrorKind::Refused, message: String::new() });
         membership.update(&reply(2, "a 2", 1, 0), Tick(2));
         assert_eq!((membership.broken_epoch().as_str(), membership.error()), ("", None));
     }

@@ -229,7 +229,7 @@ impl SupervisedConnection {
         loop {
             let lost = match self.connect_once(&config, database, &on_time).await {
                 Ok((connection, connected_at)) => {
-                    let lost = self.watch(connection, &on_time).await;
+                    let lost = self.watch(connection, connected_at, &on_time).await;
                     if connected_at.elapsed() > REPLACE_AFTER {
                         backoff = BACKOFF.0;
                     }
@@ -272,12 +272,18 @@ impl SupervisedConnection {
     }
 
     /// Watches until the connection is lost or given up, and returns the reason.
-    async fn watch(&self, connection: Connection, on_time: &impl Fn(ServerTime)) -> String {
+    async fn watch(&self, connection: Connection, connected_at: Instant, on_time: &impl Fn(ServerTime)) -> String {
         let Connection { client, mut driver } = connection;
         let lost = loop {
             let suspicious = tokio::select! {
                 why = driver.ended() => break why,
-                () = self.replace.notified() => break "the server asks for another connection".into(),
+                () = self.replace.notified() => {
+                    // A server that stays read-only would be connected to again and again.
+                    if connected_at.elapsed() < REPLACE_AFTER {
+                        continue;
+                    }
+                    break "the server is read-only, or another one has its data".into()
+                }
                 () = self.deadline_missed.notified() => true,
                 () = sleep_or_pend(self.heartbeat) => false,
             };

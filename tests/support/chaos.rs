@@ -18,6 +18,8 @@ pub(crate) enum Mood {
     Slow(Duration),
     /// Takes everything, hands on nothing.
     BlackHole,
+    /// Hands on what the client sends, and keeps back the replies.
+    NoReplies,
     /// Flips a bit in one of so many bytes of what the server says, but not in short pieces.
     Flips(usize),
     /// Accepts no connection, and drops those there are.
@@ -102,7 +104,7 @@ async fn pass(
     mut from: impl AsyncReadExt + Unpin,
     mut to: impl AsyncWriteExt + Unpin,
     mood: &watch::Receiver<Mood>,
-    may_flip: bool,
+    is_reply: bool,
 ) {
     let mut buffer = vec![0; 64 << 10];
     let mut passed = 0usize;
@@ -115,14 +117,17 @@ async fn pass(
                 // Kept back until the mood changes.
                 let _ = moods.wait_for(|mood| *mood != Mood::BlackHole).await;
             }
-            Mood::Flips(every) if may_flip && read > 200 => {
+            Mood::NoReplies if is_reply => {
+                let _ = moods.wait_for(|mood| *mood != Mood::NoReplies).await;
+            }
+            Mood::Flips(every) if is_reply && read > 200 => {
                 for (at, byte) in buffer[..read].iter_mut().enumerate().skip(60) {
                     if (passed + at).is_multiple_of(every) {
                         *byte ^= 1 << (at % 8);
                     }
                 }
             }
-            Mood::Fine | Mood::Flips(_) | Mood::Refuses => {}
+            Mood::Fine | Mood::NoReplies | Mood::Flips(_) | Mood::Refuses => {}
         }
         passed += read;
         if to.write_all(&buffer[..read]).await.is_err() {
