@@ -115,6 +115,11 @@ impl FleetClock {
         self.at(self.clock.now())
     }
 
+    /// Returns the present instant.
+    pub fn instant(&self) -> Instant {
+        self.clock.instant()
+    }
+
     /// Returns the present tick.
     pub fn tick_now(&self) -> Tick {
         self.clock.now()

@@ -3,12 +3,14 @@
 //! Serving a request does not depend on it. Without Redis every part falls back to this process alone: purges take
 //! effect here at once and are propagated later, and each sidecar coalesces requests on its own.
 
+mod authenticated;
 pub mod inbox;
 pub mod invalidation_log;
 pub mod invalidations;
 pub mod lease;
 mod ledger_state;
 pub mod membership;
+pub mod mode_message;
 pub mod purge_message;
 pub mod refresh_queue;
 

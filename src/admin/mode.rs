@@ -7,14 +7,17 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::extract::{JsonBody, bad_request};
 use super::{Admin, problem};
 use crate::config::parse_duration;
-use crate::policy::mode;
+use crate::fleet::mode_message::ModeMessage;
 use crate::policy::mode::{Mode, ModeSource};
+use crate::policy::{millis, mode};
+use crate::store::record::random_salt;
 
 /// The mode to set.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -66,7 +69,14 @@ async fn set_fleet_mode(admin: &Admin, set: Option<(Mode, Option<Duration>)>) ->
     let Some(fleet) = &admin.shared().fleet else {
         return Err(Box::new(bad_request("fleet = true needs [redis], which is not configured")));
     };
-    let kept = fleet.redis.set_mode(set.map(|(mode, time)| (mode.token(), time))).await;
+    let now = fleet.redis.clock().now();
+    let seal = |(mode, time): (Mode, Option<Duration>)| {
+        // Without the server's clock, Redis alone expires the mode.
+        let until = time.zip(now).map(|(time, now)| now.saturating_add(millis(time)));
+        let message = ModeMessage { mode, until }.seal(&fleet.keyring.load(), random_salt());
+        (Bytes::from(message), time)
+    };
+    let kept = fleet.redis.set_mode(set.map(seal)).await;
     kept.map_err(|error| {
         let message = format!("the mode was not changed: Redis did not store it for the fleet: {error}");
         Box::new(problem(StatusCode::SERVICE_UNAVAILABLE, "fleet_not_told", &message))

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
@@ -12,10 +13,11 @@ use crate::config::Config;
 use crate::fleet::inbox::Inbox;
 use crate::fleet::invalidation_log::InvalidationLog;
 use crate::fleet::invalidations::Invalidations;
+use crate::fleet::mode_message::ModeMessage;
 use crate::fleet::refresh_queue::RefreshRequest;
 use crate::fleet::{Fleet, SidecarId};
 use crate::policy::millis;
-use crate::policy::mode::{Mode, ModeSource};
+use crate::policy::mode::ModeSource;
 use crate::policy::routing::cache_key::KeySecret;
 use crate::proxy::active::ActiveConfig;
 use crate::proxy::{Proxy, SharedState};
@@ -23,12 +25,6 @@ use crate::redis::{InboxMessage, Redis, RedisConfig, RedisError};
 use crate::store::RedisTier;
 use crate::store::authentication::Keyring;
 use crate::store::record::RecordCodec;
-
-/// Interval between checks that the shared secret is still in Redis.
-const SECRET_INTERVAL: Duration = Duration::from_secs(2);
-
-/// Interval between reads of the fleet's mode.
-const MODE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Maximum number of refreshes that run for the fleet at the same time.
 const MAX_CONCURRENT_REFRESHES: u64 = 4;
@@ -40,7 +36,7 @@ const CLAIM_AFTER: Duration = Duration::from_secs(3);
 const ABANDON_AFTER: Duration = Duration::from_mins(1);
 
 /// Time that Redis blocks a read of the refresh queue while the queue is empty.
-const BLOCK_TIME: Duration = Duration::from_secs(1);
+const BLOCK_TIME: Duration = Duration::from_secs(8);
 
 /// Pause between an error and the next attempt.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -145,6 +141,7 @@ impl FleetParts {
             }
             let seen_at = move |position| invalidations.log_seen_at(position);
             let mut work = JoinSet::new();
+            work.spawn(follower.clone().send_beats());
             work.spawn(follower.follow());
             work.spawn(writer.write_purges());
             let scans = tier.clone();
@@ -153,10 +150,17 @@ impl FleetParts {
             work.spawn(follow_mode(fleet.clone(), shared.clone()));
             work.spawn(run_refresh_worker(fleet.clone(), active));
             match seed {
-                Some(mut seed) => loop {
-                    tokio::time::sleep(SECRET_INTERVAL).await;
-                    adopt_secret(&fleet, &shared, &mut seed).await;
-                },
+                Some(mut seed) => {
+                    let (mut replies, mut known) = (fleet.membership.replies(), None);
+                    while replies.changed().await.is_ok() {
+                        let epoch = replies.borrow_and_update().as_ref().map(|reply| reply.epoch.clone());
+                        // A Redis that was restarted may have lost the secret.
+                        if epoch != known {
+                            known = epoch;
+                            adopt_secret(&fleet, &shared, &mut seed).await;
+                        }
+                    }
+                }
                 None => std::future::pending().await,
             }
         });
@@ -166,27 +170,31 @@ impl FleetParts {
 /// Applies the mode that is set for the fleet, forever. While Redis is unavailable, the last mode stays in force until
 /// it expires.
 async fn follow_mode(fleet: Arc<Fleet>, shared: Arc<SharedState>) {
-    let mut before = None;
-    loop {
-        if let Ok(stored) = fleet.redis.mode().await {
-            let set = stored.and_then(|(value, left)| Some((Mode::of(&value)?, left)));
-            match set {
-                Some((mode, left)) => shared.mode.set(mode, ModeSource::Fleet, shared.clock.now(), left),
-                None => shared.mode.clear(ModeSource::Fleet),
+    let mut replies = fleet.membership.replies();
+    let mut before = Bytes::new();
+    while replies.changed().await.is_ok() {
+        let stored = replies.borrow_and_update().as_ref().map(|reply| reply.mode.clone()).unwrap_or_default();
+        let set = ModeMessage::open(&stored, &fleet.keyring.load());
+        let now = fleet.redis.clock().now().unwrap_or_default();
+        match set {
+            Some(ModeMessage { mode, until }) => {
+                let left = until.map(|until| Duration::from_millis(until.saturating_sub(now)));
+                shared.mode.set(mode, ModeSource::Fleet, shared.clock.now(), left);
             }
-            let mode = set.map(|(mode, _)| mode);
-            if mode != before {
-                let state = shared.mode.state(shared.clock.now());
-                let hidden = state.source == ModeSource::Local;
-                warn!(
-                    mode = mode.map_or("none", Mode::token),
-                    hidden_by_the_one_set_here = hidden,
-                    "the fleet's mode"
-                );
-                before = mode;
-            }
+            None => shared.mode.clear(ModeSource::Fleet),
         }
-        tokio::time::sleep(MODE_INTERVAL).await;
+        if stored != before {
+            if set.is_none() && !stored.is_empty() {
+                warn!(
+                    "the mode in Redis failed authentication, and is ignored: set it with `sidecache mode … --fleet`"
+                );
+            } else {
+                let mode = set.map_or("none", |set| set.mode.token());
+                let hidden = shared.mode.state(shared.clock.now()).source == ModeSource::Local;
+                warn!(mode, hidden_by_the_one_set_here = hidden, "the mode of the fleet changed");
+            }
+            before = stored;
+        }
     }
 }
 

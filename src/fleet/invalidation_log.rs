@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use tokio::time::MissedTickBehavior;
 use tracing::{debug, warn};
 
 use super::SidecarId;
@@ -21,13 +22,13 @@ use super::membership::Membership;
 use super::purge_message::{LogMessage, PurgeMessage};
 use crate::clock::Clock;
 use crate::policy::invalidation::log_position::{LogGap, LogId};
-use crate::policy::{Tick, millis};
+use crate::policy::millis;
 use crate::redis::{Beat, LogEntry, Redis, RedisError};
 use crate::store::authentication::Keyring;
 use crate::store::record::random_salt;
 
 /// How long the server blocks a read when there are no new entries.
-const BLOCK_TIME: Duration = Duration::from_secs(1);
+const BLOCK_TIME: Duration = Duration::from_secs(2);
 
 /// Interval of heartbeats, unless `max_unverified` is shorter than four of them.
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
@@ -59,13 +60,6 @@ pub struct InvalidationLog {
     pub clock: Clock,
     /// What the heartbeats have shown.
     pub membership: Arc<Membership>,
-}
-
-/// What a heartbeat proves once the log is read up to an entry: until a tick, all purges are applied.
-#[derive(Debug, Clone, Copy)]
-struct Proof {
-    end: LogId,
-    complete_until: Tick,
 }
 
 /// The reason why following the log was interrupted.
@@ -119,35 +113,26 @@ impl InvalidationLog {
                 self.begin().await?;
             }
             self.catch_up().await?;
-            let max_unverified = self.invalidations.max_unverified().unwrap_or(BEAT_INTERVAL);
-            let interval = BEAT_INTERVAL.min(max_unverified / 4);
-            let (mut sent, mut proof) = (None::<Tick>, None);
             loop {
-                let now = self.clock.now();
-                if sent.is_none_or(|sent| now.since(sent) >= millis(interval)) {
-                    proof = Some(self.beat(now).await?);
-                    sent = Some(now);
-                    if self.membership.clock_went_back() {
-                        *inbox = LogId::default();
-                    }
+                self.update_verified();
+                if self.membership.take_log_truncated() {
+                    return Err(FollowError::Broken);
                 }
-                self.update_verified(&mut proof);
-                self.wait_for_entries(inbox, BLOCK_TIME.min(interval)).await?;
-                self.update_verified(&mut proof);
+                if self.membership.clock_went_back() {
+                    *inbox = LogId::default();
+                }
+                self.wait_for_entries(inbox).await?;
             }
         };
         let Err::<std::convert::Infallible, _>(interrupted) = read.await;
         self.invalidations.set_caught_up(false);
-        if let FollowError::Redis(error) = &interrupted {
-            self.membership.set_error(error.clone());
-        }
         interrupted
     }
 
     /// Starts at the oldest entry that the log still has.
     async fn begin(&self) -> Result<(), RedisError> {
         // Creates the log if it does not exist, so that everything fetched from now on has an entry before it.
-        self.send_beat(self.clock.now()).await?;
+        self.send_beat().await?;
         let first = self.redis.log_after(None, 1).await?;
         if let Some(entry) = first.first() {
             self.invalidations.begin_log(entry.previous);
@@ -167,13 +152,25 @@ impl InvalidationLog {
         }
     }
 
-    /// Sends a heartbeat at `now`. Fails if the log ends before the entry read last.
-    async fn beat(&self, now: Tick) -> Result<Proof, FollowError> {
-        let proof = self.send_beat(now).await?;
-        if Some(proof.end) < self.invalidations.log_position() { Err(FollowError::Broken) } else { Ok(proof) }
+    /// Sends heartbeats. Never returns.
+    pub async fn send_beats(self) {
+        let max_unverified = self.invalidations.max_unverified().unwrap_or(BEAT_INTERVAL);
+        let mut ticks = tokio::time::interval(BEAT_INTERVAL.min(max_unverified / 4));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match self.send_beat().await {
+                Ok(()) => self.update_verified(),
+                Err(error) => {
+                    debug!(%error, "a heartbeat was not sent");
+                    self.membership.set_error(error);
+                }
+            }
+        }
     }
 
-    async fn send_beat(&self, now: Tick) -> Result<Proof, RedisError> {
+    async fn send_beat(&self) -> Result<(), RedisError> {
+        let (now, read) = (self.clock.now(), self.invalidations.log_position());
         let reset = Bytes::from(LogMessage::seal_reset(&self.keyring.load(), random_salt()));
         let broken = self.membership.broken_epoch();
         let beat = Beat {
@@ -185,21 +182,21 @@ impl InvalidationLog {
             forget_after: super::membership::FORGET_AFTER,
         };
         let reply = self.redis.beat(beat).await?;
-        let complete_until = self.membership.update(&reply, now);
-        Ok(Proof { end: reply.end, complete_until })
+        self.membership.update(&reply, now, read);
+        Ok(())
     }
 
-    /// Marks everything verified that `proof` proves, once the log is read up to its entry.
-    fn update_verified(&self, proof: &mut Option<Proof>) {
-        if let Some(proof) = proof.take_if(|proof| self.invalidations.log_position() >= Some(proof.end)) {
+    /// Marks everything verified that the last heartbeat proves, once the log is read up to its entry.
+    fn update_verified(&self) {
+        if let Some(proof) = self.membership.take_proof(self.invalidations.log_position()) {
             self.invalidations.mark_verified(proof.complete_until);
             self.invalidations.set_caught_up(true);
         }
     }
 
-    async fn wait_for_entries(&self, inbox: &mut LogId, wait: Duration) -> Result<(), FollowError> {
+    async fn wait_for_entries(&self, inbox: &mut LogId) -> Result<(), FollowError> {
         let last = self.invalidations.log_position().unwrap_or_default();
-        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), wait).await?;
+        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), BLOCK_TIME).await?;
         self.apply(update.log)?;
         for message in update.inbox {
             *inbox = message.id;

@@ -7,6 +7,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use crate::policy::invalidation::log_position::LogId;
 use crate::policy::{Tick, millis};
 use crate::redis::{BeatReply, RedisError};
@@ -16,11 +18,27 @@ pub const FORGET_AFTER: Duration = Duration::from_mins(10);
 
 /// What the heartbeats have shown.
 #[derive(Debug, Default)]
-pub struct Membership(Mutex<State>);
+pub struct Membership {
+    state: Mutex<State>,
+    /// Changes with every reply.
+    replies: watch::Sender<Option<BeatReply>>,
+}
+
+/// What a heartbeat proves once the log is read up to an entry: all purges up to a tick are applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proof {
+    /// The last entry of the log.
+    pub end: LogId,
+    /// The tick up to which the log was complete.
+    pub complete_until: Tick,
+}
 
 #[derive(Debug, Default)]
 struct State {
     last: Option<BeatReply>,
+    proof: Option<Proof>,
+    /// The log ended before an entry that had been read.
+    log_truncated: bool,
     clock_went_back: bool,
     /// The epoch in which this sidecar found the log broken.
     broken: Option<String>,
@@ -32,11 +50,19 @@ struct State {
 
 impl Membership {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records the reply to a heartbeat sent at `now`. Returns the tick until which the log is known to be complete.
-    pub fn update(&self, reply: &BeatReply, now: Tick) -> Tick {
+    /// Records the reply to a heartbeat sent at `now`, when the log had been read up to `read`. Returns the tick until
+    /// which the log is known to be complete.
+    pub fn update(&self, reply: &BeatReply, now: Tick, read: Option<LogId>) -> Tick {
+        let complete_until = self.update_state(reply, now);
+        self.state().log_truncated |= Some(reply.end) < read;
+        self.replies.send_replace(Some(reply.clone()));
+        complete_until
+    }
+
+    fn update_state(&self, reply: &BeatReply, now: Tick) -> Tick {
         let mut state = self.state();
         if let Some(last) = state.last.take() {
             state.clock_went_back = reply.now < last.now;
@@ -49,11 +75,28 @@ impl Membership {
         state.expected = state.expected.filter(|(members, until)| reply.members < *members && now < *until);
         state.error = None;
         state.last = Some(reply.clone());
-        match state.expected {
+        let complete_until = match state.expected {
             // The time of the sidecars that are not back yet is unknown.
             Some((_, until)) => Tick(until.0.saturating_sub(millis(FORGET_AFTER))),
             None => Tick(now.0.saturating_sub(millis(reply.oldest))),
-        }
+        };
+        state.proof = Some(Proof { end: reply.end, complete_until });
+        complete_until
+    }
+
+    /// Removes and returns the latest proof, if the log is read up to its entry.
+    pub fn take_proof(&self, read: Option<LogId>) -> Option<Proof> {
+        self.state().proof.take_if(|proof| Some(proof.end) <= read)
+    }
+
+    /// Returns a receiver of the replies to heartbeats.
+    pub fn replies(&self) -> watch::Receiver<Option<BeatReply>> {
+        self.replies.subscribe()
+    }
+
+    /// Returns true, once, if a heartbeat has shown that the log ended before an entry that had been read.
+    pub fn take_log_truncated(&self) -> bool {
+        std::mem::take(&mut self.state().log_truncated)
     }
 
     /// Notes that the log is broken in the present epoch: the next heartbeat starts another.
@@ -102,48 +145,53 @@ impl Membership {
 mod tests {
     use super::*;
     use crate::redis::RedisErrorKind;
+    use bytes::Bytes;
 
     fn reply(now: u64, epoch: &str, members: u64, oldest: u64) -> BeatReply {
         let oldest = Duration::from_millis(oldest);
-        BeatReply { now, epoch: epoch.into(), end: LogId::default(), members, oldest }
+        BeatReply { now, epoch: epoch.into(), end: LogId::default(), members, oldest, mode: Bytes::new() }
     }
 
     #[test]
     fn log_is_complete_up_to_the_oldest_heartbeat() {
         let membership = Membership::default();
-        assert_eq!(membership.update(&reply(1_000, "a 1", 2, 400), Tick(5_000)), Tick(4_600));
-        assert_eq!(membership.update(&reply(2_000, "a 1", 2, 1_400), Tick(6_000)), Tick(4_600), "one is silent");
+        assert_eq!(membership.update(&reply(1_000, "a 1", 2, 400), Tick(5_000), None), Tick(4_600));
+        assert_eq!(
+            membership.update(&reply(2_000, "a 1", 2, 1_400), Tick(6_000), None),
+            Tick(4_600),
+            "one is silent"
+        );
         assert!(!membership.clock_went_back());
-        membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500));
+        membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500), None);
         assert!(membership.clock_went_back());
     }
 
     #[test]
     fn sidecars_unknown_to_an_emptied_redis_are_expected_back() {
         let membership = Membership::default();
-        membership.update(&reply(1_000, "a 1", 3, 0), Tick(1_000));
-        assert_eq!(membership.update(&reply(2_000, "a 2", 1, 0), Tick(2_000)), Tick(2_000));
+        membership.update(&reply(1_000, "a 1", 3, 0), Tick(1_000), None);
+        assert_eq!(membership.update(&reply(2_000, "a 2", 1, 0), Tick(2_000), None), Tick(2_000));
         assert_eq!(
-            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000)), membership.expected()),
+            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000), None), membership.expected()),
             (Tick(2_000), 3)
         );
         assert_eq!(
-            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000)), membership.expected()),
+            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000), None), membership.expected()),
             (Tick(4_000), 0)
         );
-        membership.update(&reply(5_000, "a 3", 1, 0), Tick(5_000));
+        membership.update(&reply(5_000, "a 3", 1, 0), Tick(5_000), None);
         let later = Tick(5_001 + millis(FORGET_AFTER));
-        assert_eq!(membership.update(&reply(6_000, "a 3", 1, 0), later), later, "taken for dead");
+        assert_eq!(membership.update(&reply(6_000, "a 3", 1, 0), later, None), later, "taken for dead");
     }
 
     #[test]
     fn broken_log_is_reported_until_the_epoch_changes() {
         let membership = Membership::default();
-        membership.update(&reply(1, "a 1", 1, 0), Tick(1));
+        membership.update(&reply(1, "a 1", 1, 0), Tick(1), None);
         membership.set_broken();
         assert_eq!(membership.broken_epoch(), "a 1");
         membership.set_error(RedisError { why: RedisErrorKind::Refused, message: String::new() });
-        membership.update(&reply(2, "a 2", 1, 0), Tick(2));
+        membership.update(&reply(2, "a 2", 1, 0), Tick(2), None);
         assert_eq!((membership.broken_epoch().as_str(), membership.error()), ("", None));
     }
 }

@@ -6,10 +6,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::SidecarId;
+use super::authenticated::{open, seal};
 use crate::policy::invalidation::ledger::{Matcher, PurgeKind, Selector, TargetMatch};
 use crate::policy::invalidation::tag::{Subject, UpstreamId};
 use crate::policy::routing::pattern::Glob;
-use crate::store::authentication::{KEY_ID, Keyring, SALT, TAG};
+use crate::store::authentication::{Keyring, SALT};
 
 /// The first byte of a message: its format, which says what it is.
 const PURGE: u8 = 1;
@@ -17,7 +18,7 @@ const RESET: u8 = 2;
 const REPEATED_PURGE: u8 = 3;
 
 /// The context that the MAC of a log entry is bound to.
-const BOUND_TO: &[u8] = b"invalidation log";
+const CONTEXT: &[u8] = b"invalidation log";
 
 /// A message in the invalidation log.
 #[derive(Debug, Clone)]
@@ -130,37 +131,22 @@ impl PurgeMessage {
         };
         let payload = postcard::to_allocvec(&payload).unwrap_or_default();
         match self.repeated {
-            None => seal(PURGE, &payload, ring, salt),
-            Some(made_at) => seal(REPEATED_PURGE, &[&made_at.to_be_bytes(), &*payload].concat(), ring, salt),
+            None => seal(CONTEXT, PURGE, &payload, ring, salt),
+            Some(made_at) => seal(CONTEXT, REPEATED_PURGE, &[&made_at.to_be_bytes(), &*payload].concat(), ring, salt),
         }
     }
-}
-
-fn seal(format: u8, payload: &[u8], ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
-    let mut body = vec![format];
-    body.extend_from_slice(&ring.current_id());
-    body.extend_from_slice(&salt);
-    body.extend_from_slice(payload);
-    // The current key of a keyring is always in it, so `mac` can't fail.
-    let tag = ring.mac(ring.current_id(), &salt, BOUND_TO, &[&body]).unwrap_or_default();
-    body.extend_from_slice(&tag);
-    body
 }
 
 impl LogMessage {
     /// Encodes a reset for the log and authenticates it with the current key.
     pub fn seal_reset(ring: &Keyring, salt: [u8; SALT]) -> Vec<u8> {
-        seal(RESET, &[], ring, salt)
+        seal(CONTEXT, RESET, &[], ring, salt)
     }
 
     /// Verifies and decodes a log entry. Returns `None` if the MAC, the format or the encoding is wrong.
     pub fn open(body: &[u8], ring: &Keyring) -> Option<LogMessage> {
-        let (sealed, tag) = body.split_at_checked(body.len().checked_sub(TAG)?)?;
-        let (format, rest) = sealed.split_first()?;
-        let (id, rest) = rest.split_first_chunk::<KEY_ID>()?;
-        let (salt, payload) = rest.split_first_chunk::<SALT>()?;
-        ring.verify(*id, salt, BOUND_TO, &[sealed], tag).ok()?;
-        let (repeated, payload) = match *format {
+        let (format, payload) = open(CONTEXT, body, ring)?;
+        let (repeated, payload) = match format {
             RESET => return Some(LogMessage::Reset),
             PURGE => (None, payload),
             REPEATED_PURGE => {

@@ -29,8 +29,11 @@ use crate::telemetry::Histogram;
 /// Maximum number of commands in flight on one connection.
 pub const MAX_IN_FLIGHT: usize = 32;
 
-/// Interval of the supervisor's pings while there is no failure.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Interval of the supervisor's pings while there is no failure, and no other command shows that the server responds.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// Timeout of such a ping.
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Timeout of a ping after a missed deadline, which opens the breaker.
 const SUSPECT_TIMEOUT: Duration = Duration::from_millis(50);
@@ -274,6 +277,7 @@ impl SupervisedConnection {
     /// Watches until the connection is lost or given up, and returns the reason.
     async fn watch(&self, connection: Connection, connected_at: Instant, on_time: &impl Fn(ServerTime)) -> String {
         let Connection { client, mut driver } = connection;
+        let mut replies = self.counts.ok.load(Relaxed);
         let lost = loop {
             let suspicious = tokio::select! {
                 why = driver.ended() => break why,
@@ -285,7 +289,13 @@ impl SupervisedConnection {
                     break "the server is read-only, or another one has its data".into()
                 }
                 () = self.deadline_missed.notified() => true,
-                () = sleep_or_pend(self.heartbeat) => false,
+                () = sleep_or_pend(self.heartbeat) => {
+                    let before = std::mem::replace(&mut replies, self.counts.ok.load(Relaxed));
+                    if before != replies {
+                        continue;
+                    }
+                    false
+                }
             };
             tokio::select! {
                 why = driver.ended() => break why,
@@ -305,7 +315,7 @@ impl SupervisedConnection {
     async fn ping(&self, client: &Client, suspicious: bool, on_time: &impl Fn(ServerTime)) -> Result<(), String> {
         let request = server_time(client, self.slot);
         tokio::pin!(request);
-        let patience = if suspicious { SUSPECT_TIMEOUT } else { HEARTBEAT };
+        let patience = if suspicious { SUSPECT_TIMEOUT } else { PING_TIMEOUT };
         let reply = match timeout(patience, &mut request).await {
             Ok(reply) => reply,
             Err(_elapsed) => {

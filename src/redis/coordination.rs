@@ -162,33 +162,13 @@ impl Redis {
         vec![self.at(&format!("lease:{name}")), self.at(&format!("line:{name}"))]
     }
 
-    /// Returns the mode that was set for the fleet, and the time until it expires. `None` if no mode is set.
-    pub async fn mode(&self) -> Result<Option<(String, Option<Duration>)>, RedisError> {
-        let key = self.at("mode");
-        let command = |client: TimedClient| async move { client.get::<Option<String>, _>(&key).await };
-        let kept = self.coordination.run(self.command_timeout, command).await?;
-        Ok(kept.map(|kept| match kept.split_once(' ') {
-            None => (kept, None),
-            Some((mode, until)) => {
-                let left =
-                    until.parse::<u64>().ok().zip(self.clock.now()).map(|(until, now)| until.saturating_sub(now));
-                (mode.to_owned(), left.map(Duration::from_millis))
-            }
-        }))
-    }
-
     /// Sets the mode of the fleet, for a time or until another is set. `None` clears it.
-    pub async fn set_mode(&self, mode: Option<(&'static str, Option<Duration>)>) -> Result<(), RedisError> {
+    pub async fn set_mode(&self, mode: Option<(Bytes, Option<Duration>)>) -> Result<(), RedisError> {
         let key = self.at("mode");
-        let now = self.clock.now();
         let command = |client: TimedClient| async move {
             let Some((mode, time)) = mode else { return client.del::<(), _>(&key).await };
-            let Some(time) = time else { return client.set::<(), _, _>(&key, mode, None, None, false).await };
-            let time = i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1);
-            // The value contains its expiry by the server's clock: readers know how long the last value is valid.
-            let kept =
-                now.map_or_else(|| mode.to_owned(), |now| format!("{mode} {}", now.saturating_add_signed(time)));
-            client.set::<(), _, _>(&key, kept, Some(Expiration::PX(time)), None, false).await
+            let time = time.map(|time| i64::try_from(time.as_millis()).unwrap_or(i64::MAX).max(1));
+            client.set::<(), _, _>(&key, mode, time.map(Expiration::PX), None, false).await
         };
         self.coordination.run(self.command_timeout, command).await
     }

@@ -9,6 +9,7 @@ use fred::types::Value;
 use super::coordination::{millis, parse};
 use super::scripts::{APPEND, BEAT, LEAVE};
 use super::{Redis, RedisError};
+use crate::clock::ServerTime;
 use crate::policy::invalidation::log_position::LogId;
 
 /// Approximate number of entries that the log keeps.
@@ -50,6 +51,8 @@ pub struct BeatReply {
     pub members: u64,
     /// Time since the log is known to have all purges of all sidecars.
     pub oldest: Duration,
+    /// The mode that is set for the fleet. Empty if none is set.
+    pub mode: Bytes,
 }
 
 impl Redis {
@@ -66,7 +69,7 @@ impl Redis {
 
     /// Sends a heartbeat: announces a sidecar, starts a new epoch of the log if needed, and returns the log's end.
     pub async fn beat(&self, beat: Beat<'_>) -> Result<BeatReply, RedisError> {
-        let keys = vec![self.at("sidecars"), self.at("log"), self.at("epoch"), self.at("numbers")];
+        let keys = ["sidecars", "log", "epoch", "numbers", "mode"].map(|name| self.at(name)).to_vec();
         let arguments = vec![
             Value::from(beat.me),
             Value::from(i64::from(beat.all_logged)),
@@ -76,9 +79,13 @@ impl Redis {
             Value::Bytes(beat.reset.clone()),
             Value::from(format!("{:016x}", beat.nonce)),
         ];
-        let (now, epoch, end, members, oldest): (u64, String, String, u64, u64) =
+        let sent_at = self.clock.instant();
+        let (now, epoch, end, members, oldest, mode): (u64, String, String, u64, u64, Bytes) =
             self.coordination.script(self.command_timeout, BEAT, keys, arguments).await?;
-        Ok(BeatReply { now, epoch, end: parse(&end)?, members, oldest: Duration::from_millis(oldest) })
+        self.clock.hear(ServerTime { server: now, sent_at });
+        // The mode shares the connection's read buffer.
+        let (oldest, mode) = (Duration::from_millis(oldest), Bytes::copy_from_slice(&mode));
+        Ok(BeatReply { now, epoch, end: parse(&end)?, members, oldest, mode })
     }
 
     /// Removes the sidecar `me`, whose purges are all in the log.

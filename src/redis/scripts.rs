@@ -41,12 +41,12 @@ return previous";
 
 /// Announces a sidecar, and starts a new epoch of the log if its end may have been lost. KEYS: sidecars (a sorted set:
 /// ID, and the time at which the log had all purges of the sidecar), log, epoch, numbers of the last purge of each
-/// sidecar. ARGV: own ID, `1` if the log has all purges of this sidecar, milliseconds after which a sidecar is
+/// sidecar, mode. ARGV: own ID, `1` if the log has all purges of this sidecar, milliseconds after which a sidecar is
 /// forgotten, ID of the server, the epoch in which this sidecar found the log broken, content of a reset entry, a nonce.
 ///
 /// The epoch names the server (its run ID) that wrote it: on a server that was restarted, or promoted, it is another's.
-/// Returns the server's time in milliseconds, the epoch, the ID of the last log entry, the number of sidecars, and the
-/// milliseconds since the oldest time among the sidecars.
+/// Returns the server's time in milliseconds, the epoch, the ID of the last log entry, the number of sidecars, the
+/// milliseconds since the oldest time among the sidecars, and the mode of the fleet.
 pub(super) const BEAT: &str = "
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -67,7 +67,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3]))
   redis.call('HDEL', KEYS[4], id)
 end
 local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-return {now, epoch, ending, redis.call('ZCARD', KEYS[1]), now - (oldest[2] or now)}";
+return {now, epoch, ending, redis.call('ZCARD', KEYS[1]), now - (oldest[2] or now),
+  redis.call('GET', KEYS[5]) or ''}";
 
 /// Removes a sidecar that shuts down. KEYS: sidecars, numbers, its inbox. ARGV: its ID.
 pub(super) const LEAVE: &str = "
