@@ -270,6 +270,33 @@ async fn pattern_purge_deletes_records_in_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn scan_keeps_records_fetched_after_the_purge() {
+    let redis = Redis::start();
+    let origin = Origin::start(counting()).await;
+    let (one, other) = (member(&origin, &redis.patient_table()).await, member(&origin, &redis.patient_table()).await);
+    for purge in [r#"{"all":true}"#, r#"{"prefixes":["/a"]}"#] {
+        for id in 0..100 {
+            one.get(&format!("/a{id}")).await;
+        }
+        one.written().await;
+        one.purge(purge).await;
+        other.level_with(&redis).await;
+        let before = origin.count();
+        for id in 0..100 {
+            other.get(&format!("/a{id}")).await;
+        }
+        other.written().await;
+        let walks = || one.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
+        until("the scans have ended", || (walks().running == 0).then_some(())).await;
+        for id in 0..100 {
+            one.get(&format!("/a{id}")).await;
+        }
+        assert_eq!(origin.count() - before, 100, "{purge}: each was fetched once");
+        assert_eq!(redis.keys("sidecache:1:s:*").len(), 100);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn concurrent_misses_in_the_fleet_make_one_upstream_request() {
     let redis = Redis::start();
     let gate = Gate::new();

@@ -284,3 +284,45 @@ async fn variants_of_a_cold_url_are_fetched_at_once_with_redis() {
     }
     assert_eq!(origin.count(), 100);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mode_that_is_not_authenticated_changes_nothing() {
+    let redis = Redis::start();
+    let (origin, _) = versioned().await;
+    let configured =
+        Sidecar::from_text(&format!("mode = \"bypass\"\n{}", text(origin.address, RULES, &redis.table())));
+    configured.settled().await;
+    let mode = async || get(configured.admin, "/health", &[]).await.json()["mode"].clone();
+    for forged in ["normal", "normal 9999999999999", ""] {
+        let _: () = redis.observer().set("{sidecache}:1:mode", forged).expect("a reply");
+        configured.settled().await;
+        assert_eq!(mode().await["mode"], "bypass", "{forged:?}");
+    }
+    let other = member(&origin, &redis.table()).await;
+    let lines = [("Content-Type", "application/json")];
+    let set = send(other.admin, "POST", "/mode", &lines, br#"{"mode":"normal","fleet":true}"#).await;
+    assert_eq!(set.status, 200);
+    soon("the mode", async { while mode().await["mode"] != "normal" {} }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn full_ledger_makes_only_its_own_upstream_unverified() {
+    let (origin, _) = versioned().await;
+    let second = format!(
+        "[[upstream]]\nname = \"second\"\nurl = \"http://{}\"\nlisten = \"127.0.0.1:0\"\n{RULES}",
+        origin.address
+    );
+    let sidecar = Sidecar::with_tables(&origin, RULES, &second);
+    sidecar.get("/a").await;
+    let tags: Vec<String> = (0..60_000).map(|tag| format!("tag{tag}")).collect();
+    for (upstream, is_hit) in [("second", true), ("api", false)] {
+        for half in 0..2 {
+            let tags: Vec<_> = tags.iter().map(|tag| format!("{tag}-{half}")).collect();
+            let purge = serde_json::json!({ "tags": tags, "upstream": upstream, "soft": true });
+            sidecar.purge(&purge.to_string()).await;
+        }
+        let answer = sidecar.get("/a").await;
+        assert_eq!(answer.is_hit(), is_hit, "{upstream}: {}", answer.cache_status());
+        assert_eq!(answer.status, 200);
+    }
+}

@@ -135,7 +135,7 @@ async fn record_purge(
     let mut answers = name.map(|name| fleet.inbox.subscribe(&applied(name)));
     let recorded = shared.invalidations.record(selectors, strength, name);
     let logged = shared.invalidations.wait_logged(recorded.number, fleet.timeout).await;
-    fleet.tier.enqueue_scan(cleared);
+    fleet.tier.enqueue_scan(&cleared);
     let applied = match (&mut answers, wait) {
         (Some(answers), Some(wait)) => {
             let members = fleet.redis.members().await.ok().filter(|_| logged);

@@ -139,13 +139,14 @@ impl FleetParts {
                 );
                 adopt_secret(&fleet, &shared, seed).await;
             }
+            let purged = invalidations.clone();
             let seen_at = move |position| invalidations.log_seen_at(position);
             let mut work = JoinSet::new();
             work.spawn(follower.clone().send_beats());
             work.spawn(follower.follow());
             work.spawn(writer.write_purges());
             let scans = tier.clone();
-            work.spawn(async move { scans.run_scans().await });
+            work.spawn(async move { scans.run_scans(purged).await });
             work.spawn(async move { tier.run_writes(seen_at).await });
             work.spawn(follow_mode(fleet.clone(), shared.clone()));
             work.spawn(run_refresh_worker(fleet.clone(), active));

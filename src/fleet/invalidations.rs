@@ -19,6 +19,7 @@ use crate::policy::entry::Entry;
 use crate::policy::invalidation::ledger::{InvalidationState, Position, Purge, PurgeKind, ResourceId, Selector};
 use crate::policy::invalidation::log_position::{LogGap, LogId, SeenLog};
 use crate::policy::{Tick, millis};
+use crate::store::redis_tier::PurgedRecords;
 
 /// The purges made by this sidecar and the fleet.
 #[derive(Debug)]
@@ -63,6 +64,18 @@ pub struct PurgeReceipt {
     pub position: Position,
     /// Its number in the outbox.
     pub number: u64,
+}
+
+impl PurgedRecords for Invalidations {
+    fn is_settled(&self) -> bool {
+        let state = self.read();
+        state.outbox.is_empty() && state.unconfirmed.is_empty()
+    }
+
+    fn is_gone(&self, resource: &ResourceId, seen: LogId) -> bool {
+        let position = self.position_of(seen);
+        self.read().ledger.state_of(resource, position, Tick(u64::MAX)) == InvalidationState::Gone
+    }
 }
 
 impl Default for Invalidations {

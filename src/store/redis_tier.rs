@@ -31,6 +31,7 @@ const TTL_MARGIN: Duration = Duration::from_mins(1);
 const MAX_TTL: Duration = Duration::from_hours(31 * 24);
 
 pub use super::record_store::RecordKey;
+pub use super::scan::PurgedRecords;
 
 /// Settings of the records in Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,13 +235,13 @@ impl RedisTier {
     }
 
     /// Queues a scan that removes the records matched by the URL patterns, or the selector for everything, among these.
-    pub fn enqueue_scan(&self, selectors: Vec<Selector>) {
+    pub fn enqueue_scan(&self, selectors: &[Selector]) {
         self.scans.enqueue(selectors);
     }
 
     /// Runs the queued scans, forever.
-    pub async fn run_scans(&self) {
-        self.scans.run_all(&self.records).await;
+    pub async fn run_scans(&self, purged: Arc<dyn PurgedRecords>) {
+        self.scans.run_all(&self.records, purged).await;
     }
 }
 
