@@ -13,25 +13,45 @@ use crate::policy::{Tick, millis};
 /// whenever it was received.
 const START_TICK: u64 = 100 * 365 * 24 * 3_600_000;
 
-/// A monotonic clock and the wall clock. Tests can turn them forward.
+/// A suspension shorter than this is not distinguished from the time between reading two clocks.
+const MIN_SUSPENSION: u64 = 1_000;
+
+/// A monotonic clock, which includes the time that the machine was suspended, and the wall clock. Tests can turn them
+/// forward.
 #[derive(Debug, Clone)]
 pub struct Clock {
     start: Instant,
+    /// A clock that runs on while the machine is suspended, unlike [`Instant`].
+    boottime: fn() -> Duration,
+    boot_start: Duration,
+    /// Milliseconds for which the machine was suspended since the start.
+    suspended: Arc<AtomicU64>,
     /// Milliseconds by which it was turned forward: always zero outside of tests.
     turned: Arc<AtomicU64>,
 }
 
 impl Clock {
     /// Starts a clock.
-    #[allow(clippy::disallowed_methods)] // the clock is the only place that reads the time
     pub fn start() -> Clock {
-        Clock { start: Instant::now(), turned: Arc::default() }
+        Clock::start_with(boottime)
+    }
+
+    #[allow(clippy::disallowed_methods)] // the clock is the only place that reads the time
+    fn start_with(boottime: fn() -> Duration) -> Clock {
+        let (start, boot_start) = (Instant::now(), boottime());
+        Clock { start, boottime, boot_start, suspended: Arc::default(), turned: Arc::default() }
     }
 
     /// Returns the current instant, for measuring durations.
     #[allow(clippy::disallowed_methods)]
     pub fn instant(&self) -> Instant {
-        Instant::now()
+        let now = Instant::now();
+        let passed = millis((self.boottime)().saturating_sub(self.boot_start));
+        let suspended = passed.saturating_sub(millis(now.saturating_duration_since(self.start)));
+        if suspended > self.suspended.load(Ordering::Relaxed) + MIN_SUSPENSION {
+            self.suspended.fetch_max(suspended, Ordering::Relaxed);
+        }
+        now
     }
 
     /// Returns the tick of an instant.
@@ -40,7 +60,8 @@ impl Clock {
     }
 
     fn unturned(&self, at: Instant) -> u64 {
-        START_TICK + millis(at.saturating_duration_since(self.start))
+        let suspended = self.suspended.load(Ordering::Relaxed);
+        START_TICK + millis(at.saturating_duration_since(self.start)) + suspended
     }
 
     /// Returns the current tick.
@@ -63,6 +84,20 @@ impl Clock {
     pub fn turn(&self, by: Duration) {
         self.turned.fetch_add(millis(by), Ordering::Relaxed);
     }
+}
+
+/// Returns the time since the machine was started, with the time that it was suspended (`CLOCK_BOOTTIME`).
+#[cfg(target_os = "linux")]
+fn boottime() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0));
+    Duration::new(seconds, nanos)
+}
+
+/// Other systems have no such clock: a suspension goes unnoticed.
+#[cfg(not(target_os = "linux"))]
+fn boottime() -> Duration {
+    Duration::ZERO
 }
 
 /// A server's reply to a request for its time.
@@ -140,6 +175,18 @@ impl FleetClock {
 mod tests {
     use super::*;
 
+    #[test]
+    fn ticks_include_the_time_that_the_machine_was_suspended() {
+        static AHEAD: AtomicU64 = AtomicU64::new(0);
+        let clock = Clock::start_with(|| boottime() + Duration::from_secs(AHEAD.load(Ordering::Relaxed)));
+        let before = clock.now();
+        AHEAD.store(7_200, Ordering::Relaxed);
+        let passed = clock.now().since(before);
+        assert!((7_200_000..7_260_000).contains(&passed), "{passed}");
+        let again = clock.now().since(before);
+        assert!((passed..7_260_000).contains(&again), "it is counted once: {again}");
+    }
+
     const SERVER: u64 = 1_763_700_000_000;
     const DAY: u64 = 86_400_000;
 
@@ -153,7 +200,7 @@ mod tests {
     /// Returns a clock that started ten seconds before `at`.
     fn started(at: Instant) -> FleetClock {
         let start = at.checked_sub(Duration::from_secs(10)).expect("the machine is older");
-        FleetClock::new(Clock { start, turned: Arc::default() })
+        FleetClock::new(Clock { start, boottime: || Duration::ZERO, ..Clock::start() })
     }
 
     fn fleet() -> FleetClock {
