@@ -88,15 +88,23 @@ impl Program {
 
     /// A sidecar called `api` before an upstream, with these rules, and tables after them.
     pub(crate) fn sidecar(upstream: SocketAddr, rules: &str, tables: &str) -> Program {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let file = std::env::temp_dir().join(format!("sidecache-bench-{}-{number}.toml", std::process::id()));
-        let text = format!(
-            "[[upstream]]\nname = \"api\"\nurl = \"http://{upstream}\"\nlisten = \"127.0.0.1:0\"\n{rules}\n\
-             [admin]\nlisten = \"127.0.0.1:0\"\n[log]\nfilter = \"warn,sidecache::access=off\"\n{tables}\n"
-        );
-        std::fs::write(&file, text).expect("writable");
+        let file = config_file(upstream, rules, tables);
         let program = Program::start(&["--config", &file.display().to_string()], "listening admin");
+        std::fs::remove_file(file).expect("it is there");
+        program
+    }
+
+    /// The same as [`Program::sidecar`], with a variable in its environment.
+    pub(crate) fn sidecar_with_env(
+        upstream: SocketAddr,
+        rules: &str,
+        tables: &str,
+        variable: (&str, &str),
+    ) -> Program {
+        let file = config_file(upstream, rules, tables);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
+        command.args(["--config", &file.display().to_string()]).env(variable.0, variable.1);
+        let program = Self::launch(&mut command, "listening admin");
         std::fs::remove_file(file).expect("it is there");
         program
     }
@@ -163,6 +171,19 @@ impl Program {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Writes the configuration of a sidecar called `api`.
+fn config_file(upstream: SocketAddr, rules: &str, tables: &str) -> std::path::PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let file = std::env::temp_dir().join(format!("sidecache-bench-{}-{number}.toml", std::process::id()));
+    let text = format!(
+        "[[upstream]]\nname = \"api\"\nurl = \"http://{upstream}\"\nlisten = \"127.0.0.1:0\"\n{rules}\n\
+         [admin]\nlisten = \"127.0.0.1:0\"\n[log]\nfilter = \"warn,sidecache::access=off\"\n{tables}\n"
+    );
+    std::fs::write(&file, text).expect("writable");
+    file
 }
 
 impl Drop for Program {

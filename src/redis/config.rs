@@ -54,6 +54,25 @@ pub enum RedisTopology {
     },
 }
 
+impl RedisTopology {
+    /// Returns a topology for each node that can be connected to first.
+    pub fn seeds(&self) -> Vec<RedisTopology> {
+        match self {
+            RedisTopology::Single(_) | RedisTopology::Unix(_) => vec![self.clone()],
+            RedisTopology::Cluster(nodes) => {
+                nodes.iter().map(|node| RedisTopology::Cluster(vec![node.clone()])).collect()
+            }
+            RedisTopology::Sentinel { nodes, service } => {
+                let seed = |node: &(String, u16)| RedisTopology::Sentinel {
+                    nodes: vec![node.clone()],
+                    service: service.clone(),
+                };
+                nodes.iter().map(seed).collect()
+            }
+        }
+    }
+}
+
 impl std::fmt::Display for RedisTopology {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let list = |nodes: &[(String, u16)]| {

@@ -13,14 +13,18 @@ use fred::types::config::{
     ClusterDiscoveryPolicy, Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig, TcpConfig, TlsConfig,
     TlsConnector,
 };
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::config::{RedisConfig, RedisTopology};
+use super::errors::is_server_reply;
 use crate::secret::SecretSource;
 use crate::tls;
 
 /// Timeout of connecting: DNS, TCP, TLS, HELLO, SELECT; in a cluster, to all of its masters.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Time after which the next node is tried as well.
+const SEED_DELAY: Duration = Duration::from_millis(50);
 
 /// Interval between checks whether a client has connected.
 const CONNECT_POLL: Duration = Duration::from_millis(1);
@@ -56,8 +60,30 @@ impl Drop for Driver {
     }
 }
 
-/// Connects to one database. The error is one line.
+/// Connects to one database. Of a Cluster or of Sentinels, each node is tried on its own, one shortly after the other,
+/// and the first that works is used: a node that does not respond delays nothing. The error is one line.
 pub(super) async fn connect(config: &RedisConfig, database: u8) -> Result<Connection, String> {
+    let mut attempts = JoinSet::new();
+    for (delay, topology) in (0..).zip(config.topology.seeds()) {
+        let config = RedisConfig { topology, ..config.clone() };
+        attempts.spawn(async move {
+            tokio::time::sleep(SEED_DELAY * delay).await;
+            connect_to(&config, database).await
+        });
+    }
+    let mut failure = "no address".to_owned();
+    while let Some(attempt) = attempts.join_next().await {
+        match attempt.map_err(|panicked| panicked.to_string()).and_then(|connected| connected) {
+            Ok(connection) => return Ok(connection),
+            // The reply of a server says more than a timeout.
+            Err(why) if !is_server_reply(&failure) => failure = why,
+            Err(_) => {}
+        }
+    }
+    Err(failure)
+}
+
+async fn connect_to(config: &RedisConfig, database: u8) -> Result<Connection, String> {
     let client = Client::new(
         client_config(config, database)?,
         Some(PerformanceConfig::default()),

@@ -1,0 +1,369 @@
+//! One run: an origin with versions, sidecars behind fault proxies, one Redis, clients, and the faults of a schedule.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::chaos::{Chaos, Mood};
+use crate::harness::{Conn, Got, Program};
+use crate::oracle::{Change, MAX_UNVERIFIED, Oracle, ProcessId};
+use crate::schedule::{Fault, Kind, Random, Schedule};
+use crate::server::Redis;
+
+const RESOURCES: usize = 6;
+const READERS: u64 = 4;
+const RULES: &str = "[[upstream.rule]]\npath = \"/r/{id}\"\nttl = \"1h\"\ntags = [\"r:{id}\"]\n";
+
+/// A sidecar that may be down.
+struct Member {
+    running: RwLock<Option<(ProcessId, SocketAddr, SocketAddr)>>,
+    program: Mutex<Option<Program>>,
+    link: Chaos,
+}
+
+struct World {
+    versions: Arc<[AtomicU64; RESOURCES]>,
+    origin: SocketAddr,
+    members: Vec<Member>,
+    redis: Mutex<Redis>,
+    oracle: Oracle,
+    started: AtomicU64,
+    counts: Counts,
+    violations: Mutex<Vec<String>>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    reads: AtomicU64,
+    hits: AtomicU64,
+    changes: AtomicU64,
+    confirmed: AtomicU64,
+    unlogged: AtomicU64,
+    faults: AtomicU64,
+}
+
+/// What a run has shown.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) violations: Vec<String>,
+    text: String,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {} violations", self.text, self.violations.len())?;
+        self.violations.iter().take(10).try_for_each(|violation| write!(f, "\n  {violation}"))
+    }
+}
+
+/// Runs a schedule.
+pub(crate) async fn run(schedule: &Schedule) -> Report {
+    let world = Arc::new(World::start(schedule.sidecars).await);
+    let begun = Instant::now();
+    let end = begun + schedule.length;
+    let mut tasks = JoinSet::new();
+    for reader in 0..READERS {
+        tasks.spawn(world.clone().read(Random::new(schedule.seed ^ (reader + 1) << 40), begun, end));
+    }
+    tasks.spawn(world.clone().change(Random::new(schedule.seed ^ 1 << 50), end));
+    for of_redis in [true, false] {
+        let faults: Vec<Fault> = schedule.faults.iter().filter(|f| f.is_of_redis() == of_redis).copied().collect();
+        tasks.spawn(world.clone().inject(faults, begun));
+    }
+    tasks.join_all().await;
+    world.report()
+}
+
+impl World {
+    async fn start(sidecars: usize) -> World {
+        let (origin, versions) = origin().await;
+        let redis = tokio::task::spawn_blocking(|| Redis::with(&[])).await.expect("a Redis");
+        let mut members = Vec::new();
+        for _ in 0..sidecars {
+            let link = Chaos::before(redis.address()).await;
+            members.push(Member { running: RwLock::default(), program: Mutex::default(), link });
+        }
+        let world = World {
+            versions,
+            origin,
+            members,
+            redis: Mutex::new(redis),
+            oracle: Oracle::default(),
+            started: AtomicU64::new(0),
+            counts: Counts::default(),
+            violations: Mutex::default(),
+        };
+        for sidecar in 0..sidecars {
+            world.launch(sidecar).await;
+        }
+        world
+    }
+
+    async fn launch(&self, sidecar: usize) {
+        let member = &self.members[sidecar];
+        let tables = format!(
+            "{}[memory]\nmax_unverified = \"{}s\"\n[security]\nsecret = {{ env = \"CHECK_FLEET_SECRET\" }}\n",
+            member.link.table(),
+            MAX_UNVERIFIED.as_secs()
+        );
+        let origin = self.origin;
+        let start = move || Program::sidecar_with_env(origin, RULES, &tables, ("CHECK_FLEET_SECRET", "check-fleet"));
+        let program = tokio::task::spawn_blocking(start).await.expect("a sidecar");
+        let process = ProcessId(self.started.fetch_add(1, Ordering::SeqCst));
+        *member.running.write().expect("no panic") = Some((process, program.api(), program.admin()));
+        *member.program.lock().expect("no panic") = Some(program);
+    }
+
+    fn running(&self, sidecar: usize) -> Option<(ProcessId, SocketAddr, SocketAddr)> {
+        *self.members[sidecar].running.read().expect("no panic")
+    }
+
+    fn violation(&self, text: String) {
+        self.violations.lock().expect("no panic").push(text);
+    }
+
+    /// Sends a request. Returns `None` if the process has ended meanwhile; a failure of a running one is a violation.
+    async fn ask(
+        &self,
+        sidecar: usize,
+        process: ProcessId,
+        to: SocketAddr,
+        request: (&str, &str, &str),
+    ) -> Option<Got> {
+        let (method, target, body) = request;
+        let sent = async { Conn::open(to).await?.send(method, target, body).await };
+        let got = sent.await;
+        let ended = || self.running(sidecar).is_none_or(|(running, ..)| running != process);
+        match got {
+            Some(got) if got.status == 200 => Some(got),
+            Some(got) => {
+                self.violation(format!(
+                    "{method} {target} at sidecar {sidecar}: status {}: {}",
+                    got.status, got.head
+                ));
+                None
+            }
+            None => {
+                // The process may have been ended by the schedule a moment ago.
+                sleep(Duration::from_millis(200)).await;
+                if !ended() {
+                    self.violation(format!("{method} {target} at sidecar {sidecar}: no response"));
+                }
+                None
+            }
+        }
+    }
+
+    async fn read(self: Arc<Self>, mut random: Random, begun: Instant, end: Instant) {
+        while Instant::now() < end {
+            let (sidecar, resource) = (random.index(self.members.len()), random.index(RESOURCES));
+            sleep(Duration::from_millis(random.below(8))).await;
+            let Some((process, api, _)) = self.running(sidecar) else { continue };
+            let sent = Instant::now();
+            let floor = self.oracle.floor(resource, process, sent);
+            let target = format!("/r/{resource}");
+            let Some(got) = self.ask(sidecar, process, api, ("GET", &target, "")).await else { continue };
+            let version: u64 = String::from_utf8_lossy(&got.body).parse().expect("a version");
+            self.counts.reads.fetch_add(1, Ordering::Relaxed);
+            self.counts.hits.fetch_add(u64::from(got.is_hit()), Ordering::Relaxed);
+            if let Some(floor) = floor.filter(|floor| version < floor.version) {
+                let cache_status = got.head.lines().find(|line| line.starts_with("cache-status")).unwrap_or_default();
+                self.violation(format!(
+                    "{:.3} s: {target} at sidecar {sidecar} (process {}) is version {version}, {} {} by process {} was {:.3} s before; {cache_status}",
+                    (sent - begun).as_secs_f64(),
+                    process.0,
+                    floor.what,
+                    floor.version,
+                    floor.process.0,
+                    (sent - floor.done).as_secs_f64()
+                ));
+            }
+        }
+    }
+
+    async fn change(self: Arc<Self>, mut random: Random, end: Instant) {
+        while Instant::now() < end {
+            sleep(Duration::from_millis(20 + random.below(300))).await;
+            let (sidecar, resource) = (random.index(self.members.len()), random.index(RESOURCES));
+            let Some((process, api, admin)) = self.running(sidecar) else { continue };
+            let target = format!("/r/{resource}");
+            let by_write = random.below(2) == 0;
+            let soft = random.below(3) == 0;
+            let (got, version, what) = if by_write {
+                let got = self.ask(sidecar, process, api, ("PUT", &target, "x")).await;
+                let version = got.as_ref().map(|got| String::from_utf8_lossy(&got.body).parse().expect("a version"));
+                (got, version.unwrap_or(0), "write".to_owned())
+            } else {
+                let version = self.versions[resource].fetch_add(1, Ordering::SeqCst) + 1;
+                let selector = match random.below(4) {
+                    0 => format!("\"tags\":[\"r:{resource}\"]"),
+                    1 => format!("\"urls\":[\"{target}\"]"),
+                    2 => "\"prefixes\":[\"/r/\"]".to_owned(),
+                    _ => "\"all\":true".to_owned(),
+                };
+                let wait = if random.below(3) == 0 { "?wait=1s" } else { "" };
+                let body = format!("{{{selector},\"soft\":{soft}}}");
+                let got = self.ask(sidecar, process, admin, ("POST", &format!("/purge{wait}"), &body)).await;
+                (got, version, format!("purge{wait} {body}"))
+            };
+            let Some(got) = got else { continue };
+            let reply: Value = serde_json::from_slice(&got.body).unwrap_or_default();
+            let confirmed = reply["sidecars"].is_u64() && reply["applied"] == reply["sidecars"];
+            self.counts.changes.fetch_add(1, Ordering::Relaxed);
+            self.counts.confirmed.fetch_add(u64::from(confirmed), Ordering::Relaxed);
+            self.counts.unlogged.fetch_add(u64::from(reply["logged"] == false), Ordering::Relaxed);
+            self.oracle.add(Change { resource, version, process, done: Instant::now(), confirmed, what });
+        }
+    }
+
+    async fn inject(self: Arc<Self>, faults: Vec<Fault>, begun: Instant) {
+        for fault in faults {
+            sleep_until(begun + fault.at).await;
+            self.counts.faults.fetch_add(1, Ordering::Relaxed);
+            match fault.kind {
+                Kind::Cut(sidecar) => self.disturb(sidecar, Mood::Refuses, fault.lasts).await,
+                Kind::Silent(sidecar) => self.disturb(sidecar, Mood::BlackHole, fault.lasts).await,
+                Kind::NoReplies(sidecar) => self.disturb(sidecar, Mood::NoReplies, fault.lasts).await,
+                Kind::Slow(sidecar) => {
+                    self.disturb(sidecar, Mood::Slow(Duration::from_millis(150)), fault.lasts).await;
+                }
+                Kind::Kill(sidecar) | Kind::Terminate(sidecar) => {
+                    *self.members[sidecar].running.write().expect("no panic") = None;
+                    let program = self.members[sidecar].program.lock().expect("no panic").take();
+                    let terminate = matches!(fault.kind, Kind::Terminate(_));
+                    tokio::task::spawn_blocking(move || end_program(program, terminate)).await.expect("it ends");
+                    sleep(fault.lasts.min(Duration::from_secs(1))).await;
+                    self.launch(sidecar).await;
+                }
+                Kind::RedisKilled => {
+                    self.redis.lock().expect("no panic").kill();
+                    sleep(fault.lasts).await;
+                    let world = self.clone();
+                    let restart = move || world.redis.lock().expect("no panic").restart();
+                    tokio::task::spawn_blocking(restart).await.expect("it starts");
+                }
+                Kind::RedisStopped => {
+                    self.redis.lock().expect("no panic").signal(Signal::SIGSTOP);
+                    sleep(fault.lasts).await;
+                    self.redis.lock().expect("no panic").signal(Signal::SIGCONT);
+                }
+                Kind::Command(first, last) => {
+                    self.command(first).await;
+                    if last != "PING" {
+                        sleep(fault.lasts).await;
+                        self.command(last).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn disturb(&self, sidecar: usize, mood: Mood, time: Duration) {
+        self.members[sidecar].link.set(mood);
+        sleep(time).await;
+        self.members[sidecar].link.set(Mood::Fine);
+    }
+
+    async fn command(self: &Arc<Self>, text: &'static str) {
+        let world = self.clone();
+        let run = move || {
+            let mut command = redis::Cmd::new();
+            for word in text.split(' ') {
+                command.arg(word);
+            }
+            let mut observer = world.redis.lock().expect("no panic").observer();
+            command.exec(&mut observer).expect("a reply");
+        };
+        tokio::task::spawn_blocking(run).await.expect("a command");
+    }
+
+    fn report(&self) -> Report {
+        let counts = &self.counts;
+        let text = format!(
+            "{} reads ({} hits), {} writes and purges ({} confirmed by all, {} not logged at once), {} faults",
+            counts.reads.load(Ordering::Relaxed),
+            counts.hits.load(Ordering::Relaxed),
+            counts.changes.load(Ordering::Relaxed),
+            counts.confirmed.load(Ordering::Relaxed),
+            counts.unlogged.load(Ordering::Relaxed),
+            counts.faults.load(Ordering::Relaxed)
+        );
+        Report { violations: self.violations.lock().expect("no panic").clone(), text }
+    }
+}
+
+/// Ends a sidecar. One that is terminated ends by itself, within a few seconds.
+fn end_program(program: Option<Program>, terminate: bool) {
+    let Some(mut program) = program else { return };
+    if terminate {
+        program.signal(Signal::SIGTERM);
+        for _ in 0..600 {
+            if program.has_ended() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    program.kill();
+}
+
+/// Starts an origin: GET returns the version of a resource, after up to 10 ms, and PUT raises it.
+async fn origin() -> (SocketAddr, Arc<[AtomicU64; RESOURCES]>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let versions: Arc<[AtomicU64; RESOURCES]> = Arc::default();
+    let shared = versions.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let versions = shared.clone();
+            tokio::spawn(async move {
+                let mut buffer = Vec::new();
+                let mut number = 0u64;
+                loop {
+                    let end = loop {
+                        if let Some(at) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+                            break at + 4;
+                        }
+                        if !stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
+                            return;
+                        }
+                    };
+                    let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
+                    let is_write = head.starts_with("PUT");
+                    // A PUT has a body of one byte.
+                    while buffer.len() < end + usize::from(is_write) {
+                        if !stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
+                            return;
+                        }
+                    }
+                    buffer.drain(..end + usize::from(is_write));
+                    let digits = head.split("/r/").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or("0");
+                    let version = &versions[digits.parse::<usize>().expect("a resource")];
+                    let version = if is_write {
+                        version.fetch_add(1, Ordering::SeqCst) + 1
+                    } else {
+                        version.load(Ordering::SeqCst)
+                    };
+                    number += 1;
+                    // Between reading the version and responding, others may write.
+                    sleep(Duration::from_millis((version * 7 + number * 3) % 11)).await;
+                    let body = version.to_string();
+                    let response = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                    if stream.write_all(response.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (address, versions)
+}
