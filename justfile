@@ -19,6 +19,10 @@ faults:
 bench-fleet *PARTS:
     cargo bench --bench fleet -- {{PARTS}}
 
+# The fleet's promises under random faults of Redis, links and sidecars, against an oracle; `--runs 60` for hours.
+check-fleet *OPTIONS="--seconds 60":
+    cargo test --features otlp --bench check_fleet -- {{OPTIONS}}
+
 # The race: hits and pass-through beside nginx, HAProxy, Varnish and a bare server; memory, rules, start. Needs wrk,
 # nginx, haproxy, varnish. Parts: hits pass rules many start.
 bench *PARTS:

@@ -1,6 +1,5 @@
-//! The yardstick: an HTTP server with nothing in it but the library, with the limits that a server on the open road
-//! needs (a header timeout) and what a transparent proxy needs (header case). `bare ADDRESS`; the number that a path
-//! begins with is the size of the answer, in bytes.
+//! Baseline server: a minimal hyper HTTP/1.1 server with a header timeout and preserved header case, like the sidecar.
+//! Usage: `bare ADDRESS`. The first segment of the path is the size of the response body in bytes.
 
 use std::collections::HashMap;
 use std::convert::Infallible;

@@ -1,8 +1,8 @@
-//! A randomised checker of the fleet's promises: real sidecars, a real Redis, a fault proxy before each sidecar, and an
-//! oracle that knows the oldest version that each response may have. `just check-fleet`; options after `--`:
+//! A randomised checker of the fleet's guarantees: real sidecars, a real Redis, a fault proxy before each sidecar, and
+//! an oracle that knows the oldest version that each response may have. `just check-fleet`; options after `--`:
 //!
 //! `--seconds 60`, `--runs 1`, `--seed N` (of the first run; the next runs count up), `--shrink`: repeats a failing
-//! schedule with fewer faults. Fails with the seed and the schedule if a promise was broken.
+//! schedule with fewer faults. Fails with the seed and the schedule if a guarantee is violated.
 
 #[path = "../tests/support/chaos.rs"]
 #[allow(dead_code)]

@@ -1,5 +1,5 @@
-//! Faults under load, with real processes: an upstream killed, an upstream stopped, a stampede, a burst for an
-//! answer that can't be shared. Prints asked and measured. `just faults`; about 40 s; ends what it started.
+//! Faults under load, with real processes: an upstream killed or stopped, a cache stampede, and bursts of requests for
+//! an uncacheable response. Prints target and measured values. Run with `just faults`; takes about 40 s.
 
 mod harness;
 
@@ -20,7 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-/// Requests per second, and how many different things they ask for.
+/// Requests per second, and the number of different URLs.
 const RATE: u32 = 300;
 const KEYS: usize = 50;
 
@@ -31,7 +31,7 @@ fn main() {
     }
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {
-        println!("{:<72}{:>14}{:>24}", "", "asked", "measured");
+        println!("{:<72}{:>14}{:>24}", "", "target", "measured");
         stampede().await;
         uncacheable().await;
         outage(Signal::SIGKILL, "upstream killed for 5 s").await;
@@ -50,7 +50,7 @@ fn client() -> Arc<PooledClient> {
     Arc::new(PooledClient::plain(timeouts, Clock::start()).expect("a client"))
 }
 
-/// Status of a GET whose body was read to its end, and the time it took.
+/// Sends a GET and reads the body. Returns the status (0 on failure) and the duration.
 async fn get(client: &PooledClient, address: SocketAddr, path: &str) -> (u16, Duration) {
     let clock = Clock::start();
     let begun = clock.instant();
@@ -76,7 +76,7 @@ async fn get(client: &PooledClient, address: SocketAddr, path: &str) -> (u16, Du
     (status, clock.instant() - begun)
 }
 
-/// So many at once, on connections that are open already; the slowest.
+/// Sends `count` concurrent requests on open connections. Returns the time until the last response.
 async fn burst(address: SocketAddr, count: usize) -> Duration {
     let mut streams = Vec::new();
     for _ in 0..count {
@@ -93,7 +93,7 @@ async fn burst(address: SocketAddr, count: usize) -> Duration {
                 .expect("sent");
             let mut answer = Vec::new();
             while answer.windows(4).position(|w| w == b"\r\n\r\n").is_none_or(|at| answer.len() < at + 8) {
-                let read = stream.read_buf(&mut answer).await.expect("an answer");
+                let read = stream.read_buf(&mut answer).await.expect("a response");
                 assert!(read > 0, "the connection ended: {}", String::from_utf8_lossy(&answer));
             }
         });
@@ -107,20 +107,24 @@ async fn stampede() {
     let (address, count) = origin(delay, "Cache-Control: max-age=60\r\n", 4).await;
     let sidecar = Program::sidecar(address, "", "");
     let slowest = burst(sidecar.api(), 200).await;
-    row("200 at once, one cold key: upstream requests", "1", &count.load(Ordering::SeqCst).to_string());
-    row("  the slowest waiter, beyond the upstream's 200 ms", "≤ 5 ms", &ms(slowest.saturating_sub(delay)));
+    row(
+        "200 concurrent requests for one cold key: upstream requests",
+        "1",
+        &count.load(Ordering::SeqCst).to_string(),
+    );
+    row("  slowest response, beyond the upstream's 200 ms", "≤ 5 ms", &ms(slowest.saturating_sub(delay)));
 }
 
 async fn uncacheable() {
     let (address, count) = origin(Duration::from_secs(1), "Cache-Control: no-store\r\n", 4).await;
     let sidecar = Program::sidecar(address, "", "");
     let (first, second) = (burst(sidecar.api(), 20).await, burst(sidecar.api(), 20).await);
-    row("20 at once, uncacheable 1 s answer: first burst", "≤ 2050 ms", &ms(first));
+    row("20 concurrent requests, uncacheable response after 1 s: first burst", "≤ 2050 ms", &ms(first));
     row("  second burst", "≤ 1050 ms", &ms(second));
     row("  upstream requests", "40", &count.load(Ordering::SeqCst).to_string());
 }
 
-/// 300 req/s on 50 keys with a TTL of 1 s while the upstream is away for 5 of 15 s.
+/// 300 req/s on 50 keys with a TTL of 1 s while the upstream is unavailable for 5 of 15 s.
 async fn outage(signal: Signal, what: &str) {
     let first = shop("127.0.0.1:0");
     let address = first.address("mock-shop");
@@ -131,22 +135,22 @@ async fn outage(signal: Signal, what: &str) {
     let paths: Vec<String> =
         (0..KEYS).map(|key| format!("/admin/api/2026-07/products.json?limit=1&key={key}")).collect();
     for path in &paths {
-        assert_eq!(get(&client, sidecar.api(), path).await.0, 200, "warmed up");
+        assert_eq!(get(&client, sidecar.api(), path).await.0, 200, "warm-up");
     }
     let mut running = Some(first);
     let (clock, mut every) = (Clock::start(), tokio::time::interval(Duration::from_secs(1) / RATE));
     let begun = clock.instant();
     let mut requests = JoinSet::new();
-    let (mut away, mut back) = (false, false);
+    let (mut down, mut restored) = (false, false);
     for number in 0..(RATE * 15) as usize {
         every.tick().await;
         let passed = clock.instant() - begun;
-        if !away && passed > Duration::from_secs(5) {
-            away = true;
+        if !down && passed > Duration::from_secs(5) {
+            down = true;
             running.as_ref().expect("running").signal(signal);
         }
-        if !back && passed > Duration::from_secs(10) {
-            back = true;
+        if !restored && passed > Duration::from_secs(10) {
+            restored = true;
             if signal == Signal::SIGSTOP {
                 running.as_ref().expect("stopped").signal(Signal::SIGCONT);
             } else {
@@ -155,21 +159,21 @@ async fn outage(signal: Signal, what: &str) {
             }
         }
         let (client, path, sidecar) = (client.clone(), paths[number % KEYS].clone(), sidecar.api());
-        requests.spawn(async move { (away && !back, get(&client, sidecar, &path).await) });
+        requests.spawn(async move { (down && !restored, get(&client, sidecar, &path).await) });
     }
     let seen = requests.join_all().await;
     let good = seen.iter().filter(|(_, (status, _))| *status == 200).count();
-    let quantile = |only_away: bool, part: f64| {
+    let quantile = |only_down: bool, part: f64| {
         let mut times: Vec<Duration> =
-            seen.iter().filter(|(away, _)| *away || !only_away).map(|(_, (_, time))| *time).collect();
+            seen.iter().filter(|(down, _)| *down || !only_down).map(|(_, (_, time))| *time).collect();
         times.sort_unstable();
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         times[(times.len() as f64 * part) as usize]
     };
     #[allow(clippy::cast_precision_loss)]
     let answered = 100.0 * good as f64 / seen.len() as f64;
-    row(&format!("{what}, {RATE} req/s, {KEYS} keys, TTL 1 s: answered"), "100 %", &format!("{answered:.2} %"));
+    row(&format!("{what}, {RATE} req/s, {KEYS} keys, TTL 1 s: successful"), "100 %", &format!("{answered:.2} %"));
     row("  p99 over all 15 s", "≤ 3 ms", &ms(quantile(false, 0.99)));
-    row("  p99 while it was away", "≤ 3 ms", &ms(quantile(true, 0.99)));
+    row("  p99 during the outage", "≤ 3 ms", &ms(quantile(true, 0.99)));
     row("  p50 over all 15 s", "", &ms(quantile(false, 0.5)));
 }

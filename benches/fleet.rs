@@ -1,8 +1,8 @@
-//! A fleet before a real Redis, with real processes that are really killed: one cold key, Redis away, purges, the
-//! processor's time of a hit from Redis, a sidecar killed under load. Prints asked and measured. `just bench-fleet`;
-//! some minutes; `cargo bench --bench fleet -- cold purge` runs only parts. Ends what it started.
+//! Fleet benchmarks with real sidecar processes and a real Redis: a cold key, Redis outages, tampered records, purges,
+//! CPU time of a Redis hit, and a restart under load. Prints target and measured values. Run with `just bench-fleet`;
+//! takes some minutes. `cargo bench --bench fleet -- cold purge` runs only these parts.
 
-#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // figures for people
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // approximate figures
 
 #[path = "../tests/support/chaos.rs"]
 #[allow(dead_code)]
@@ -45,7 +45,7 @@ fn main() {
         named.is_empty() || named.iter().any(|a| *a == name)
     };
     runtime.block_on(async {
-        row("", "asked", "measured");
+        row("", "target", "measured");
         if chosen("cold") {
             cold().await;
         }
@@ -77,7 +77,7 @@ fn main() {
 async fn joined(sidecar: &Program) {
     let mut admin = Conn::open(sidecar.admin()).await.expect("an admin listener");
     loop {
-        let health = admin.get("/health").await.expect("an answer");
+        let health = admin.get("/health").await.expect("a response");
         let health: serde_json::Value = serde_json::from_slice(&health.body).expect("json");
         let redis = &health["components"]["redis"];
         if redis["status"] == "ok" && redis["invalidation_lag_ms"].as_u64().is_some_and(|lag| lag < 2_000) {
@@ -89,7 +89,7 @@ async fn joined(sidecar: &Program) {
 
 async fn stats(sidecar: &Program) -> serde_json::Value {
     let mut admin = Conn::open(sidecar.admin()).await.expect("an admin listener");
-    serde_json::from_slice(&admin.get("/stats").await.expect("an answer").body).expect("json")
+    serde_json::from_slice(&admin.get("/stats").await.expect("a response").body).expect("json")
 }
 
 async fn members(count: usize, upstream: SocketAddr, rules: &str, table: &str) -> Vec<Program> {
@@ -100,7 +100,7 @@ async fn members(count: usize, upstream: SocketAddr, rules: &str, table: &str) -
     sidecars
 }
 
-/// The statuses of so many requests at once to each; 0 where the connection ended.
+/// Sends `each` concurrent requests to each address. Returns the statuses; 0 if the connection ended.
 async fn burst(addresses: &[SocketAddr], each: usize, target: &str) -> Vec<(SocketAddr, u16)> {
     let mut conns = Vec::new();
     for address in addresses {
@@ -108,51 +108,51 @@ async fn burst(addresses: &[SocketAddr], each: usize, target: &str) -> Vec<(Sock
             conns.push((*address, Conn::open(*address).await.expect("a listener")));
         }
     }
-    let mut asking = JoinSet::new();
+    let mut requests = JoinSet::new();
     for (address, mut conn) in conns {
         let target = target.to_owned();
-        asking.spawn(async move { (address, conn.get(&target).await.map_or(0, |got| got.status)) });
+        requests.spawn(async move { (address, conn.get(&target).await.map_or(0, |got| got.status)) });
     }
-    asking.join_all().await
+    requests.join_all().await
 }
 
 /// 4 sidecars × 200 requests for one cold key.
 async fn cold() {
-    for (what, asked) in [
-        ("4 × 200 at once, one cold key", "1"),
-        ("  the fetching process killed mid-fetch", "≤ 2"),
-        ("  Redis down", "≤ 4"),
+    for (what, target) in [
+        ("4 × 200 concurrent requests for one cold key", "1"),
+        ("  with the leader's process killed during the fetch", "≤ 2"),
+        ("  with Redis down", "≤ 4"),
     ] {
         let mut redis = Redis::start();
         let (upstream, count) = origin(Duration::from_millis(700), FRESH, 1024).await;
         let mut sidecars = members(4, upstream, "", &redis.table()).await;
-        if asked == "≤ 4" {
+        if target == "≤ 4" {
             redis.kill();
         }
         let addresses: Vec<SocketAddr> = sidecars.iter().map(Program::api).collect();
-        let asking = tokio::spawn({
+        let requests = tokio::spawn({
             let addresses = addresses.clone();
             async move { burst(&addresses, 200, "/cold").await }
         });
         let mut killed = None;
-        if asked == "≤ 2" {
+        if target == "≤ 2" {
             while count.load(Ordering::SeqCst) == 0 {
                 sleep(Duration::from_millis(1)).await;
             }
-            // Whose request is at the origin? The one whose lease is in Redis.
+            // The sidecar that holds the lease in Redis is the one that fetches.
             let fetching = fetching(&sidecars, &redis).await;
             let sidecar = sidecars.remove(fetching);
             killed = Some(sidecar.api());
             sidecar.kill();
         }
-        let statuses = asking.await.expect("it ran");
+        let statuses = requests.await.expect("no panic");
         let failed = statuses.iter().filter(|(from, status)| Some(*from) != killed && *status != 200).count();
-        row(&format!("{what}: upstream requests"), asked, &count.load(Ordering::SeqCst).to_string());
-        row("    errors for clients of those that live", "0", &failed.to_string());
+        row(&format!("{what}: upstream requests"), target, &count.load(Ordering::SeqCst).to_string());
+        row("    client errors at the other sidecars", "0", &failed.to_string());
     }
 }
 
-/// Which of them fetches: whose lease it is.
+/// Returns the index of the sidecar that holds the lease.
 async fn fetching(sidecars: &[Program], redis: &Redis) -> usize {
     let lease = redis.keys("{sidecache}:1:lease:*").remove(0);
     let holder: String = redis::cmd("GET").arg(lease).query(&mut redis.observer()).expect("a lease");
@@ -161,5 +161,5 @@ async fn fetching(sidecars: &[Program], redis: &Redis) -> usize {
             return index;
         }
     }
-    panic!("nobody has the lease {holder}");
+    panic!("no sidecar holds the lease {holder}");
 }

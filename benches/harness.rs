@@ -1,6 +1,6 @@
-//! What the benches have in common: real programs, plain clients, origins that count, and a row for each figure.
+//! Shared benchmark support: sidecar processes, a plain HTTP client, a counting origin, and result rows.
 
-#![allow(dead_code)] // each bench uses its part
+#![allow(dead_code)] // each benchmark uses a part
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -16,16 +16,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
-/// One figure: what was asked, what was measured.
-pub(crate) fn row(what: &str, asked: &str, measured: &str) {
-    println!("{what:<72}{asked:>14}{measured:>24}");
+/// Prints a result row: title, target value, measured value.
+pub(crate) fn row(what: &str, target: &str, measured: &str) {
+    println!("{what:<72}{target:>14}{measured:>24}");
 }
 
 pub(crate) fn ms(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
 }
 
-/// The time that this part of all took at most.
+/// Returns the quantile `part` (0 to 1) of the durations.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 pub(crate) fn quantile(times: impl IntoIterator<Item = Duration>, part: f64) -> Duration {
     let mut times: Vec<Duration> = times.into_iter().collect();
@@ -34,23 +34,23 @@ pub(crate) fn quantile(times: impl IntoIterator<Item = Duration>, part: f64) -> 
     times.get(index).copied().unwrap_or_default()
 }
 
-/// A program of ours, ended when it goes out of scope.
+/// A `sidecache` process, killed on drop.
 #[derive(Debug)]
 pub(crate) struct Program {
     child: Child,
-    /// Its addresses, by the name in its first lines.
+    /// The listeners' addresses, by the name in the startup lines.
     addresses: BTreeMap<String, SocketAddr>,
-    /// Lines it wrote to stderr.
+    /// The number of lines written to stderr.
     pub(crate) complaints: Arc<AtomicUsize>,
 }
 
 impl Program {
-    /// Starts, and reads addresses until the line that has this text.
+    /// Starts the program, and reads addresses up to the line that contains `last_line`.
     pub(crate) fn start(arguments: &[&str], last_line: &str) -> Program {
-        Self::launch(Command::new(env!("CARGO_BIN_EXE_sidecache")).args(arguments), last_line)
+        Self::launch(Command::new(binary()).args(arguments), last_line)
     }
 
-    /// The same, allowed to open only so many files.
+    /// Starts the program with a limit on open files.
     pub(crate) fn start_with_files(files: u32, arguments: &[&str], last_line: &str) -> Program {
         let limit = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
         let mut command = Command::new("sh");
@@ -72,7 +72,7 @@ impl Program {
                 break;
             }
         }
-        assert!(!addresses.is_empty(), "{command:?} did not say where it listens");
+        assert!(!addresses.is_empty(), "{command:?} printed no listen address");
         let complaints = Arc::new(AtomicUsize::new(0));
         let (counter, stderr) = (complaints.clone(), child.stderr.take().expect("piped"));
         std::thread::spawn(move || {
@@ -86,15 +86,15 @@ impl Program {
         Program { child, addresses, complaints }
     }
 
-    /// A sidecar called `api` before an upstream, with these rules, and tables after them.
+    /// Starts a sidecar with an upstream named `api`, these rules, and tables after them.
     pub(crate) fn sidecar(upstream: SocketAddr, rules: &str, tables: &str) -> Program {
         let file = config_file(upstream, rules, tables);
         let program = Program::start(&["--config", &file.display().to_string()], "listening admin");
-        std::fs::remove_file(file).expect("it is there");
+        std::fs::remove_file(file).expect("the file exists");
         program
     }
 
-    /// The same as [`Program::sidecar`], with a variable in its environment.
+    /// Starts a sidecar as [`Program::sidecar`] does, with an additional environment variable.
     pub(crate) fn sidecar_with_env(
         upstream: SocketAddr,
         rules: &str,
@@ -102,14 +102,14 @@ impl Program {
         variable: (&str, &str),
     ) -> Program {
         let file = config_file(upstream, rules, tables);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
+        let mut command = Command::new(binary());
         command.args(["--config", &file.display().to_string()]).env(variable.0, variable.1);
         let program = Self::launch(&mut command, "listening admin");
-        std::fs::remove_file(file).expect("it is there");
+        std::fs::remove_file(file).expect("the file exists");
         program
     }
 
-    /// A sidecar called `api` that may open only so many files.
+    /// Starts a sidecar with a limit on open files.
     pub(crate) fn sidecar_with_files(files: u32, upstream: SocketAddr, tables: &str) -> Program {
         let file = std::env::temp_dir().join(format!("sidecache-bench-files-{}.toml", std::process::id()));
         let text = format!(
@@ -119,7 +119,7 @@ impl Program {
         std::fs::write(&file, text).expect("writable");
         let arguments = ["--config", &file.display().to_string()];
         let program = Program::start_with_files(files, &arguments, "listening admin");
-        std::fs::remove_file(file).expect("it is there");
+        std::fs::remove_file(file).expect("the file exists");
         program
     }
 
@@ -127,7 +127,7 @@ impl Program {
         self.addresses[name]
     }
 
-    /// Where applications connect to.
+    /// Returns the address of the upstream's listener.
     pub(crate) fn api(&self) -> SocketAddr {
         self.address("upstream=api")
     }
@@ -140,29 +140,29 @@ impl Program {
         kill(Pid::from_raw(i32::try_from(self.child.id()).expect("a pid")), signal).expect("our own process");
     }
 
-    /// From now on all its threads run on this core alone.
+    /// Pins all threads of the process to a core.
     pub(crate) fn pin(&self, core: u8) {
         pin(&self.child.id().to_string(), core);
     }
 
-    /// Resident memory, in bytes.
+    /// Returns the resident memory in bytes.
     pub(crate) fn rss(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("the process runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().expect("a number") * 1024
     }
 
-    /// How many files it has open.
+    /// Returns the number of open files.
     pub(crate) fn files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
     }
 
-    /// Processor time used so far.
+    /// Returns the CPU time used so far.
     pub(crate) fn cpu(&self) -> Duration {
         cpu_of(&self.child.id().to_string())
     }
 
-    /// Did it end by itself?
+    /// Returns true if the process has exited.
     pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().is_ok_and(|ended| ended.is_some())
     }
@@ -173,7 +173,12 @@ impl Program {
     }
 }
 
-/// Writes the configuration of a sidecar called `api`.
+/// Returns the program to measure: this build, or the one that `SIDECACHE_BIN` names, for a comparison.
+fn binary() -> std::ffi::OsString {
+    std::env::var_os("SIDECACHE_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_sidecache").into())
+}
+
+/// Writes the configuration of a sidecar with an upstream named `api`.
 fn config_file(upstream: SocketAddr, rules: &str, tables: &str) -> std::path::PathBuf {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -193,21 +198,21 @@ impl Drop for Program {
     }
 }
 
-/// Has all threads of a process run on one core.
+/// Pins all threads of a process to a core.
 pub(crate) fn pin(process: &str, core: u8) {
     let pinned = Command::new("taskset").args(["-acp", &core.to_string(), process]).stdout(Stdio::null()).status();
     assert!(pinned.is_ok_and(|status| status.success()), "taskset is installed");
 }
 
-/// Processor time of a process, or of `self`; in steps of 10 ms.
+/// Returns the CPU time of a process, or of `self`, in steps of 10 ms.
 pub(crate) fn cpu_of(process: &str) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("it runs");
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("the process runs");
     let after = stat.rsplit(')').next().expect("fields");
     let ticks: u64 = after.split_whitespace().skip(11).take(2).map(|n| n.parse::<u64>().expect("a number")).sum();
     Duration::from_millis(ticks * 10)
 }
 
-/// A client's connection.
+/// A client connection.
 #[derive(Debug)]
 pub(crate) struct Conn {
     stream: TcpStream,
@@ -215,7 +220,7 @@ pub(crate) struct Conn {
     address: SocketAddr,
 }
 
-/// An answer, and how long it took.
+/// A response and its duration.
 #[derive(Debug, Clone)]
 pub(crate) struct Got {
     pub(crate) status: u16,
@@ -231,7 +236,7 @@ impl Got {
 }
 
 impl Got {
-    /// Which of the origin's answers it is.
+    /// Returns the origin's sequence number of the response.
     pub(crate) fn number(&self) -> usize {
         self.head.split("x-number: ").nth(1).and_then(|rest| rest.split('\r').next()?.parse().ok()).expect("a number")
     }
@@ -248,7 +253,7 @@ impl Conn {
         self.send("GET", target, "").await
     }
 
-    /// None if the connection ends instead, or nothing comes for a minute.
+    /// Sends a request and reads the response. Returns `None` if the connection ends, or after a timeout of one minute.
     pub(crate) async fn send(&mut self, method: &str, target: &str, body: &str) -> Option<Got> {
         tokio::time::timeout(Duration::from_mins(1), self.exchange(method, target, body)).await.ok()?
     }
@@ -285,7 +290,7 @@ impl Conn {
     }
 }
 
-/// An upstream that takes just so long, says just so much about each target, and counts.
+/// Starts an origin with a fixed delay and response size. Returns its address and its request count.
 pub(crate) async fn origin(delay: Duration, head: &'static str, size: usize) -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let (address, count) = (listener.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
@@ -326,7 +331,7 @@ pub(crate) async fn origin(delay: Duration, head: &'static str, size: usize) -> 
     (address, count)
 }
 
-/// What the origin says about a target: so many bytes that tell it apart.
+/// Returns the origin's body for a target: `size` bytes that are specific to the target.
 pub(crate) fn body_of(target: &str, size: usize) -> String {
     let mut body = format!("{{\"target\":\"{target}\",\"text\":\"");
     while body.len() < size {

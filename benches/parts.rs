@@ -1,5 +1,5 @@
-//! What the parts of a hit cost: scanner, key, look-up, verdict, and the whole handler with its answer.
-//! `cargo bench --bench parts`.
+//! Microbenchmarks of a cache hit: request scanner, cache key, memory lookup, freshness evaluation, metrics, and the
+//! whole handler. `cargo bench --bench parts`.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -26,9 +26,9 @@ const HEAD: &[u8] =
     User-Agent: shop-app/1.2\r\nAccept-Encoding: gzip\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n";
 
 #[derive(Debug)]
-struct Same;
+struct FixedResponse;
 
-impl UpstreamClient for Same {
+impl UpstreamClient for FixedResponse {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         let mut response = Response::new(Body::Full(vec![b'x'; 1024].into()));
         for (name, value) in [("content-type", "application/json"), ("cache-control", "max-age=36000, public")] {
@@ -53,11 +53,11 @@ fn request() -> Request<Body> {
     request.body(Body::Empty).expect("a request")
 }
 
-/// Returns a proxy that has the response in memory, and the state behind it.
+/// Returns a proxy that has the response in memory, and its shared state.
 fn warm() -> (SharedState, Proxy) {
     let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n";
-    let config = config::from_text("bench", text, Path::new(".")).expect("it is good");
-    let built = app::proxies_with(config, Clock::start(), &|_, _| Ok(Arc::new(Same)));
+    let config = config::from_text("bench", text, Path::new(".")).expect("a valid configuration");
+    let built = app::proxies_with(config, Clock::start(), &|_, _| Ok(Arc::new(FixedResponse)));
     let (shared, mut proxies) = built.expect("the configuration is valid");
     let proxy = proxies.remove(0);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -70,16 +70,16 @@ fn warm() -> (SharedState, Proxy) {
 
 fn parts(criterion: &mut Criterion) {
     let (shared, proxy) = warm();
-    criterion.bench_function("scanner: a head of 5 fields", |b| {
+    criterion.bench_function("scanner: head with 5 fields", |b| {
         let mut scanner = RequestScanner::new(65536);
         b.iter(|| scanner.scan(black_box(HEAD)).passed);
     });
     let minimal = b"GET /1024/p HTTP/1.1\r\nHost: 127.0.0.1:7002\r\n\r\n";
-    criterion.bench_function("scanner: a plain GET", |b| {
+    criterion.bench_function("scanner: minimal GET", |b| {
         let mut scanner = RequestScanner::new(65536);
         b.iter(|| scanner.scan(black_box(minimal)).passed);
     });
-    let asked = request();
+    let example = request();
     let rule = proxy.upstream.router.rules()[0].clone();
     let secret = KeySecret([7; 32]);
     let parts = |headers: &'static HeaderMap| KeyParts {
@@ -89,24 +89,24 @@ fn parts(criterion: &mut Criterion) {
         query: Some("fields=id"),
         headers,
     };
-    let (with, mut without) = (asked.headers().clone(), asked.headers().clone());
+    let (with, mut without) = (example.headers().clone(), example.headers().clone());
     without.remove("authorization");
     let (with, without): (&'static HeaderMap, &'static HeaderMap) =
         (Box::leak(with.into()), Box::leak(without.into()));
-    criterion.bench_function("key, without a credential", |b| {
+    criterion.bench_function("cache key without a credential", |b| {
         b.iter(|| rule.key.cache_key(&secret, black_box(&parts(without))).expect("a key"));
     });
-    criterion.bench_function("key, with a credential (a keyed digest)", |b| {
+    criterion.bench_function("cache key with a credential (keyed digest)", |b| {
         b.iter(|| rule.key.cache_key(&secret, black_box(&parts(with))).expect("a key"));
     });
     let key = rule.key.cache_key(&shared.key_secret.load(), &parts(with)).expect("a key");
-    let resource = shared.memory.get(&key).expect("it is stored");
-    criterion.bench_function("look-up in memory", |b| {
-        b.iter(|| shared.memory.get(black_box(&key)).expect("it is stored"));
+    let resource = shared.memory.get(&key).expect("an entry");
+    criterion.bench_function("memory lookup", |b| {
+        b.iter(|| shared.memory.get(black_box(&key)).expect("an entry"));
     });
-    let entry = resource.select(with).expect("it is for this request").clone();
+    let entry = resource.select(with).expect("a matching variant").clone();
     let now = shared.clock.now();
-    criterion.bench_function("verdict", |b| {
+    criterion.bench_function("freshness evaluation", |b| {
         b.iter(|| evaluate(black_box(&entry), InvalidationState::Valid, &RequestDirectives::default(), now));
     });
     let outcome = Outcome::Hit { ttl: 60 };
@@ -120,17 +120,17 @@ fn parts(criterion: &mut Criterion) {
     let answered = AnsweredRequest {
         upstream: &proxy.upstream.name,
         rule: Some(&rule),
-        request: (&asked).into(),
+        request: (&example).into(),
         status: http::StatusCode::OK,
         now,
         took,
         request_id: None,
         identity: None,
     };
-    criterion.bench_function("counters of a hit, its log line left out, remembered among the last 1,000", |b| {
+    criterion.bench_function("telemetry of a hit: counters, no access log, recent requests", |b| {
         b.iter(|| shared.telemetry.record(black_box(&outcome), black_box(&answered)));
     });
-    criterion.bench_function("the handler: a hit, with its answer", |b| {
+    criterion.bench_function("handler: a hit with its response", |b| {
         b.iter_batched(
             request,
             |request| match proxy.handle(request, None) {

@@ -1,8 +1,8 @@
-//! The race: hits of the sidecar beside nginx, `HAProxy`, Varnish and a bare server of the same HTTP library, each alone
-//! on core 0, with wrk on core 1; rounds interleaved, medians. `cargo bench --bench race [-- hits pass rules many start]`.
-//! Seconds a round and rounds: `RACE_SECONDS` (3), `RACE_ROUNDS` (5).
+//! Throughput comparison: the sidecar, nginx, `HAProxy`, Varnish and a minimal hyper server, each alone on core 0, with
+//! wrk on core 1. Rounds are interleaved, medians reported. `cargo bench --bench race [-- hits pass rules many start]`.
+//! Seconds per round and number of rounds: `RACE_SECONDS` (3), `RACE_ROUNDS` (5).
 
-#![allow(clippy::disallowed_methods)] // it measures real time
+#![allow(clippy::disallowed_methods)] // measures real time
 
 #[path = "race/servers.rs"]
 mod servers;
@@ -22,10 +22,7 @@ fn main() {
         .filter(|program| !servers::is_there(program))
         .collect();
     if !missing.is_empty() {
-        eprintln!(
-            "missing: {}. Debian has them: apt-get install wrk nginx haproxy varnish util-linux",
-            missing.join(", ")
-        );
+        eprintln!("missing: {}. On Debian: apt-get install wrk nginx haproxy varnish util-linux", missing.join(", "));
         std::process::exit(1);
     }
     println!("{}\n", servers::machine());
@@ -47,7 +44,7 @@ fn main() {
     }
 }
 
-/// One table: a line for each server, with its ratio to the sidecar.
+/// Prints a table with one line per server and its ratio to the sidecar.
 fn table(title: &str, path: &str, connections: u32, servers: &[Server]) {
     println!("{title}");
     println!(
@@ -65,17 +62,17 @@ fn table(title: &str, path: &str, connections: u32, servers: &[Server]) {
     }
     let figures: Vec<Round> = rounds.iter().map(|rounds| median(rounds)).collect();
     let ours = figures[0].clone();
-    for (server, it) in servers.iter().zip(&figures) {
+    for (server, result) in servers.iter().zip(&figures) {
         println!(
             "  {:<12}{:>12.0}{:>14.2}{:>10}{:>10}{:>14.2}{:>14.2}{}",
             server.name,
-            it.rate,
-            it.cpu_micros,
-            it.p50,
-            it.p99,
-            ours.rate / it.rate,
-            ours.cpu_micros / it.cpu_micros,
-            if it.errors > 0 { format!("   {} errors", it.errors) } else { String::new() }
+            result.rate,
+            result.cpu_micros,
+            result.p50,
+            result.p99,
+            ours.rate / result.rate,
+            ours.cpu_micros / result.cpu_micros,
+            if result.errors > 0 { format!("   {} errors", result.errors) } else { String::new() }
         );
     }
     println!();
@@ -105,11 +102,11 @@ fn rules(setup: &Setup) {
     let rule = |n: usize| format!("[[upstream.rule]]\npath = \"/api/{n}/items/{{id}}\"\nttl = \"1m\"\n");
     let many: String = (0..200).map(rule).collect();
     let servers = [setup.sidecar(&many), setup.sidecar(&rule(0))];
-    println!("(the first with 200 rules, the second with one)");
+    println!("(first sidecar: 200 rules; second: one rule)");
     table("hits of 1 KiB, 64 connections", "/1024/product", 64, &servers);
 }
 
-/// Memory for each entry, and whether many entries slow it down.
+/// Measures the memory per entry, and the throughput with many entries.
 #[allow(clippy::cast_precision_loss)]
 fn many(setup: &Setup) {
     let sidecar = setup.sidecar_with("", "[memory]\nmax_bytes = \"4GiB\"\n");
@@ -123,16 +120,16 @@ fn many(setup: &Setup) {
         let each = (sidecar.rss() - empty) as f64 / f64::from(count) / 1024.0;
         let rounds: Vec<Round> =
             (0..number("RACE_ROUNDS", 5)).map(|_| wrk::round(&sidecar, "/1024/", 64, Some(count))).collect();
-        let it = median(&rounds);
+        let result = median(&rounds);
         println!(
             "  {count:>9} entries of 1 KiB: {each:.2} KiB each, {:.0} requests/s at random, {:.2} µs CPU, p99 {}",
-            it.rate, it.cpu_micros, it.p99
+            result.rate, result.cpu_micros, result.p99
         );
     }
     println!();
 }
 
-/// From the start of the process to its first answer.
+/// Measures the time from the start of the process to its first response.
 fn start(setup: &Setup) {
     let mut times: Vec<Duration> = (0..11)
         .map(|_| {
@@ -143,5 +140,5 @@ fn start(setup: &Setup) {
         })
         .collect();
     times.sort_unstable();
-    println!("start to first answer (a miss): median {:?}, slowest {:?}", times[5], times[10]);
+    println!("start to first response (a miss): median {:?}, slowest {:?}", times[5], times[10]);
 }

@@ -1,4 +1,4 @@
-//! What finding a rule costs with 5 rules and with 200. `just route`.
+//! Routing cost with 5 and with 200 rules. Run with `just route`.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -19,7 +19,7 @@ fn main() {
         for i in 0..count {
             text += &format!("[[upstream.rule]]\npath = \"/admin/api/*/thing{i}/{{id}}.json\"\nttl = \"5m\"\n");
         }
-        let config = config::from_text("bench", &text, Path::new("")).expect("good");
+        let config = config::from_text("bench", &text, Path::new("")).expect("a valid configuration");
         let router = &config.upstreams[0].router;
         for (what, path) in [("the last rule", count - 1), ("no rule", count)] {
             let path = format!("/admin/api/2026-07/thing{path}/632910392.json");

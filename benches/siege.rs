@@ -1,7 +1,7 @@
-//! Five hundred who are slow, thousands who are idle, and no file left to open: how do the others fare, when are the
-//! slow ones gone, and how soon is everything as before? `cargo bench --bench siege`.
+//! Slow clients, idle clients, and exhausted file descriptors: latency of normal clients, time until slow connections
+//! are closed, and time to recover. `cargo bench --bench siege`.
 
-#![allow(clippy::disallowed_methods)] // it measures real time
+#![allow(clippy::disallowed_methods)] // measures real time
 
 mod harness;
 
@@ -20,11 +20,11 @@ const FRESH: &str = "Cache-Control: max-age=3600\r\n";
 
 #[tokio::main]
 async fn main() {
-    println!("{:<72}{:>14}{:>24}", "", "asked", "measured");
+    println!("{:<72}{:>14}{:>24}", "", "target", "measured");
     let (small, _) = origin(Duration::ZERO, FRESH, 1024).await;
     let sidecar = Program::sidecar(small, "", LIMITS);
-    let before = others(sidecar.api(), Duration::from_secs(3)).await;
-    row("others' hits, nobody attacking: p99", "", &ms(before.p99));
+    let before = normal_clients(sidecar.api(), Duration::from_secs(3)).await;
+    row("hits of normal clients without an attack: p99", "", &ms(before.p99));
     siege("slow heads", &sidecar, before.p99, Duration::from_secs(2), |address| async move {
         trickle(address, "GET / HTTP/1.1\r\nHost: a\r\nX: ").await
     })
@@ -38,19 +38,19 @@ async fn main() {
     no_files(small).await;
 }
 
-struct Others {
+struct NormalClients {
     p99: Duration,
     failed: usize,
 }
 
-/// Eight applications, a hit every 5 ms each.
-async fn others(address: SocketAddr, lasting: Duration) -> Others {
+/// Runs eight clients, each of which requests a hit every 5 ms.
+async fn normal_clients(address: SocketAddr, duration: Duration) -> NormalClients {
     let mut all = JoinSet::new();
     for n in 0..8 {
         all.spawn(async move {
             let (mut times, mut failed) = (Vec::new(), 0);
             let mut conn = Conn::open(address).await;
-            let (mut every, end) = (interval(Duration::from_millis(5)), Instant::now() + lasting);
+            let (mut every, end) = (interval(Duration::from_millis(5)), Instant::now() + duration);
             while Instant::now() < end {
                 every.tick().await;
                 let Some(open) = conn.as_mut() else {
@@ -60,7 +60,7 @@ async fn others(address: SocketAddr, lasting: Duration) -> Others {
                 };
                 match open.get(&format!("/others/{n}")).await {
                     Some(got) if got.status == 200 => times.push(got.took),
-                    // A connection that was idle may have been asked to leave: a client opens another one.
+                    // The sidecar may have closed an idle connection: open another one.
                     _ => {
                         conn = Conn::open(address).await;
                         failed += usize::from(conn.is_none());
@@ -75,10 +75,10 @@ async fn others(address: SocketAddr, lasting: Duration) -> Others {
         times.extend(more);
         failed += faults;
     }
-    Others { p99: quantile(times, 0.99), failed }
+    NormalClients { p99: quantile(times, 0.99), failed }
 }
 
-/// So many attack at once while others work.
+/// Runs [`ATTACKERS`] concurrent attackers beside normal clients.
 async fn siege<F: Future<Output = Option<Duration>> + Send + 'static>(
     what: &str,
     sidecar: &Program,
@@ -87,25 +87,25 @@ async fn siege<F: Future<Output = Option<Duration>> + Send + 'static>(
     attack: impl Fn(SocketAddr) -> F,
 ) {
     let address = sidecar.api();
-    let _ = others(address, Duration::from_millis(200)).await;
+    let _ = normal_clients(address, Duration::from_millis(200)).await;
     let mut attackers = JoinSet::new();
     for _ in 0..ATTACKERS {
         attackers.spawn(attack(address));
     }
-    let fared = others(address, limit + Duration::from_secs(1)).await;
+    let seen = normal_clients(address, limit + Duration::from_secs(1)).await;
     let ended: Vec<Option<Duration>> = attackers.join_all().await;
     let stayed = ended.iter().filter(|end| end.is_none()).count();
     let last = ended.into_iter().flatten().max().unwrap_or_default();
     row(
-        &format!("{ATTACKERS} {what}: others' p99 (failed: {})", fared.failed),
+        &format!("{ATTACKERS} {what}: p99 of normal clients (failed: {})", seen.failed),
         &format!("~ {}", ms(usual)),
-        &ms(fared.p99),
+        &ms(seen.p99),
     );
-    let asked = format!("<= {}", ms(limit + Duration::from_secs(1)));
-    row(&format!("{ATTACKERS} {what}: the last one closed after (not closed: {stayed})"), &asked, &ms(last));
+    let target = format!("<= {}", ms(limit + Duration::from_secs(1)));
+    row(&format!("{ATTACKERS} {what}: last one closed after (not closed: {stayed})"), &target, &ms(last));
 }
 
-/// A beginning, then a byte every 100 ms. When the connection ends; none: it did not.
+/// Sends `beginning`, then a byte every 100 ms. Returns the time until the connection was closed, `None` after 30 s.
 async fn trickle(address: SocketAddr, beginning: &str) -> Option<Duration> {
     let mut stream = TcpStream::connect(address).await.ok()?;
     let begun = Instant::now();
@@ -126,12 +126,12 @@ async fn trickle(address: SocketAddr, beginning: &str) -> Option<Duration> {
     Some(begun.elapsed())
 }
 
-/// They ask for megabytes and take none of them. That they were cut shows in the files that the sidecar has open: who
-/// does not read does not see it.
+/// Runs clients that request 16 MiB and read nothing. The sidecar's open files show when they are closed, because a
+/// client that does not read does not notice.
 async fn slow_readers(sidecar: &Program, usual: Duration, limit: Duration) {
     let address = sidecar.api();
     if let Some(mut conn) = Conn::open(address).await {
-        conn.get("/large").await.expect("an answer");
+        conn.get("/large").await.expect("a response");
     }
     let files = sidecar.files();
     let mut held = Vec::new();
@@ -141,12 +141,12 @@ async fn slow_readers(sidecar: &Program, usual: Duration, limit: Duration) {
             held.push(stream);
         }
     }
-    // Two gigabytes are on their way into the kernel. Once it takes no more, nobody does: from then on the clock runs.
+    // Measures from the moment when the socket buffers stop growing: from then on no write makes progress.
     let gone = async {
         let (mut begun, mut most) = (Instant::now(), 0);
         while sidecar.files() > files + 16 {
             let queued = queued();
-            // The others' answers are among them.
+            // The buffers of the normal clients' responses are included.
             if queued > most + 16 {
                 (begun, most) = (Instant::now(), queued);
             }
@@ -154,49 +154,50 @@ async fn slow_readers(sidecar: &Program, usual: Duration, limit: Duration) {
         }
         begun.elapsed()
     };
-    let (fared, gone) =
-        tokio::join!(others(address, limit + Duration::from_secs(1)), timeout(Duration::from_secs(30), gone));
-    let what = format!("{} slow readers of 16 MiB: others' p99 (failed: {})", held.len(), fared.failed);
-    row(&what, &format!("~ {}", ms(usual)), &ms(fared.p99));
-    let asked = format!("<= {}", ms(limit + Duration::from_secs(1)));
-    let what = format!("{} slow readers of 16 MiB: the last one closed after", held.len());
-    row(&what, &asked, &gone.map_or_else(|_| "not closed".into(), ms));
+    let (seen, gone) =
+        tokio::join!(normal_clients(address, limit + Duration::from_secs(1)), timeout(Duration::from_secs(30), gone));
+    let what = format!("{} slow readers of 16 MiB: p99 of normal clients (failed: {})", held.len(), seen.failed);
+    row(&what, &format!("~ {}", ms(usual)), &ms(seen.p99));
+    let target = format!("<= {}", ms(limit + Duration::from_secs(1)));
+    let what = format!("{} slow readers of 16 MiB: last one closed after", held.len());
+    row(&what, &target, &gone.map_or_else(|_| "not closed".into(), ms));
 }
 
-/// Pages of memory that the kernel's TCP holds.
+/// Returns the number of memory pages that the kernel's TCP buffers hold.
 fn queued() -> u64 {
     let table = std::fs::read_to_string("/proc/net/sockstat").unwrap_or_default();
     let line = table.lines().find(|line| line.starts_with("TCP:")).unwrap_or_default();
     line.split_whitespace().skip_while(|word| *word != "mem").nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0)
 }
 
-/// Half as many again as there are places, all idle.
+/// Opens 3,000 idle connections with a limit of 2,000.
 async fn idle_flood(sidecar: &Program, usual: Duration) {
     let address = sidecar.api();
     let mut idle = Vec::new();
     for _ in 0..3000 {
         idle.extend(timeout(Duration::from_secs(1), TcpStream::connect(address)).await.into_iter().flatten());
     }
-    let fared = others(address, Duration::from_secs(3)).await;
+    let seen = normal_clients(address, Duration::from_secs(3)).await;
     row(
-        &format!("{} idle connections before 2000 places: others' p99 (failed: {})", idle.len(), fared.failed),
+        &format!("{} idle connections, limit 2000: p99 of normal clients (failed: {})", idle.len(), seen.failed),
         &format!("~ {}", ms(usual)),
-        &ms(fared.p99),
+        &ms(seen.p99),
     );
 }
 
-/// 256 files at most, 1000 connections; then they all leave.
+/// Opens 1,000 connections with a limit of 256 open files, then closes them.
 async fn no_files(upstream: SocketAddr) {
     let sidecar = Program::sidecar_with_files(256, upstream, "");
     let address = sidecar.api();
-    let usual = others(address, Duration::from_secs(2)).await.p99;
+    let usual = normal_clients(address, Duration::from_secs(2)).await.p99;
     let mut idle = Vec::new();
     for _ in 0..1000 {
         idle.extend(timeout(Duration::from_millis(200), TcpStream::connect(address)).await.into_iter().flatten());
     }
-    let fared = others(address, Duration::from_secs(3)).await;
-    let what = format!("{} connections before 256 files: others' p99 (failed: {})", idle.len(), fared.failed);
-    row(&what, &format!("~ {}", ms(usual)), &ms(fared.p99));
+    let seen = normal_clients(address, Duration::from_secs(3)).await;
+    let what =
+        format!("{} connections, limit 256 files: p99 of normal clients (failed: {})", idle.len(), seen.failed);
+    row(&what, &format!("~ {}", ms(usual)), &ms(seen.p99));
     drop(idle);
     let begun = Instant::now();
     let again = async {
@@ -209,5 +210,5 @@ async fn no_files(upstream: SocketAddr) {
         }
     };
     let recovered = timeout(Duration::from_secs(30), again).await.map_or_else(|_| "never".into(), ms);
-    row("… and when they have left, a miss is answered after", "< 1000 ms", &recovered);
+    row("  first miss after the connections are closed", "< 1000 ms", &recovered);
 }

@@ -1,4 +1,4 @@
-//! The admin API: health, counters, purges, and who may ask.
+//! The admin API: health, statistics, purges, modes, and access control.
 
 use crate::support::{Origin, Reply, Sidecar, get, send};
 
@@ -54,7 +54,7 @@ async fn soft_purge_serves_stale_while_revalidating() {
     sidecar.purge(r#"{"tags":["product:1"],"soft":true}"#).await;
     let stale = sidecar.get("/products/1").await;
     assert!(stale.cache_status().ends_with("detail=stale-while-revalidate"), "{}", stale.cache_status());
-    assert!(stale.cache_status().contains("ttl=-1"), "stale before its time: {}", stale.cache_status());
+    assert!(stale.cache_status().contains("ttl=-1"), "stale before it expires: {}", stale.cache_status());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -74,7 +74,7 @@ async fn invalid_purge_selector_is_400_with_a_reason() {
         let answer = send(sidecar.admin, "POST", "/purge", &lines, body.as_bytes()).await;
         assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (400, Some("bad_request")), "{body}");
     }
-    assert_eq!(send(sidecar.admin, "GET", "/purge", &[], b"").await.status, 405, "nothing changes on GET");
+    assert_eq!(send(sidecar.admin, "GET", "/purge", &[], b"").await.status, 405, "GET is not allowed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +89,7 @@ async fn admin_api_requires_the_token() {
         file.display()
     );
     let sidecar = Sidecar::from_text(&text);
-    std::fs::remove_file(&file).expect("it is there");
+    std::fs::remove_file(&file).expect("the file exists");
     let own = sidecar.admin.to_string();
     let token = ("Authorization", "Bearer canary-token");
     let table: &[(&str, &[(&str, &str)], u16)] = &[
@@ -124,7 +124,7 @@ async fn stats_and_health_report_recent_traffic() {
     assert!(health["components"]["process"]["rss_bytes"].as_u64() > Some(1 << 20));
 }
 
-/// A sample's value in `OpenMetrics` text: the line that begins with this.
+/// Returns the value of a series in `OpenMetrics` text.
 fn sample(text: &str, series: &str) -> Option<f64> {
     text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
 }
@@ -145,7 +145,7 @@ async fn metrics_are_labelled_by_upstream_rule_and_outcome() {
     }
     sidecar.send("POST", "/a", "x").await;
     let answer = get(sidecar.admin, "/metrics", &[]).await;
-    assert!(answer.header("content-type").expect("one").starts_with("application/openmetrics-text"));
+    assert!(answer.header("content-type").expect("a header").starts_with("application/openmetrics-text"));
     let text = answer.text();
     let table = [
         ("sidecache_requests_total{upstream=\"api\",rule=\"things\",outcome=\"hit\"}", 1.0),
@@ -163,7 +163,7 @@ async fn metrics_are_labelled_by_upstream_rule_and_outcome() {
         assert_eq!(sample(&text, series), Some(expected), "{series} in\n{text}");
     }
     assert!(text.ends_with("# EOF\n"));
-    // Every count of a histogram is in its last bucket.
+    // The last bucket of a histogram counts all observations.
     let last = "sidecache_request_duration_seconds_bucket{le=\"+Inf\",upstream=\"api\",outcome=\"hit\"}";
     assert_eq!(sample(&text, last), Some(1.0), "{text}");
 }
@@ -187,7 +187,8 @@ async fn metric_labels_contain_no_path_host_or_credential() {
 async fn probe_listener_serves_only_probes_without_a_token() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let text = crate::support::sidecar::text(origin.address, "", "[probes]\nlisten = \"127.0.0.1:0\"\n");
-    let config = sidecache::config::from_text("test", &text, std::path::Path::new(".")).expect("it is good");
+    let config =
+        sidecache::config::from_text("test", &text, std::path::Path::new(".")).expect("a valid configuration");
     let app = sidecache::app::App::bind(config).expect("free ports");
     let probes = app.probes_address().expect("a listener");
     assert!(app.lines().iter().any(|line| line == &format!("listening probes addr={probes}")));
@@ -199,7 +200,7 @@ async fn probe_listener_serves_only_probes_without_a_token() {
         assert_eq!(get(probes, path, &[("Host", "10.1.2.3:18082")]).await.status, status, "{path}");
     }
     stop.send_replace(true);
-    crate::support::soon("it ends", running).await.expect("no panic");
+    crate::support::soon("the sidecar stops", running).await.expect("no panic");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -224,9 +225,9 @@ async fn kill_switch_passes_through_and_revalidates_when_switched_back() {
     let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
     assert_eq!(sample(&metrics, "sidecache_mode{mode=\"bypass\"}"), Some(1.0));
     assert_eq!(mode(r#"{"mode":"normal"}"#).await.status, 200);
-    assert_eq!(sidecar.get("/products/1").await.text(), "GET 5", "it was written meanwhile");
-    assert!(sidecar.get("/shop").await.is_hit(), "the other was not");
-    // For a time.
+    assert_eq!(sidecar.get("/products/1").await.text(), "GET 5", "the write has invalidated the entry");
+    assert!(sidecar.get("/shop").await.is_hit(), "the other entry is kept");
+    // A mode with `for` expires.
     assert_eq!(mode(r#"{"mode":"bypass","for":"30m"}"#).await.json()["for_ms"], 1_800_000);
     assert!(!sidecar.get("/shop").await.is_hit());
     sidecar.turn(1801);
@@ -270,16 +271,16 @@ async fn entries_are_listed_in_pages_without_credentials() {
     let page = async |query: &str| get(sidecar.admin, &format!("/entries{query}"), &[]).await.json();
     let (mut seen, mut query) = (std::collections::BTreeSet::new(), "?limit=10".to_owned());
     for expected in [10, 10, 6] {
-        let told = page(&query).await;
-        let entries = told["entries"].as_array().expect("a list").clone();
-        assert_eq!(entries.len(), expected, "{told}");
-        assert!(!told.to_string().contains("canary"), "{told}");
+        let reply = page(&query).await;
+        let entries = reply["entries"].as_array().expect("a list").clone();
+        assert_eq!(entries.len(), expected, "{reply}");
+        assert!(!reply.to_string().contains("canary"), "{reply}");
         seen.extend(
             entries
                 .iter()
                 .map(|entry| entry["target"].as_str().expect("text").to_owned() + &entry["key"].to_string()),
         );
-        query = format!("?limit=10&after={}", told["next"].as_str().unwrap_or("-"));
+        query = format!("?limit=10&after={}", reply["next"].as_str().unwrap_or("-"));
     }
     assert_eq!((seen.len(), query.as_str()), (26, "?limit=10&after=-"));
     let tagged = page("?tag=product:7").await;
@@ -300,10 +301,10 @@ async fn dashboard_loads_nothing_from_other_hosts() {
     let sidecar = Sidecar::before(&origin, "");
     let page = get(sidecar.admin, "/", &[]).await;
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
-    let policy = page.header("content-security-policy").expect("one");
+    let policy = page.header("content-security-policy").expect("a header");
     assert!(policy.contains("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
     let text = page.text().replace("http://www.w3.org/2000/svg", "");
-    assert!(!text.contains("http://") && !text.contains("https://"), "no foreign host");
+    assert!(!text.contains("http://") && !text.contains("https://"), "no other host");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -318,13 +319,13 @@ async fn recent_requests_show_reasons_and_no_secrets() {
         sidecar.get(target).await;
     }
     sidecar.send("POST", "/a", "x").await;
-    let told = get(sidecar.admin, "/requests", &[]).await;
-    assert!(!told.text().contains("hidden"), "{}", told.text());
-    let told = told.json();
-    let all = told["requests"].as_array().expect("a list").clone();
+    let reply = get(sidecar.admin, "/requests", &[]).await;
+    assert!(!reply.text().contains("hidden"), "{}", reply.text());
+    let reply = reply.json();
+    let all = reply["requests"].as_array().expect("a list").clone();
     let short = |seen: &serde_json::Value| {
-        let word = |name: &str| seen[name].as_str().unwrap_or("-").to_owned();
-        format!("{} {} {} {} {}", word("method"), word("path"), seen["status"], word("outcome"), word("detail"))
+        let field = |name: &str| seen[name].as_str().unwrap_or("-").to_owned();
+        format!("{} {} {} {} {}", field("method"), field("path"), seen["status"], field("outcome"), field("detail"))
     };
     let lines: Vec<String> = all.iter().map(short).collect();
     let expected = [
@@ -335,13 +336,13 @@ async fn recent_requests_show_reasons_and_no_secrets() {
         "GET /a 200 miss -",
     ];
     assert_eq!(lines, expected);
-    assert_eq!(all[1]["same"], all[2]["same"], "one stored answer could have served both");
+    assert_eq!(all[1]["same"], all[2]["same"], "both requests have the same cache key");
     assert_ne!(all[0]["same"], all[1]["same"]);
     for (query, count) in
         [("?outcome=hit", 1), ("?outcome=miss&limit=2", 2), ("?rule=nothing", 0), ("?upstream=api", 5)]
     {
-        let told = get(sidecar.admin, &format!("/requests{query}"), &[]).await.json();
-        assert_eq!(told["requests"].as_array().map(Vec::len), Some(count), "{query}");
+        let reply = get(sidecar.admin, &format!("/requests{query}"), &[]).await.json();
+        assert_eq!(reply["requests"].as_array().map(Vec::len), Some(count), "{query}");
     }
     let rules = sidecar.stats().await["rules"].clone();
     assert_eq!((rules[0]["rule"].as_str(), rules[0]["requests"].as_u64()), (Some("default"), Some(4)), "{rules}");
@@ -365,7 +366,7 @@ async fn effective_configuration_and_process_figures_are_served() {
     );
 }
 
-/// Requests are checked against the document by `tests/openapi/run`; here, that nothing is missing in it.
+/// Checks that the document lists every path. `tests/openapi/run` checks requests against the document.
 #[tokio::test(flavor = "multi_thread")]
 async fn openapi_document_lists_every_path() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;

@@ -1,9 +1,9 @@
-//! The rules of the structure, checked against the sources: layers, adapters, sizes.
+//! Architecture rules, checked against the sources: layers, adapter modules, file and function sizes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Every source file below `folder`, with its path from the crate's root.
+/// Returns the path and the text of every Rust file below `folder`.
 fn sources(folder: &str) -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut open = vec![root.join(folder)];
@@ -12,7 +12,7 @@ fn sources(folder: &str) -> Vec<(String, String)> {
         if path.is_dir() {
             open.extend(fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
         } else if path.extension().is_some_and(|e| e == "rs") {
-            let name: PathBuf = path.strip_prefix(root).expect("below").to_owned();
+            let name: PathBuf = path.strip_prefix(root).expect("a path below the root").to_owned();
             found.push((name.display().to_string(), fs::read_to_string(&path).expect("text")));
         }
     }
@@ -20,7 +20,7 @@ fn sources(folder: &str) -> Vec<(String, String)> {
     found
 }
 
-/// The code of a file: without its tests and comments.
+/// Returns the code of a file without its tests and comments.
 fn code(text: &str) -> String {
     let before_tests = text.split("#[cfg(test)]").next().unwrap_or_default();
     before_tests.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
@@ -34,7 +34,7 @@ fn only_in(words: &[&str], inside: &[&str]) {
         }
         let code = code(&text);
         for word in words {
-            assert!(!code.contains(word), "{word} is named in {name}: only in {inside:?}");
+            assert!(!code.contains(word), "{name} uses {word}, which is allowed only in {inside:?}");
         }
     }
 }
@@ -59,12 +59,12 @@ fn policy_is_pure() {
             assert!(!code.contains(word), "{word} in {name}");
         }
         for line in code.lines().filter(|line| line.contains("crate::")) {
-            assert!(line.contains("crate::policy"), "{name} looks outside: {line}");
+            assert!(line.contains("crate::policy"), "{name} imports from outside policy: {line}");
         }
     }
 }
 
-// tokio's Instant, for deadlines, is allowed where a deadline is kept.
+// Modules that keep deadlines may use tokio's Instant.
 #[test]
 fn libraries_are_used_only_in_their_adapter_modules() {
     only_in(&["hyper_util"], &["src/server", "src/upstream", "src/demo"]);
@@ -126,7 +126,7 @@ const LAYERS: [&str; 18] = [
     "cli",
 ];
 
-/// Returns the top-level modules that a file's code names, by `crate::` or by a chain of `super::` that ends at the root.
+/// Returns the top-level modules that a file's code names, by `crate::` or by a chain of `super::` up to the root.
 fn imported_modules<'c>(name: &str, code: &'c str) -> Vec<&'c str> {
     let module = |rest: &'c str| &rest[..rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len())];
     let to_root = "super::".repeat(name.split('/').count() - 1);
@@ -189,7 +189,7 @@ fn admin_does_not_import_server() {
 fn files_are_short_and_begin_with_a_module_comment() {
     let mut lengths = Vec::new();
     for (name, text) in sources("src") {
-        assert!(text.starts_with("//! "), "{name} has no first line");
+        assert!(text.starts_with("//! "), "{name} does not begin with a module comment");
         let length = text.split("#[cfg(test)]").next().unwrap_or_default().lines().count();
         assert!(length <= 400, "{name} has {length} lines without its tests");
         assert!(!name.ends_with("/mod.rs"), "{name}: write foo.rs beside foo/");
@@ -214,7 +214,8 @@ fn functions_have_at_most_five_parameters() {
 
 #[test]
 fn request_handler_is_at_most_forty_lines() {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/proxy.rs")).expect("it is there");
+    let text =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/proxy.rs")).expect("the file exists");
     let handle = text.split("pub fn handle").nth(1).expect("the handler").split("\n    }\n").next().expect("its end");
     assert!(handle.lines().count() <= 40, "{}", handle.lines().count());
 }

@@ -1,4 +1,4 @@
-//! The upstream's limit: paced, obeyed, and not felt by clients. The breaker, and the cap on connections.
+//! Upstream protection: request budget, Retry-After, circuit breaker, and connection limit.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,18 +10,18 @@ use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send, until};
 
 type Times = Arc<Mutex<Vec<Instant>>>;
 
-fn since(times: &Times) -> Vec<Duration> {
+fn gaps(times: &Times) -> Vec<Duration> {
     let times = times.lock().expect("unpoisoned");
     times.windows(2).map(|pair| pair[1] - pair[0]).collect()
 }
 
-/// Answers 429 so often, then 200.
-async fn throttling(often: usize, retry_after: &'static str) -> (Origin, Times) {
+/// Starts an origin that sends 429 to the first `throttled` requests, then 200. Returns the request times, too.
+async fn throttling(throttled: usize, retry_after: &'static str) -> (Origin, Times) {
     let times = Times::default();
     let noted = times.clone();
     let origin = Origin::start(move |ask| {
         noted.lock().expect("unpoisoned").push(Instant::now());
-        if ask.number < often {
+        if ask.number < throttled {
             Reply::new(429, "slow down").header("Retry-After", retry_after)
         } else {
             Reply::fresh(60, "at last")
@@ -38,8 +38,8 @@ async fn response_429_with_retry_after_is_retried_within_the_deadline() {
     let answer = sidecar.get("/a").await;
     assert_eq!((answer.status, answer.text()), (200, "at last".into()));
     assert!(sidecar.get("/a").await.is_hit());
-    for gap in since(&times) {
-        assert!(gap >= Duration::from_millis(400), "not before its time: {gap:?}");
+    for gap in gaps(&times) {
+        assert!(gap >= Duration::from_millis(400), "sent before Retry-After: {gap:?}");
     }
     let stats = sidecar.stats().await;
     assert_eq!((&stats["requests"]["throttled"], &stats["requests"]["throttles_absorbed"]), (&2.into(), &2.into()));
@@ -51,13 +51,13 @@ async fn passed_through_reads_wait_for_the_budget_and_writes_are_not_retried() {
     let rule = "[[upstream.rule]]\npath = \"/**\"\ncache = \"off\"\n";
     let sidecar = Sidecar::before(&origin, rule);
     assert_eq!(sidecar.get("/a").await.status, 200);
-    assert!(since(&times)[0] >= Duration::from_millis(300));
+    assert!(gaps(&times)[0] >= Duration::from_millis(300));
     let (origin, times) = throttling(1, "0.3").await;
     let sidecar = Sidecar::before(&origin, rule);
     let answer = sidecar.send("POST", "/a", "x").await;
-    assert_eq!((answer.status, answer.header("retry-after")), (429, Some("0.3")), "as it came");
+    assert_eq!((answer.status, answer.header("retry-after")), (429, Some("0.3")), "forwarded unchanged");
     assert_eq!(sidecar.send("POST", "/a", "x").await.status, 200);
-    assert!(since(&times)[0] >= Duration::from_millis(300), "the next one waited for its turn");
+    assert!(gaps(&times)[0] >= Duration::from_millis(300), "the next write waited for Retry-After");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,14 +79,14 @@ async fn no_request_is_sent_during_retry_after() {
         assert_eq!(stale.text(), "old");
         assert!(stale.cache_status().contains("detail=stale-if-error"), "{stale:?}");
     }
-    assert_eq!(origin.count(), 3, "one found out, nobody else asked");
+    assert_eq!(origin.count(), 3, "only the first request was sent");
     let cold = sidecar.get("/cold").await;
     assert_eq!((cold.status, &cold.json()["error"]["code"]), (503, &"upstream_throttled".into()));
-    let again: u64 = cold.header("retry-after").expect("when to come again").parse().expect("seconds");
+    let again: u64 = cold.header("retry-after").expect("a Retry-After").parse().expect("seconds");
     assert!((590..=600).contains(&again), "{again}");
     assert_eq!(origin.count(), 3);
     let other = sidecar.get_with("/cold", &[("Authorization", "Bearer other")]).await;
-    assert_eq!(other.status, 429, "another credential has a bucket of its own");
+    assert_eq!(other.status, 429, "another credential has its own budget");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -96,7 +96,7 @@ async fn retries_of_retry_after_zero_are_bounded() {
     let sidecar = Sidecar::before(&origin, budget);
     assert_eq!(sidecar.get("/a").await.status, 429);
     assert!(origin.count() <= 4, "{}", origin.count());
-    assert!(since(&times).iter().all(|gap| *gap >= Duration::from_millis(100)));
+    assert!(gaps(&times).iter().all(|gap| *gap >= Duration::from_millis(100)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -104,11 +104,11 @@ async fn configured_rate_is_kept_and_long_waits_are_refused_at_once() {
     let (origin, times) = throttling(0, "").await;
     let budget = "budget = { rate = \"10/s\", burst = 2, max_wait = \"350ms\", per = \"host\" }";
     let sidecar = Sidecar::before(&origin, budget);
-    let mut asking = tokio::task::JoinSet::new();
+    let mut requests = tokio::task::JoinSet::new();
     for n in 0..12 {
-        asking.spawn(async move { get(sidecar.address, &format!("/{n}"), &[("X-N", "1")]).await });
+        requests.spawn(async move { get(sidecar.address, &format!("/{n}"), &[("X-N", "1")]).await });
     }
-    let answers = asking.join_all().await;
+    let answers = requests.join_all().await;
     let served = answers.iter().filter(|answer| answer.status == 200).count();
     let refused = answers.iter().filter(|answer| answer.status == 503 && answer.header("retry-after").is_some());
     assert_eq!(served + refused.count(), 12);
@@ -132,9 +132,9 @@ async fn circuit_breaker_opens_for_an_unreachable_host() {
         let answer = sidecar.get(&format!("/{n}")).await;
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (502, &"upstream_unreachable".into()));
     }
-    let spared = sidecar.get("/spared").await;
-    assert_eq!((spared.status, &spared.json()["error"]["code"]), (503, &"upstream_unavailable".into()));
-    // The kill switch refuses nothing.
+    let rejected = sidecar.get("/spared").await;
+    assert_eq!((rejected.status, &rejected.json()["error"]["code"]), (503, &"upstream_unavailable".into()));
+    // Bypass mode ignores the open breaker.
     for (mode, status) in [("bypass", 502), ("normal", 503)] {
         let body = format!("{{\"mode\":\"{mode}\"}}");
         assert_eq!(
@@ -149,9 +149,9 @@ async fn circuit_breaker_opens_for_an_unreachable_host() {
     let open = &health["components"]["upstreams"]["api"]["breakers"];
     assert_eq!(open[address.to_string()], "open", "{health}");
     sidecar.turn(5);
-    assert_eq!(sidecar.get("/probe").await.status, 502, "one tries");
-    assert_eq!(sidecar.get("/spared").await.status, 503, "and decides");
-    let back = tokio::net::TcpListener::bind(address).await.expect("still free");
+    assert_eq!(sidecar.get("/probe").await.status, 502, "one probe is sent");
+    assert_eq!(sidecar.get("/spared").await.status, 503, "the failed probe opens the breaker again");
+    let back = tokio::net::TcpListener::bind(address).await.expect("the port is still free");
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = back.accept().await {
             use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -178,11 +178,11 @@ async fn upstream_connections_are_limited() {
         clients.push(client);
     }
     origin.wait_for_requests(2).await;
-    until("all six are under way", || (sidecar.shared.coalescer.running() == 6).then_some(())).await;
+    until("all six fetches are running", || (sidecar.shared.coalescer.running() == 6).then_some(())).await;
     assert_eq!(origin.connections(), 2);
     gate.open();
     for client in &mut clients {
-        assert_eq!(client.answer_to("GET").await.expect("an answer").status, 200);
+        assert_eq!(client.answer_to("GET").await.expect("a response").status, 200);
     }
     assert_eq!((origin.connections(), origin.count()), (2, 6));
 }

@@ -1,4 +1,4 @@
-//! What is stored is served again, as it came.
+//! Storing responses and serving them from the cache.
 
 use crate::support::{Gate, Origin, Reply, Sidecar, until};
 
@@ -15,9 +15,9 @@ async fn fresh_response_is_served_until_it_expires() {
     let hit = sidecar.get("/a?x=1").await;
     assert!(hit.is_hit(), "{hit:?}");
     assert_eq!((hit.text().as_str(), hit.header("age")), ("answer 0", Some("30")));
-    assert!(hit.header("cache-status").expect("one").contains("; key=\""));
-    assert!(hit.header("server-timing").expect("one").starts_with("cache;dur="));
-    assert_eq!(sidecar.get("/a?x=2").await.text(), "answer 1", "another query is another thing");
+    assert!(hit.header("cache-status").expect("a header").contains("; key=\""));
+    assert!(hit.header("server-timing").expect("a header").starts_with("cache;dur="));
+    assert_eq!(sidecar.get("/a?x=2").await.text(), "answer 1", "another query is another cache key");
     sidecar.turn(31);
     let refetched = sidecar.get("/a?x=1").await;
     assert_eq!(
@@ -55,7 +55,7 @@ async fn cache_status_says_why_a_response_was_not_stored() {
         }
     }
     assert_eq!(origin.count(), table.len() * 2);
-    assert!(origin.asks().iter().any(|ask| ask.target == "/a/../x"), "the target is not tidied");
+    assert!(origin.asks().iter().any(|ask| ask.target == "/a/../x"), "the target is not normalized");
     let posted = sidecar.send("POST", "/x", "body").await;
     assert_eq!(posted.cache_status(), "sidecache; fwd=bypass; detail=method");
 }
@@ -126,7 +126,7 @@ async fn link_and_location_fields_are_rewritten_to_the_sidecar() {
         assert_eq!(sidecar.get("/p").await.header("link"), Some(expected.as_str()));
     }
     let named = sidecar.get_with("/p", &[("Host", "localhost:1234")]).await;
-    assert!(named.is_hit() && named.header("link").expect("one").starts_with("<http://localhost:1234/p"));
+    assert!(named.is_hit() && named.header("link").expect("a header").starts_with("<http://localhost:1234/p"));
     let moved = sidecar.send("POST", "/moved", "").await;
     assert_eq!(moved.header("location"), Some(format!("http://{here}/p").as_str()));
 }
@@ -147,7 +147,7 @@ async fn variants_of_one_url_are_stored_separately() {
     }
     assert_eq!(origin.count(), 3);
     sidecar.purge(r#"{"urls":["/"]}"#).await;
-    assert!(!sidecar.get_with("/", &[("Accept-Language", "en")]).await.is_hit(), "a purge takes all variants");
+    assert!(!sidecar.get_with("/", &[("Accept-Language", "en")]).await.is_hit(), "a purge removes all variants");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,7 +182,7 @@ async fn conditional_request_is_answered_from_the_cache() {
     }
     assert_eq!(sidecar.get_with("/", &[("If-None-Match", "\"v2\"")]).await.text(), "body");
     assert_eq!(origin.count(), 1);
-    assert_eq!(origin.asks()[0].header("if-none-match"), None, "the cache wanted the whole answer");
+    assert_eq!(origin.asks()[0].header("if-none-match"), None, "the cache requests the complete response");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,7 +218,7 @@ async fn override_ignores_upstream_directives_and_drops_set_cookie() {
     sidecar.get("/teapot").await;
     assert_eq!(sidecar.get("/teapot").await.cache_status(), "sidecache; fwd=uri-miss; fwd-status=418; detail=status");
     let gzip = sidecar.get_with("/", &[("Accept-Encoding", "gzip")]).await;
-    assert!(!gzip.is_hit(), "content codings are always apart");
+    assert!(!gzip.is_hit(), "content codings are separate variants");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -237,7 +237,7 @@ async fn oversized_response_is_streamed_and_not_stored() {
     client.ask("GET", "/announced", &[], b"").await;
     client.read_some(200_000).await;
     gate.open();
-    let answer = client.answer_to("GET").await.expect("an answer");
+    let answer = client.answer_to("GET").await.expect("a response");
     assert_eq!(
         (answer.body == big, answer.cache_status().as_str()),
         (true, "sidecache; fwd=uri-miss; detail=too-large")
@@ -245,7 +245,7 @@ async fn oversized_response_is_streamed_and_not_stored() {
     let unannounced = sidecar.get("/unannounced").await;
     assert!(unannounced.body == big && unannounced.whole);
     assert!(!sidecar.get("/unannounced").await.is_hit());
-    until("what was in flight is given back", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
+    until("the in-flight bytes are released", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

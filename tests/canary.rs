@@ -1,16 +1,16 @@
-//! No credential is written down. All tests search for theirs (`support/canary.rs`); this one sends one everywhere.
+//! Credential leaks: no credential appears in logs, admin responses, error responses or Redis (`support/canary.rs`).
 
 use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, canary, get, send};
 
 const TOKEN: &str = "canary-9d3f1c77a0";
 
-/// Looks for credentials in all that lies there.
+/// Searches all keys and values in Redis for credentials.
 fn search_redis(redis: &Redis) {
     let mut observer = redis.observer();
-    // As it is, not as it is packed for a file.
-    let _: () = redis::cmd("CONFIG").arg(&["SET", "rdbcompression", "no"]).query(&mut observer).expect("it may");
+    // With RDB compression, DUMP would return compressed values.
+    let _: () = redis::cmd("CONFIG").arg(&["SET", "rdbcompression", "no"]).query(&mut observer).expect("a reply");
     let keys = redis.keys("*");
-    assert!(!keys.is_empty(), "something lies there");
+    assert!(!keys.is_empty(), "Redis has keys");
     for key in keys {
         let value: Vec<u8> = redis::cmd("DUMP").arg(&key).query(&mut observer).unwrap_or_default();
         canary::search("Redis", &[key.as_bytes(), &value].concat());
@@ -50,13 +50,13 @@ async fn credentials_never_appear_in_logs_metrics_admin_or_redis() {
     for (name, value) in headers {
         for target in ["/ok", "/ok", "/fails", "/throttled", "/broken", "/closed"] {
             let answer = get(sidecar.address, target, &[(name, value)]).await;
-            canary::search("an answer", format!("{:?} {}", answer.headers, answer.text()).as_bytes());
+            canary::search("a response", format!("{:?} {}", answer.headers, answer.text()).as_bytes());
         }
         send(sidecar.address, "POST", "/ok", &[(name, value)], b"{}").await;
         let bad = [(name, value), ("Connection", "host")];
         let refused = send(sidecar.address, "GET", "/ok", &bad, b"").await;
         assert_eq!(refused.status, 400);
-        canary::search("a refusal", refused.text().as_bytes());
+        canary::search("an error response", refused.text().as_bytes());
         let lines = [("Content-Type", "application/json")];
         let query = serde_json::json!({ "url": "/ok", "headers": [[name, value]] }).to_string();
         let explanation = send(sidecar.admin, "POST", "/explain", &lines, query.as_bytes()).await;
@@ -89,6 +89,6 @@ async fn redis_password_never_appears_in_logs_or_admin() {
     for path in ["/stats", "/health"] {
         canary::search(path, get(sidecar.admin, path, &[]).await.text().as_bytes());
     }
-    std::fs::remove_file(&file).expect("it was there");
+    std::fs::remove_file(&file).expect("the file exists");
     canary::assert_silent();
 }

@@ -1,4 +1,4 @@
-//! One fetch per key: who waits for whom, and what becomes of those who wait.
+//! Request coalescing: one upstream fetch per cache key, leaders and followers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, until};
 
-/// Starts so many GETs at once.
+/// Starts `count` GETs concurrently.
 fn burst(sidecar: &Sidecar, count: usize, target: &'static str) -> JoinSet<crate::support::Answer> {
     let mut requests = JoinSet::new();
     for _ in 0..count {
@@ -32,8 +32,8 @@ async fn two_hundred_concurrent_misses_make_one_upstream_request() {
     assert!(answers.iter().all(|a| a.status == 200 && a.text() == "shared"));
     assert_eq!(origin.count(), 1);
     let collapsed = answers.iter().filter(|a| a.cache_status().contains("collapsed")).count();
-    let led = answers.iter().filter(|a| a.cache_status() == "sidecache; fwd=uri-miss; stored").count();
-    assert_eq!((led, collapsed + answers.iter().filter(|a| a.is_hit()).count()), (1, 199));
+    let leaders = answers.iter().filter(|a| a.cache_status() == "sidecache; fwd=uri-miss; stored").count();
+    assert_eq!((leaders, collapsed + answers.iter().filter(|a| a.is_hit()).count()), (1, 199));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -58,7 +58,7 @@ async fn followers_receive_the_body_while_it_is_fetched() {
     }
     gate.open();
     for mut client in clients {
-        assert_eq!(client.answer_to("GET").await.expect("an answer").text(), "first half second half");
+        assert_eq!(client.answer_to("GET").await.expect("a response").text(), "first half second half");
     }
     assert_eq!(origin.count(), 1);
 }
@@ -81,11 +81,11 @@ async fn uncacheable_response_releases_followers_at_its_head_and_is_not_coalesce
     let first = burst(&sidecar, 20, "/");
     origin.wait_for_requests(1).await;
     heads[0].open();
-    origin.wait_for_requests(20).await; // all 19 are upstream at once: none waits for another
+    origin.wait_for_requests(20).await; // the other 19 are sent concurrently
     heads[1].open();
     assert!(first.join_all().await.iter().all(|a| a.status == 200 && a.text() == "mine"));
     let second = burst(&sidecar, 20, "/");
-    origin.wait_for_requests(40).await; // all 20 at once: nobody waited for a leader
+    origin.wait_for_requests(40).await; // all 20 are sent concurrently, without a leader
     heads[2].open();
     assert!(second.join_all().await.iter().all(|a| a.status == 200));
     assert_eq!(origin.count(), 40);
@@ -124,23 +124,23 @@ async fn abandoned_fetch_still_fills_the_cache() {
     origin.wait_for_requests(1).await;
     drop(leader);
     gate.open();
-    until("the answer is stored", || (sidecar.shared.memory.usage().entries == 1).then_some(())).await;
+    until("the response is stored", || (sidecar.shared.memory.usage().entries == 1).then_some(())).await;
     assert!(sidecar.get("/").await.is_hit());
 }
 
-/// Panics at its first request, once everybody waits for it.
+/// An upstream client that panics on its first request, when the gate opens.
 #[derive(Debug)]
-struct Fragile {
+struct PanicsOnce {
     calls: AtomicUsize,
     gate: Gate,
 }
 
-impl UpstreamClient for Fragile {
+impl UpstreamClient for PanicsOnce {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         Box::pin(async move {
             self.gate.wait().await;
-            assert!(call > 0, "the leader panics: this is what the test is about");
+            assert!(call > 0, "the first fetch panics, as the test requires");
             let mut response = Response::new(Body::Full("second".into()));
             response.headers_mut().insert("cache-control", http::HeaderValue::from_static("max-age=60"));
             Ok(response)
@@ -150,10 +150,10 @@ impl UpstreamClient for Fragile {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn followers_recover_from_a_panicking_leader() {
-    let upstream = Arc::new(Fragile { calls: AtomicUsize::new(0), gate: Gate::new() });
+    let upstream = Arc::new(PanicsOnce { calls: AtomicUsize::new(0), gate: Gate::new() });
     let sidecar = Sidecar::over(upstream.clone(), "");
     let requests = burst(&sidecar, 20, "/");
-    until("the first fetch", || (upstream.calls.load(Ordering::SeqCst) == 1).then_some(())).await;
+    until("the first fetch has started", || (upstream.calls.load(Ordering::SeqCst) == 1).then_some(())).await;
     upstream.gate.open();
     assert!(requests.join_all().await.iter().all(|a| a.status == 200 && a.text() == "second"));
     assert_eq!(upstream.calls.load(Ordering::SeqCst), 2);
@@ -212,7 +212,7 @@ async fn truncated_body_fails_for_all_readers_and_is_not_stored() {
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
     let broken = client.answer_to("GET").await;
-    assert!(broken.is_none_or(|answer| !answer.whole), "an abort, never a whole answer");
+    assert!(broken.is_none_or(|answer| !answer.whole), "the truncated body is aborted");
     let next = sidecar.get("/").await;
     assert!(next.whole && !next.is_hit() && next.text() == "whole");
 }
@@ -234,10 +234,10 @@ async fn purge_during_a_fetch_separates_earlier_from_later_requests() {
     gates[1].open();
     assert!(
         after.join_all().await.iter().all(|a| a.text() == "answer 1"),
-        "nobody joins a flight older than a purge"
+        "a request after the purge does not join the older fetch"
     );
     assert!(before.join_all().await.len() == 5);
-    assert_eq!(sidecar.get("/").await.text(), "answer 1", "the older flight was not stored");
+    assert_eq!(sidecar.get("/").await.text(), "answer 1", "the older fetch was not stored");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,7 +256,7 @@ async fn another_variant_is_fetched_while_the_first_body_streams() {
     let second = sidecar.get("/").await;
     assert_eq!((second.status, second.text().as_str()), (200, "plain"));
     gate.open();
-    assert_eq!(first.answer_to("GET").await.expect("an answer").text(), "gzip gzip");
+    assert_eq!(first.answer_to("GET").await.expect("a response").text(), "gzip gzip");
     assert_eq!(origin.count(), 2);
 }
 
@@ -270,7 +270,7 @@ async fn responses_stream_unstored_when_buffer_memory_is_used_up() {
         assert!(answers.iter().all(|a| a.status == 200 && a.whole && a.body.len() == 300_000), "{rule}");
         assert!(origin.count() - before <= 20, "{} calls for 10 requests", origin.count() - before);
         assert_eq!(sidecar.shared.memory.usage().entries, 0);
-        until("nothing is held", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
+        until("the in-flight bytes are released", || (sidecar.shared.inflight.held() == 0).then_some(())).await;
     }
 }
 
@@ -291,7 +291,7 @@ async fn no_cache_response_is_not_shared_with_followers() {
         requests.join_all().await.iter().map(|a| a.header("set-cookie").expect("a cookie").to_owned()).collect();
     cookies.sort();
     cookies.dedup();
-    assert_eq!(cookies.len(), 5, "nobody got another's session");
+    assert_eq!(cookies.len(), 5, "each client got its own cookie");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -309,23 +309,23 @@ async fn set_cookie_is_sent_only_to_the_client_that_fetched() {
     assert_eq!(origin.count(), 1);
 }
 
-/// Panics in the middle of a body.
+/// An upstream client whose response body panics after its first bytes.
 #[derive(Debug)]
-struct Bursting;
+struct PanicsInBody;
 
-impl UpstreamClient for Bursting {
+impl UpstreamClient for PanicsInBody {
     fn send(&self, _: Request<Body>) -> Sending<'_> {
         Box::pin(async {
-            let mut response = Response::new(Body::prefixed("first".into(), Body::stream(Bomb)));
+            let mut response = Response::new(Body::prefixed("first".into(), Body::stream(PanickingBody)));
             response.headers_mut().insert("cache-control", http::HeaderValue::from_static("max-age=60"));
             Ok(response)
         })
     }
 }
 
-struct Bomb;
+struct PanickingBody;
 
-impl http_body::Body for Bomb {
+impl http_body::Body for PanickingBody {
     type Data = bytes::Bytes;
     type Error = sidecache::body::BodyError;
 
@@ -333,13 +333,13 @@ impl http_body::Body for Bomb {
         self: std::pin::Pin<&mut Self>,
         _: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Result<http_body::Frame<bytes::Bytes>, Self::Error>>> {
-        panic!("the flight panics: this is what the test is about")
+        panic!("the body panics, as the test requires")
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn panic_while_streaming_a_body_fails_its_readers() {
-    let sidecar = Sidecar::over(Arc::new(Bursting), "");
+    let sidecar = Sidecar::over(Arc::new(PanicsInBody), "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
     assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole));

@@ -1,4 +1,4 @@
-//! The configuration, and what a bad one is told.
+//! Configuration: parsing, defaults, precedence, and error messages.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::support::{Origin, Reply, get, soon};
 
 const HEAD: &str = "[[upstream]]\nurl = \"https://shop.example\"\n";
 
-/// The first error of a text that is not good.
+/// Returns the first line of the first error of an invalid configuration.
 fn error(text: &str) -> String {
     let errors = config::from_text("t.toml", text, Path::new("/nowhere")).expect_err(text);
     errors[0].to_string().lines().next().expect("a line").to_owned()
@@ -75,8 +75,8 @@ fn config_errors_do_not_repeat_secrets() {
         assert!(text.starts_with("t.toml:4:9: secrets are not written in this file"), "{text}");
         assert!(!text.contains("hunter2") && !text.contains("123456"), "{text}");
     }
-    let errors =
-        config::from_text("t.toml", "[[upstream]]\nurl = \"http://u:pw@h\"\n", Path::new("")).expect_err("bad");
+    let errors = config::from_text("t.toml", "[[upstream]]\nurl = \"http://u:pw@h\"\n", Path::new(""))
+        .expect_err("an invalid configuration");
     assert!(!errors[0].to_string().contains("pw@"), "{}", errors[0]);
 }
 
@@ -85,7 +85,7 @@ fn ttl_flag_applies_to_all_or_to_the_rules_of_the_profile() {
     let modes = |url: &str, path: &str| {
         let flags =
             config::Flags { upstream: Some(url.to_owned()), ttl: Some("7m".to_owned()), ..config::Flags::default() };
-        let config = config::load(&flags).expect("good");
+        let config = config::load(&flags).expect("a valid configuration");
         let plan = config.upstreams[0].router.rules().iter().find(|plan| plan.path.captures(path).is_some()).cloned();
         format!("{:?}", plan.expect("a rule").mode)
     };
@@ -97,7 +97,7 @@ fn ttl_flag_applies_to_all_or_to_the_rules_of_the_profile() {
 #[test]
 fn all_config_errors_are_reported_together() {
     let text = format!("mode = \"x\"\n{HEAD}[[upstream.rule]]\npath = \"a\"\nttl = \"b\"\n[log]\nformat = \"c\"\n");
-    let errors = config::from_text("t.toml", &text, Path::new("")).expect_err("bad");
+    let errors = config::from_text("t.toml", &text, Path::new("")).expect_err("an invalid configuration");
     assert_eq!(errors.len(), 4, "{errors:?}");
 }
 
@@ -108,7 +108,7 @@ fn rules_inherit_each_setting_separately() {
          [[upstream.rule]]\npath = \"/a\"\n[[upstream.rule]]\npath = \"/b\"\nttl = \"session\"\nstale_if_error = \"off\"\n\
          [[upstream.rule]]\npath = \"/c\"\ncache = \"http\"\n"
     );
-    let config = config::from_text("t.toml", &text, Path::new("")).expect("good");
+    let config = config::from_text("t.toml", &text, Path::new("")).expect("a valid configuration");
     let plans: Vec<String> = config.upstreams[0].router.rules().iter().map(|p| format!("{:?}", p.mode)).collect();
     assert_eq!(
         plans,
@@ -116,7 +116,7 @@ fn rules_inherit_each_setting_separately() {
             "Override { ttl: 3600s, negative_ttl: None }",
             "Override { ttl: 86400s, negative_ttl: None }",
             "Http",
-            // What no rule matches is the upstream's business, whatever the rules' defaults are.
+            // Requests that no rule matches follow HTTP caching, whatever `defaults` says.
             "Http",
         ]
     );
@@ -128,9 +128,9 @@ fn rules_inherit_each_setting_separately() {
 #[test]
 fn example_configuration_lists_every_setting_with_its_default() {
     let example = include_str!("../config.example.toml");
-    let with_example = config::from_text("t.toml", example, Path::new("")).expect("the example is good");
+    let with_example = config::from_text("t.toml", example, Path::new("")).expect("a valid example");
     let bare = "[[upstream]]\nurl = \"https://my-shop.myshopify.com\"\n";
-    let bare = config::from_text("t.toml", bare, Path::new("")).expect("good");
+    let bare = config::from_text("t.toml", bare, Path::new("")).expect("a valid configuration");
     let defaults =
         |c: &config::Config| format!("{:?} {:?} {:?} {:?} {:?}", c.memory, c.limits, c.grace, c.log, c.admin);
     assert_eq!(defaults(&with_example), defaults(&bare));
@@ -139,8 +139,8 @@ fn example_configuration_lists_every_setting_with_its_default() {
         format!("{} {:?} {:?} {:?} {}", u.listen, u.timeouts, u.retry, u.origin, u.profile)
     };
     assert_eq!(upstream(&with_example), upstream(&bare));
-    // Every field that serde reads is in the example, but for what is refused.
-    let unbuilt = ["ttl_flag", "probes", "webhook", "breaker", "graphql"];
+    // Every field that serde reads is in the example, except those that are not implemented.
+    let not_implemented = ["ttl_flag", "probes", "webhook", "breaker", "graphql"];
     for line in include_str!("../src/config/file.rs").lines() {
         let Some(field) = line.trim().strip_prefix("pub(super) ").and_then(|l| l.split_once(": ")) else { continue };
         let documented = example.lines().any(|l| {
@@ -149,7 +149,7 @@ fn example_configuration_lists_every_setting_with_its_default() {
                 || l.contains(&format!("{} = ", field.0))
                 || l.contains(&format!("{}]", field.0))
         });
-        assert!(documented || unbuilt.contains(&field.0), "{} is not in config.example.toml", field.0);
+        assert!(documented || not_implemented.contains(&field.0), "{} is not in config.example.toml", field.0);
     }
 }
 
@@ -170,7 +170,7 @@ async fn startup_prints_the_documented_lines() {
     ];
     assert_eq!(process.start, expected);
     assert_eq!(get(upstream, "/", &[]).await.status, 200);
-    std::fs::remove_file(file).expect("it is there");
+    std::fs::remove_file(file).expect("the file exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -196,15 +196,17 @@ async fn startup_errors_are_one_line_each() {
         assert_eq!((exit, stdout.as_str()), (*code, ""), "{arguments:?}: {stderr}");
         assert!(stderr.contains(message), "{arguments:?}: {stderr}");
     }
-    let nothing = soon("it ends", command(&[]).current_dir("/").output()).await.expect("it runs");
-    assert!(String::from_utf8_lossy(&nothing.stderr).contains("give --upstream"));
+    let without_arguments =
+        soon("the process exits", command(&[]).current_dir("/").output()).await.expect("the program starts");
+    assert!(String::from_utf8_lossy(&without_arguments.stderr).contains("give --upstream"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn flags_override_environment_and_environment_overrides_file() {
     let check = |vars: &'static [(&str, &str)]| async move {
         let mut child = command(&["--upstream", "http://127.0.0.1:9", "--listen", "127.0.0.1:0"]);
-        let output = soon("it ends", child.envs(vars.iter().copied()).output()).await.expect("it runs");
+        let output =
+            soon("the process exits", child.envs(vars.iter().copied()).output()).await.expect("the program starts");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     assert!(check(&[("SIDECACHE_MEMORY__MAX_BYTES", "3")]).await.contains("\"3\" has no unit"));
@@ -217,22 +219,24 @@ async fn flags_override_environment_and_environment_overrides_file() {
     let text = std::env::temp_dir().join(format!("sidecache-env-{}.toml", std::process::id()));
     std::fs::write(&text, "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n").expect("writable");
     let mut child = command(&["check", "--config", &text.display().to_string()]);
-    let output = soon("it ends", child.envs(kubernetes).output()).await.expect("it runs");
+    let output = soon("the process exits", child.envs(kubernetes).output()).await.expect("the program starts");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     std::fs::write(&text, "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n[log]\nformat = \"json\"\n")
         .expect("writable");
     let mut child = command(&["check", "--config", &text.display().to_string()]);
-    let output = soon("it ends", child.env("SIDECACHE_LOG__FORMAT", "xml").output()).await.expect("it runs");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("\"xml\""), "the environment beats the file");
-    std::fs::remove_file(text).expect("it is there");
+    let output = soon("the process exits", child.env("SIDECACHE_LOG__FORMAT", "xml").output())
+        .await
+        .expect("the program starts");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("\"xml\""), "the environment overrides the file");
+    std::fs::remove_file(text).expect("the file exists");
 }
 
-/// So many GETs to the real program before an origin: the last answer, and all that was logged.
+/// Sends this number of GETs through a sidecar process. Returns the last response and the log.
 async fn logged(origin: &Origin, gets: usize) -> (crate::support::Answer, String) {
     use tokio::io::{AsyncBufReadExt, BufReader};
     let file = std::env::temp_dir().join(format!("sidecache-log-{}.toml", origin.address.port()));
     std::fs::write(&file, crate::support::sidecar::text(origin.address, "", "")).expect("writable");
-    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("the program starts");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let address = loop {
         let line = soon("a line", lines.next_line()).await.expect("readable").expect("a line");
@@ -246,8 +250,8 @@ async fn logged(origin: &Origin, gets: usize) -> (crate::support::Answer, String
         answer = get(address, "/", &[]).await;
     }
     child.start_kill().expect("our own process");
-    let output = soon("it ends", child.wait_with_output()).await.expect("it ran");
-    std::fs::remove_file(file).expect("it is there");
+    let output = soon("the process exits", child.wait_with_output()).await.expect("an exit status");
+    std::fs::remove_file(file).expect("the file exists");
     (answer, String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -263,9 +267,9 @@ async fn hint_is_logged_after_twenty_gets_with_nothing_stored() {
 async fn error_reason_is_found_in_the_log() {
     let origin = Origin::start(|_| Reply::close()).await;
     let (answer, log) = logged(&origin, 3).await;
-    let id = answer.json()["error"]["request_id"].as_str().expect("a name").to_owned();
+    let id = answer.json()["error"]["request_id"].as_str().expect("a request ID").to_owned();
     assert_eq!(log.lines().filter(|line| line.contains(&id)).count(), 1, "{log}");
-    assert_eq!(log.matches("the upstream fails").count(), 1, "one line when it begins: {log}");
+    assert_eq!(log.matches("the upstream fails").count(), 1, "one line per failure period: {log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

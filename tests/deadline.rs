@@ -1,4 +1,4 @@
-//! A client waits no longer than its deadline; the fetch goes on and fills the cache.
+//! Request deadlines: a client waits no longer than its deadline; the fetch continues and fills the cache.
 
 use crate::support::{Gate, Origin, Reply, Sidecar, until};
 
@@ -29,7 +29,7 @@ async fn each_follower_has_its_own_deadline() {
     for _ in 0..3 {
         assert_eq!(sidecar.get("/").await.status, 504);
     }
-    assert_eq!(origin.count(), 1, "they all waited for the same fetch");
+    assert_eq!(origin.count(), 1, "all requests joined the same fetch");
     gate.open();
 }
 
@@ -44,7 +44,7 @@ async fn stale_response_is_served_at_the_deadline() {
     .await;
     let rules = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_if_error = \"1h\"\ndeadline = \"150ms\"\n";
     let sidecar = Sidecar::before(&origin, rules);
-    // However slow this machine is: once it is stored, it is stored.
+    // On a slow machine a request may exceed the deadline: repeat it until the response is stored.
     while sidecar.get("/").await.text() != "old" {}
     sidecar.turn(11);
     let stale = sidecar.get("/").await;
@@ -69,10 +69,10 @@ async fn writes_and_passed_through_requests_have_no_deadline() {
     let address = sidecar.address;
     let write = tokio::spawn(async move { crate::support::send(address, "POST", "/", &[], b"x").await });
     origin.wait_for_requests(1).await;
-    // Another request's deadline passes meanwhile.
+    // A GET exceeds its deadline while the write is still running.
     assert_eq!(sidecar.get("/").await.status, 504);
     gate.open();
-    assert_eq!(write.await.expect("it ran").text(), "written");
+    assert_eq!(write.await.expect("no panic").text(), "written");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,5 @@
-//! What the documentation says to write can be written, what it says to type does what it says, and its reference is
-//! what the program reads.
+//! Documentation tests: configurations are valid, commands succeed, links resolve, and the settings reference matches
+//! `config.example.toml`.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::support::process::Process;
 use crate::support::redis::{folder, free_port};
 use crate::support::{Origin, Reply, soon};
 
-/// The blocks of a language in a Markdown text, with the line each begins on.
+/// Returns the code blocks of a language in a Markdown text, with their line numbers.
 fn blocks<'t>(text: &'t str, language: &str) -> Vec<(usize, &'t str)> {
     let fence = format!("```{language}\n");
     let mut found = Vec::new();
@@ -33,7 +33,7 @@ fn documented_configurations_are_valid() {
     for file in files.iter().filter(|file| file.extension().is_some_and(|kind| kind == "md")) {
         let text = std::fs::read_to_string(file).expect("readable");
         for (line, block) in blocks(&text, "toml").into_iter().filter(|(_, block)| block.contains("[[upstream]]")) {
-            // Secrets come from the environment there; here any will do.
+            // The variables of these secrets are not set here: use one that is.
             let whole = block.replace("{ env = \"REDIS_PASSWORD\" }", "{ env = \"PATH\" }");
             let whole = whole.replace("{ env = \"SIDECACHE_SECRET_KEY\" }", "{ env = \"PATH\" }");
             if let Err(errors) = config::from_text("block", &whole, root) {
@@ -72,12 +72,12 @@ fn documentation_links_resolve() {
     }
 }
 
-/// What is not run here: it builds, installs, runs everything, needs a cluster, or stays in the foreground (that one is
-/// started by the test).
-const ELSEWHERE: [&str; 5] = ["cargo ", "./scripts/test", "helm ", "sidecache --upstream", "kubectl "];
+/// Prefixes of commands that are not run: builds, installations, the whole test suite, commands that need a cluster,
+/// and the sidecar in the foreground, which the test starts itself.
+const SKIPPED: [&str; 5] = ["cargo ", "./scripts/test", "helm ", "sidecache --upstream", "kubectl "];
 
-/// Runs the shell blocks of a text one after the other, before a sidecar in front of `upstream`: what each printed.
-async fn typed(text: &str, upstream: &str, arguments: &[&str]) -> Vec<String> {
+/// Runs the shell blocks of a text in order, with a sidecar in front of `upstream`. Returns their outputs.
+async fn run_blocks(text: &str, upstream: &str, arguments: &[&str]) -> Vec<String> {
     let (api, admin) = (free_port(), free_port());
     let listen = format!("127.0.0.1:{api}");
     let place = folder("docs");
@@ -90,36 +90,36 @@ async fn typed(text: &str, upstream: &str, arguments: &[&str]) -> Vec<String> {
     let programs = Path::new(env!("CARGO_BIN_EXE_sidecache")).parent().expect("a folder").display().to_string();
     let path = format!("{programs}:{}", std::env::var("PATH").unwrap_or_default());
     std::fs::write(place.join("urls.txt"), "/warmed/1\n/warmed/2\n").expect("writable");
-    let mut told = Vec::new();
+    let mut outputs = Vec::new();
     for (line, block) in blocks(text, "sh") {
-        let lines = block.lines().filter(|line| !ELSEWHERE.iter().any(|begins| line.starts_with(begins)));
+        let lines = block.lines().filter(|line| !SKIPPED.iter().any(|begins| line.starts_with(begins)));
         let script: String = lines.fold(String::new(), |all, line| all + line + "\n");
         let script =
             script.replace("127.0.0.1:18080", &listen).replace("127.0.0.1:18081", &format!("127.0.0.1:{admin}"));
         let mut command = tokio::process::Command::new("bash");
         command.args(["-euo", "pipefail", "-c", &script]).current_dir(&place).env("PATH", &path);
         command.env("SIDECACHE_ADMIN", format!("http://127.0.0.1:{admin}")).env("TOKEN", "shpat_shop0_app0");
-        let output = soon("the block ends", command.output()).await.expect("bash is installed");
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let output = soon("the shell block ends", command.output()).await.expect("bash is installed");
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "line {line}:\n{script}\n{said}\n{errors}");
-        told.push(said);
+        assert!(output.status.success(), "line {line}:\n{script}\n{stdout}\n{errors}");
+        outputs.push(stdout);
     }
-    std::fs::remove_dir_all(place).expect("ours");
-    told
+    std::fs::remove_dir_all(place).expect("the folder exists");
+    outputs
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn quick_start_commands_end_in_a_hit() {
     let shop = Process::start(&["mock-shop", "--listen", "127.0.0.1:0"], 1).await;
     let url = format!("http://{}", shop.address("mock-shop"));
-    let told = typed(include_str!("../docs/QUICKSTART.md"), &url, &["--profile", "shopify"]).await;
-    let asked = told.iter().find(|said| said.contains("Cache-Status")).expect("the answers' heads");
-    assert!(asked.contains("sidecache; fwd=uri-miss; stored") && asked.contains("sidecache; hit"), "{asked}");
-    assert!(told.iter().any(|said| said.contains("decision         a hit")), "{told:?}");
-    assert!(told.iter().any(|said| said.contains("sidecache.toml: ok")), "{told:?}");
-    assert!(told.iter().any(|said| said.contains("\"reloaded\":true")), "{told:?}");
-    assert!(told.iter().any(|said| said.contains("mode bypass (set by: local)")), "{told:?}");
+    let outputs = run_blocks(include_str!("../docs/QUICKSTART.md"), &url, &["--profile", "shopify"]).await;
+    let heads = outputs.iter().find(|output| output.contains("Cache-Status")).expect("the response heads");
+    assert!(heads.contains("sidecache; fwd=uri-miss; stored") && heads.contains("sidecache; hit"), "{heads}");
+    assert!(outputs.iter().any(|output| output.contains("decision         a hit")), "{outputs:?}");
+    assert!(outputs.iter().any(|output| output.contains("sidecache.toml: ok")), "{outputs:?}");
+    assert!(outputs.iter().any(|output| output.contains("\"reloaded\":true")), "{outputs:?}");
+    assert!(outputs.iter().any(|output| output.contains("mode bypass (set by: local)")), "{outputs:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -133,12 +133,12 @@ async fn documented_commands_succeed() {
         include_str!("../docs/RECIPES.md"),
         include_str!("../docs/TUNING.md"),
     ];
-    let told = typed(&pages.concat(), &url, &[]).await;
-    assert!(told.iter().any(|said| said.contains("2 stored")), "{told:?}");
+    let outputs = run_blocks(&pages.concat(), &url, &[]).await;
+    assert!(outputs.iter().any(|output| output.contains("2 stored")), "{outputs:?}");
 }
 
-/// The reference: `config.example.toml` as a page. That nothing of what is read is missing there is tested with the
-/// configuration (`example_configuration_lists_every_setting_with_its_default`).
+/// Returns the settings reference: `config.example.toml` as a Markdown page. The test
+/// `example_configuration_lists_every_setting_with_its_default` checks that the example is complete.
 fn reference(example: &str) -> String {
     let mut page = String::from(
         "# Every setting\n\nMade from `config.example.toml`, which has every setting that the program reads, with its default or \
@@ -157,24 +157,24 @@ fn reference(example: &str) -> String {
     let mut open = false;
     for line in example.lines().skip_while(|line| !line.starts_with("mode")) {
         let bare = line.strip_prefix("# ").unwrap_or(line);
-        let (said, why) = split_comment(bare);
+        let (setting, why) = split_comment(bare);
         if let Some(title) = line.strip_prefix("# ------").map(|title| title.trim_start_matches('-').trim()) {
             flush(&mut page, &mut row);
             writeln!(page, "\n## {}\n\n| setting | default or example | |\n|---|---|---|", capital(title))
                 .expect("a string");
-        } else if said.starts_with('[') && said.ends_with(']') {
+        } else if setting.starts_with('[') && setting.ends_with(']') {
             flush(&mut page, &mut row);
-            writeln!(page, "| **`{said}`** | | {} |", cell(why)).expect("a string");
-        } else if open || said.trim_start() != said || said.is_empty() || !said.contains('=') {
-            // A list that goes on, or a remark that does.
-            if let Some((_, value, told)) = &mut row {
-                if open || !said.trim().is_empty() {
-                    *value = [value.as_str(), said.trim()].join(" ").trim_start().into();
+            writeln!(page, "| **`{setting}`** | | {} |", cell(why)).expect("a string");
+        } else if open || setting.trim_start() != setting || setting.is_empty() || !setting.contains('=') {
+            // A continued list or comment.
+            if let Some((_, value, comment)) = &mut row {
+                if open || !setting.trim().is_empty() {
+                    *value = [value.as_str(), setting.trim()].join(" ").trim_start().into();
                 }
-                *told = format!("{told} {why}");
-                open = open && !said.starts_with(']');
+                *comment = format!("{comment} {why}");
+                open = open && !setting.starts_with(']');
             }
-        } else if let Some((key, value)) = said.split_once('=') {
+        } else if let Some((key, value)) = setting.split_once('=') {
             flush(&mut page, &mut row);
             open = value.trim() == "[";
             row = Some((key.trim().to_owned(), value.trim().to_owned(), why.to_owned()));
@@ -184,7 +184,7 @@ fn reference(example: &str) -> String {
     page
 }
 
-/// A line's text, and its remark: the first # that is not in quotes.
+/// Splits a line into its text and its comment, at the first `#` outside quotes.
 fn split_comment(line: &str) -> (&str, &str) {
     let mut quoted = None;
     for (at, c) in line.char_indices() {
@@ -203,7 +203,7 @@ fn capital(text: &str) -> String {
     chars.next().map_or(String::new(), |first| first.to_uppercase().chain(chars).collect())
 }
 
-/// `UPDATE=1 cargo test docs` writes it anew.
+/// `UPDATE=1 cargo test docs` regenerates the page.
 #[test]
 fn configuration_reference_matches_the_example() {
     let made = reference(include_str!("../config.example.toml"));
@@ -211,6 +211,6 @@ fn configuration_reference_matches_the_example() {
     if std::env::var_os("UPDATE").is_some() {
         std::fs::write(&page, &made).expect("writable");
     }
-    let there = std::fs::read_to_string(&page).unwrap_or_default();
-    assert!(there == made, "docs/CONFIGURATION.md is not what config.example.toml says: UPDATE=1 cargo test docs");
+    let current = std::fs::read_to_string(&page).unwrap_or_default();
+    assert!(current == made, "docs/CONFIGURATION.md differs from config.example.toml: run UPDATE=1 cargo test docs");
 }

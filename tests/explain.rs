@@ -1,4 +1,4 @@
-//! `explain` says what the running sidecar would do, and why.
+//! `explain`: the decision for a request, and its reason.
 
 use serde_json::{Value, json};
 
@@ -31,7 +31,7 @@ async fn explain_shows_rule_key_tags_and_state() {
     assert_eq!(explanation["key"]["tenant"], "those with the same authorization");
     assert_eq!(explanation["key"]["headers"], json!(["accept-language: de"]));
     assert!(!explanation.to_string().contains("Bearer"), "{explanation}");
-    assert_eq!(origin.count(), 0, "nothing was sent");
+    assert_eq!(origin.count(), 0, "no request was sent");
     let lines = [("Authorization", "Bearer x"), ("Accept-Language", "de")];
     let answer = sidecar.get_with("/products/7.json?a=b", &lines).await;
     assert_eq!(answer.status, 200);
@@ -40,7 +40,10 @@ async fn explain_shows_rule_key_tags_and_state() {
     assert!(explanation["entry"]["ttl_seconds"].as_i64() >= Some(50), "{explanation}");
     let hit = sidecar.get_with("/products/7.json?a=b", &lines).await;
     let key = format!("key={}", explanation["key"]["name"]);
-    assert!(hit.header("cache-status").expect("it says").ends_with(&key), "the same key as the hit's");
+    assert!(
+        hit.header("cache-status").expect("a Cache-Status").ends_with(&key),
+        "explain reports the key of the hit"
+    );
     sidecar.turn(100);
     let explanation = explain(&sidecar, query).await;
     assert!(explanation["decision"].as_str().expect("text").contains("stale"), "{explanation}");
@@ -71,7 +74,7 @@ async fn explain_says_why_a_request_is_not_cached() {
     }
     sidecar.get("/other").await;
     let explanation = explain(&sidecar, json!({ "url": "/other" })).await;
-    let why = explanation["not_stored"].as_str().expect("why");
+    let why = explanation["not_stored"].as_str().expect("a reason");
     assert!(why.contains("private") && why.contains("not collapsed for 1"), "{why}");
     let lines = [("Content-Type", "application/json")];
     for wrong in ["{\"url\":\"a b\"}", "{\"url\":\"/\",\"upstream\":\"none\"}", "{\"link\":1}", "nonsense"] {
@@ -98,7 +101,7 @@ async fn explain_uses_the_running_process_or_the_file() {
     let config = file.display().to_string();
     let offline = ["explain", "GET", "/private/x", "-H", "Accept: a", "--offline", "--config", &config];
     let (code, explanation, _) = run(&offline).await;
-    std::fs::remove_file(&file).expect("it was there");
+    std::fs::remove_file(&file).expect("the file exists");
     assert_eq!(code, 0);
     assert!(explanation.contains("passed through (rule-off)") && explanation.contains("--offline"), "{explanation}");
     let (code, _, error) = run(&["explain", "GET", "/", "-H", "nonsense", "--admin", &admin]).await;

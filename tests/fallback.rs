@@ -1,8 +1,8 @@
-//! The ladder's lower rungs: payload, the upstream's own words, a clear error. Each failure told apart.
+//! Fallbacks on upstream failures: configured payload, the upstream's error response, generated error response.
 
 use crate::support::{Origin, Reply, Sidecar, get};
 
-/// A rule with everything that can fail: an origin that fails in the way its path names.
+/// Starts an origin that fails as the request path says.
 async fn failing() -> Origin {
     Origin::start(|ask| match ask.target.trim_start_matches("/plain") {
         "/timeout" => Reply::hang(),
@@ -64,10 +64,10 @@ async fn failures_have_distinct_cache_status_details_and_counters() {
 async fn without_a_payload_upstream_errors_are_relayed() {
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, RULES);
-    let words = sidecar.get("/plain/5xx").await;
-    assert_eq!((words.status, words.text().as_str()), (503, "the upstream's own words"));
-    assert_eq!(words.header("retry-after"), Some("7"));
-    assert_eq!(words.cache_status(), "sidecache; fwd=uri-miss; fwd-status=503; cause=\"5xx\"");
+    let relayed = sidecar.get("/plain/5xx").await;
+    assert_eq!((relayed.status, relayed.text().as_str()), (503, "the upstream's own words"));
+    assert_eq!(relayed.header("retry-after"), Some("7"));
+    assert_eq!(relayed.cache_status(), "sidecache; fwd=uri-miss; fwd-status=503; cause=\"5xx\"");
     assert_eq!(sidecar.get("/plain/429").await.header("retry-after"), Some("2.0"));
     assert_eq!(sidecar.get("/plain/empty").await.text(), r#"{"products":[]}"#);
     let late = sidecar.get("/plain/timeout").await;
@@ -77,7 +77,7 @@ async fn without_a_payload_upstream_errors_are_relayed() {
     assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (502, Some("upstream_unreachable")));
     let good = sidecar.get("/plain/good").await;
     assert!(good.text().contains("9007199254740993") && !good.is_hit());
-    assert!(sidecar.get("/plain/good").await.is_hit(), "what is not empty is stored");
+    assert!(sidecar.get("/plain/good").await.is_hit(), "a response that is not empty is stored");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +109,7 @@ async fn unreachable_upstream_is_502_and_shows_in_health() {
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert_eq!(health["status"], "degraded");
     assert_eq!(health["components"]["upstreams"]["api"]["last_cause"], "connect");
-    assert_eq!(get(sidecar.admin, "/readyz", &[]).await.status, 200, "ready does not depend on the upstream");
+    assert_eq!(get(sidecar.admin, "/readyz", &[]).await.status, 200, "readiness does not depend on the upstream");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,6 +128,6 @@ async fn fallback_payload_file_is_relative_to_the_configuration() {
         format!("[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nfallback = {{ file = \"{}\" }}\n", file.display());
     let origin = failing().await;
     let sidecar = Sidecar::before(&origin, &rules);
-    std::fs::remove_file(&file).expect("it is there");
-    assert_eq!(sidecar.get("/5xx").await.text(), r#"{"products":["from a file"]}"#, "it was read at start");
+    std::fs::remove_file(&file).expect("the file exists");
+    assert_eq!(sidecar.get("/5xx").await.text(), r#"{"products":["from a file"]}"#, "the file was read at startup");
 }

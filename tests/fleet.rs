@@ -1,4 +1,4 @@
-//! A fleet: what one purges none serves, and a cold key costs one upstream request in all of it.
+//! Fleet coordination: purges reach every sidecar, and a cold key costs one upstream request.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -34,8 +34,8 @@ fn counting() -> impl Fn(&crate::support::origin::Ask) -> Reply + Send + Sync + 
 }
 
 /// Waits until three sidecars wait for the lease of a fourth.
-async fn three_in_line(redis: &Redis) {
-    until("three wait in line", || {
+async fn three_wait_for_lease(redis: &Redis) {
+    until("three sidecars wait for the lease", || {
         let lines = redis.keys("{sidecache}:1:line:*");
         let count: usize = lines.first().and_then(|line| redis.observer().scard(line).ok()).unwrap_or(0);
         (count == 3).then_some(())
@@ -82,7 +82,11 @@ async fn purge_on_one_sidecar_reaches_every_sidecar() {
                 sidecar.written().await;
             }
             let fetched = origin.count() - before;
-            assert_eq!(fetched, usize::from(named.contains(&target)), "{purge}: {target}, once in the fleet");
+            assert_eq!(
+                fetched,
+                usize::from(named.contains(&target)),
+                "{purge}: {target} is fetched once by the fleet"
+            );
         }
     }
 }
@@ -143,13 +147,13 @@ async fn fetch_begun_before_a_purge_is_neither_stored_nor_joined() {
     origin.wait_for_requests(1).await;
     sidecars[0].purge(r#"{"tags":["product:1"]}"#).await;
     sidecars[1].level_with(&redis).await;
-    // The lease is still the first one's, but nobody waits for that.
+    // The first sidecar still holds the lease, but a request after the purge does not wait for it.
     assert_eq!(sidecars[1].get("/products/1").await.text(), "1");
     gate.open();
-    assert_eq!(soon("the first", first).await.expect("answered").text(), "0", "answered");
+    assert_eq!(soon("the first response", first).await.expect("no panic").text(), "0", "the response is delivered");
     for sidecar in &sidecars {
         sidecar.written().await;
-        assert_ne!(sidecar.get("/products/1").await.text(), "0", "but not stored");
+        assert_ne!(sidecar.get("/products/1").await.text(), "0", "the response is not stored");
     }
 }
 
@@ -188,10 +192,13 @@ async fn purge_during_a_redis_outage_is_local_at_once_and_fleet_wide_later() {
     assert_eq!(answer["logged"], false, "{answer}");
     assert!(!one.get("/products/1").await.is_hit());
     let old = other.get("/products/1").await;
-    assert!(old.is_hit(), "nobody told it");
+    assert!(old.is_hit(), "the purge is not in the log");
     chaos.set(Mood::Fine);
-    // It may find what the one has fetched since, which is a hit too.
-    soon("the other is told", async { while other.get("/products/1").await.text() == old.text() {} }).await;
+    // The new response may be a hit on a record that the first sidecar has stored since.
+    soon("the other sidecar applies the purge", async {
+        while other.get("/products/1").await.text() == old.text() {}
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,7 +215,7 @@ async fn unverified_entries_are_not_served_after_max_unverified() {
     assert!(sidecar.get("/products/1").await.is_hit(), "max_unverified is 30 s");
     sidecar.turn(5);
     assert_eq!(sidecar.get("/products/1").await.text(), "1", "fetched again");
-    assert!(sidecar.get("/products/1").await.is_hit(), "and good for as long");
+    assert!(sidecar.get("/products/1").await.is_hit(), "the new entry is served for max_unverified, too");
     sidecar.turn(35);
     assert!(!sidecar.get("/products/1").await.is_hit());
     chaos.set(Mood::Fine);
@@ -227,20 +234,20 @@ async fn replaced_invalidation_log_makes_entries_stale() {
         sidecar.purge(r#"{"all":true}"#).await;
         sidecar.get("/a").await;
         assert!(sidecar.get("/a").await.is_hit());
-        let asked = origin.count();
+        let before = origin.count();
         let mut command = redis::Cmd::new();
         for word in lost.split(' ') {
             command.arg(word);
         }
-        command.exec(&mut redis.observer()).expect("it answers");
-        // The follower looks at the log's end once a second.
-        soon("it is noticed", async {
+        command.exec(&mut redis.observer()).expect("a reply");
+        // The sidecar checks the end of the log once a second.
+        soon("the replaced log is noticed", async {
             while sidecar.get("/a").await.is_hit() {
                 tokio::task::yield_now().await;
             }
         })
         .await;
-        assert!(origin.count() > asked);
+        assert!(origin.count() > before);
         sidecar.settled().await;
         sidecar.get("/a").await;
         assert!(sidecar.get("/a").await.is_hit(), "an entry fetched since is trusted");
@@ -259,13 +266,13 @@ async fn pattern_purge_deletes_records_in_redis() {
     sidecar.written().await;
     assert_eq!(redis.keys("sidecache:1:s:*").len(), 40);
     sidecar.purge(r#"{"patterns":["*[a-z]*","/products/1*"]}"#).await;
-    until("they are removed", || (redis.keys("sidecache:1:s:*").len() == 29).then_some(())).await;
+    until("the matching records are deleted", || (redis.keys("sidecache:1:s:*").len() == 29).then_some(())).await;
     sidecar.purge(r#"{"prefixes":["/other/1*"]}"#).await;
-    until("one is removed", || (redis.keys("sidecache:1:s:*").len() == 28).then_some(())).await;
+    until("one record is deleted", || (redis.keys("sidecache:1:s:*").len() == 28).then_some(())).await;
     sidecar.purge(r#"{"all":true}"#).await;
-    until("all are removed", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
-    let walks = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
-    until("the walks have ended", || (walks().running == 0).then_some(())).await;
+    until("all records are deleted", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
+    let scans = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
+    until("the scans have ended", || (scans().running == 0).then_some(())).await;
     assert_eq!(sidecar.stats().await["redis"]["records"]["walks"]["removed"], 40);
 }
 
@@ -286,8 +293,8 @@ async fn scan_keeps_records_fetched_after_the_purge() {
             other.get(&format!("/a{id}")).await;
         }
         other.written().await;
-        let walks = || one.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
-        until("the scans have ended", || (walks().running == 0).then_some(())).await;
+        let scans = || one.shared.fleet.as_ref().expect("a fleet").tier.state().walks;
+        until("the scans have ended", || (scans().running == 0).then_some(())).await;
         for id in 0..100 {
             one.get(&format!("/a{id}")).await;
         }
@@ -311,13 +318,13 @@ async fn concurrent_misses_in_the_fleet_make_one_upstream_request() {
         }
     }
     origin.wait_for_requests(1).await;
-    three_in_line(&redis).await;
+    three_wait_for_lease(&redis).await;
     gate.open();
     while let Some(answer) = clients.join_next().await {
-        assert_eq!(answer.expect("answered").text(), "x");
+        assert_eq!(answer.expect("no panic").text(), "x");
     }
     assert_eq!(origin.count(), 1);
-    until("the lease is given back", || redis.keys("{sidecache}:1:l*:*").is_empty().then_some(())).await;
+    until("the lease is released", || redis.keys("{sidecache}:1:l*:*").is_empty().then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -339,15 +346,18 @@ async fn unshareable_response_releases_waiting_sidecars() {
     let first = tokio::spawn(async move { get(first, "/x", &[]).await.status });
     origin.wait_for_requests(1).await;
     let second = tokio::spawn(async move { get(second, "/x", &[]).await.status });
-    until("the second waits", || (!redis.keys("{sidecache}:1:line:*").is_empty()).then_some(())).await;
+    until("the second sidecar waits for the lease", || {
+        (!redis.keys("{sidecache}:1:line:*").is_empty()).then_some(())
+    })
+    .await;
     gate.open();
-    assert_eq!(soon("both", async { (first.await, second.await) }).await.0.expect("answered"), 200);
-    until("both are fetched", || (origin.count() == 2).then_some(())).await;
+    assert_eq!(soon("both responses", async { (first.await, second.await) }).await.0.expect("no panic"), 200);
+    until("both sidecars have fetched", || (origin.count() == 2).then_some(())).await;
 }
 
 const AHEAD: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"60s\"\nrefresh_ahead = \"40s\"\n";
 
-/// Two sidecars that have one thing, which is about to expire.
+/// Starts two sidecars that share an entry which is about to expire.
 async fn about_to_expire(origin: &Origin, redis: &Redis, lines: &[(&str, &str)]) -> [Sidecar; 2] {
     let one = Sidecar::with_tables(origin, AHEAD, &redis.table());
     let other = Sidecar::with_tables(origin, AHEAD, &redis.table());
@@ -376,17 +386,17 @@ async fn hot_entry_is_refreshed_early_once_in_the_fleet() {
         origin.wait_for_requests(2).await;
         for sidecar in &sidecars {
             sidecar.written().await;
-            // The one who did not fetch finds it when what it has expires.
+            // The sidecar that did not fetch finds the refreshed record when its own entry expires.
             sidecar.turn_in_fleet(15).await;
             assert_eq!(sidecar.get_with("/x", lines).await.text(), "1");
         }
         assert_eq!(origin.count(), 2, "{lines:?}");
-        until("the work is done", || {
+        until("the refresh queue is empty", || {
             let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(0);
             (left == 0).then_some(())
         })
         .await;
-        let _: () = redis::cmd("FLUSHALL").query(&mut redis.observer()).expect("it answers");
+        let _: () = redis::cmd("FLUSHALL").query(&mut redis.observer()).expect("a reply");
     }
 }
 
@@ -410,25 +420,25 @@ async fn refresh_job_of_a_dead_worker_is_taken_over() {
         let lines = [("Content-Type", "application/json")];
         while send(admin, "POST", "/purge?wait=10s", &lines, br#"{"tags":["x"]}"#).await.json()["applied"] != 1 {}
     };
-    soon("the log is read", confirmed).await;
-    // It offers the work, takes it, and is killed over it.
+    soon("the sidecar has read the log", confirmed).await;
+    // The sidecar enqueues a refresh, claims it, and is killed while the refresh runs.
     let hot = async {
         while origin.count() < 2 {
             assert_eq!(get(address, "/x", &[]).await.status, 200);
         }
     };
-    soon("the work is taken", hot).await;
+    soon("the refresh is claimed", hot).await;
     worker.signal(Signal::SIGKILL);
     assert_eq!(worker.ended().await, None);
     let other = Sidecar::with_tables(&origin, rules, &redis.patient_table());
     origin.wait_for_requests(3).await;
-    until("the work is done", || {
+    until("the refresh queue is empty", || {
         let left: usize = redis.observer().xlen("{sidecache}:1:work").unwrap_or(1);
         (left == 0).then_some(())
     })
     .await;
     drop(other);
-    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("ours");
+    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -445,7 +455,7 @@ async fn url_purge_applies_to_every_target_of_the_record() {
     one.written().await;
     one.purge(r#"{"urls":["/x?utm_a=1"]}"#).await;
     other.level_with(&redis).await;
-    assert!(!other.get("/x?utm_a=2").await.is_hit(), "it is the same record");
+    assert!(!other.get("/x?utm_a=2").await.is_hit(), "both targets share the record");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -470,9 +480,9 @@ async fn no_cache_responses_are_not_fetched_one_after_another() {
         clients.spawn(async move { get(address, "/x", &[]).await.status });
     }
     origin.wait_for_requests(1).await;
-    three_in_line(&redis).await;
+    three_wait_for_lease(&redis).await;
     gate.open();
-    for status in soon("all are answered", clients.join_all()).await {
+    for status in soon("all responses", clients.join_all()).await {
         assert_eq!(status, 200);
     }
 }
@@ -497,9 +507,9 @@ async fn oversized_response_releases_waiting_sidecars() {
     let address = one.address;
     let first = tokio::spawn(async move { get(address, "/x", &[]).await.body.len() });
     origin.wait_for_requests(1).await;
-    assert_eq!(other.get("/x").await.text(), "small", "long before the first has ended");
+    assert_eq!(other.get("/x").await.text(), "small", "before the first response has ended");
     gate.open();
-    assert_eq!(soon("the first", first).await.expect("answered"), 160_000);
+    assert_eq!(soon("the first response", first).await.expect("no panic"), 160_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -515,13 +525,13 @@ async fn purge_lost_in_a_failover_is_logged_again() {
     far.lost_redis().await;
     sidecar.purge(r#"{"tags":["product:2"]}"#).await;
     sidecar.level_with(&redis).await;
-    // The log without its end: what a server has that took over too early.
+    // Deletes the last log entry, as a failover to a lagging replica would.
     let last: redis::streams::StreamRangeReply =
         redis.observer().xrevrange_count("{sidecache}:1:log", "+", "-", 1).expect("a log");
-    let _: usize = redis.observer().xdel("{sidecache}:1:log", &[&last.ids[0].id]).expect("it answers");
+    let _: usize = redis.observer().xdel("{sidecache}:1:log", &[&last.ids[0].id]).expect("a reply");
     chaos.set(Mood::Fine);
-    soon("the other hears of it all the same", async { while far.get("/products/2").await.text() == "0" {} }).await;
-    soon("records count again", async {
+    soon("the purge reaches the other sidecar", async { while far.get("/products/2").await.text() == "0" {} }).await;
+    soon("records are shared again", async {
         let mut number = 0;
         loop {
             number += 1;

@@ -1,4 +1,4 @@
-//! A fleet whose Redis works in part, is emptied, or returns with older data: no sidecar serves what was purged.
+//! Fleet faults: Redis rejects writes, is emptied, or returns with older data, and no sidecar serves a purged entry.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,7 +13,7 @@ use crate::support::{Chaos, Mood, Origin, Redis, Reply, Sidecar, get, send, soon
 
 const RULES: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nstale_if_error = \"1h\"\ntags = [\"all\"]\n";
 
-/// Trust lapses a second after its last proof.
+/// Entries are unverified one second after the invalidation log was last read to its end.
 const UNVERIFIED: &str = "[memory]\nmax_unverified = \"1s\"\n";
 
 /// Starts an origin whose responses name the version of the data.
@@ -38,9 +38,9 @@ fn command(redis: &Redis, text: &str) {
     command.exec(&mut redis.observer()).expect("a reply");
 }
 
-/// Waits until the sidecar answers with this version.
+/// Waits until the sidecar responds with this version.
 async fn serves(sidecar: &Sidecar, target: &str, version: &str) {
-    soon("the version", async { while sidecar.get(target).await.text() != version {} }).await;
+    soon("a response with the version", async { while sidecar.get(target).await.text() != version {} }).await;
 }
 
 fn redis_of(health: &serde_json::Value) -> &serde_json::Value {
@@ -67,7 +67,7 @@ async fn purge_that_redis_refuses_to_write_ends_the_trust_of_every_sidecar() {
         assert_eq!(purged["logged"], false, "{reason}");
         assert_eq!(one.get("/a").await.text(), "1", "{reason}");
         serves(&other, "/a", "1").await;
-        let health = soon("the reason", async {
+        let health = soon("health reports the reason", async {
             loop {
                 let health = get(other.admin, "/health", &[]).await.json();
                 if redis_of(&health)["trouble"].as_str().is_some_and(|text| text.contains(reason)) {
@@ -110,7 +110,7 @@ async fn sidecar_cut_off_from_redis_ends_the_trust_of_the_others_until_it_is_bac
     chaos.set(Mood::Fine);
     one.settled().await;
     other.settled().await;
-    soon("trust is back", async { while !other.get("/a").await.is_hit() {} }).await;
+    soon("entries are verified again", async { while !other.get("/a").await.is_hit() {} }).await;
     let entries: usize = redis.observer().xlen("{sidecache}:1:log").expect("a reply");
     assert_eq!(entries, 2, "the reset that began the log, and one purge");
 }
@@ -206,7 +206,7 @@ async fn restarted_redis_makes_entries_stale_and_they_stand_in_for_failures() {
     redis.restart();
     one.settled().await;
     let before = origin.count();
-    assert!(!one.get("/a").await.is_hit(), "it may have missed a purge");
+    assert!(!one.get("/a").await.is_hit(), "the entry may have missed a purge");
     assert_eq!(origin.count(), before + 1);
     assert!(one.get("/a").await.is_hit());
 }
@@ -279,7 +279,7 @@ async fn variants_of_a_cold_url_are_fetched_at_once_with_redis() {
                 assert_eq!((answer.status, answer.text()), (200, variant.clone()), "{}", answer.cache_status());
             });
         }
-        // Far below the lease's TTL for each of them, one after the other.
+        // If each variant waited for the lease of another, this would exceed the timeout.
         soon("all variants", requests.join_all()).await;
     }
     assert_eq!(origin.count(), 100);
@@ -302,7 +302,7 @@ async fn mode_that_is_not_authenticated_changes_nothing() {
     let lines = [("Content-Type", "application/json")];
     let set = send(other.admin, "POST", "/mode", &lines, br#"{"mode":"normal","fleet":true}"#).await;
     assert_eq!(set.status, 200);
-    soon("the mode", async { while mode().await["mode"] != "normal" {} }).await;
+    soon("the fleet mode applies", async { while mode().await["mode"] != "normal" {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! What clients may do, on the wire.
+//! Client limits and request validation, over raw connections.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -91,7 +91,7 @@ async fn large_request_body_keeps_its_framing() {
     let mut client = Client::connect(sidecar.address).await;
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n200000\r\n";
     client.write([head.as_bytes(), &large, b"\r\n0\r\n\r\n"].concat()).await;
-    assert!(client.answer_to("POST").await.expect("an answer").body == large);
+    assert!(client.answer_to("POST").await.expect("a response").body == large);
     let framing: Vec<_> = origin.asks().iter().map(|ask| ask.header("content-length").map(str::to_owned)).collect();
     assert_eq!(framing, [Some("2097152".into()), Some("2097152".into()), None]);
 }
@@ -104,7 +104,7 @@ async fn expect_continue_gets_a_100_response() {
     client.write("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n").await;
     assert!(client.read_some(12).await.starts_with(b"HTTP/1.1 100"));
     client.write("hello").await;
-    assert_eq!(client.answer_to("POST").await.expect("an answer").text(), "hello");
+    assert_eq!(client.answer_to("POST").await.expect("a response").text(), "hello");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,14 +116,14 @@ async fn malformed_body_start_is_rejected_and_large_bodies_stream() {
     drop(client);
     let large = vec![b'x'; 3 << 20];
     assert_eq!(send(sidecar.address, "POST", "/", &[], &large).await.body.len(), large.len());
-    assert_eq!(origin.count(), 1, "only the whole one came through");
+    assert_eq!(origin.count(), 1, "only the complete request was forwarded");
     let mut client = Client::connect(sidecar.address).await;
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     client.write([head.as_bytes(), b"500000\r\n", &vec![b'x'; 0x50_0000], b"\r\n0\r\n\r\n"].concat()).await;
     let status = client.answer_to("POST").await.map(|a| a.status);
     assert!(status.is_none_or(|s| s == 413), "{status:?}");
     let unfinished = origin.count();
-    assert!(unfinished <= 1, "the upstream never saw that request end");
+    assert!(unfinished <= 1, "the upstream did not receive the request completely");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,10 +134,10 @@ async fn early_response_reaches_a_client_that_reads_after_its_upload() {
     let in_chunks = (format!("Transfer-Encoding: chunked\r\n\r\n{length:x}\r\n"), "\r\n0\r\n\r\n");
     for (head, tail) in [by_length, in_chunks] {
         let request = [b"POST / HTTP/1.1\r\nHost: a\r\n", head.as_bytes(), &body, tail.as_bytes()].concat();
-        let mut client = TcpStream::connect(sidecar.address).await.expect("it listens");
-        soon("all of it is taken", client.write_all(&request)).await.expect("no reset");
+        let mut client = TcpStream::connect(sidecar.address).await.expect("a listener");
+        soon("the request is read", client.write_all(&request)).await.expect("no connection reset");
         let mut answer = String::new();
-        soon("the end", client.read_to_string(&mut answer)).await.expect("no reset");
+        soon("end of stream", client.read_to_string(&mut answer)).await.expect("no connection reset");
         assert!(answer.starts_with("HTTP/1.1 502 ") && answer.ends_with('}'), "{answer}");
     }
 }
@@ -149,10 +149,10 @@ async fn hit_drains_the_request_body() {
     get(sidecar.address, "/", &[]).await;
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"a body with a GET").await;
-    let with_body = client.answer_to("GET").await.expect("an answer");
+    let with_body = client.answer_to("GET").await.expect("a response");
     assert_eq!(with_body.cache_status(), "sidecache; fwd=bypass; detail=request-body");
     client.ask("GET", "/", &[], b"").await;
-    assert!(client.answer_to("GET").await.expect("an answer").is_hit());
+    assert!(client.answer_to("GET").await.expect("a response").is_hit());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -162,7 +162,7 @@ async fn endless_request_head_is_cut_off() {
     let mut slow = Client::connect(sidecar.address).await;
     slow.write("GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ").await;
     assert_eq!(get(sidecar.address, "/", &[]).await.status, 200);
-    assert!(slow.closed().await, "cut without an answer");
+    assert!(slow.closed().await, "closed without a response");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -176,12 +176,12 @@ async fn connections_over_the_limit_are_queued() {
     origin.wait_for_requests(1).await;
     let mut second = Client::connect(sidecar.address).await;
     second.ask("GET", "/second", &[], b"").await;
-    // Time enough for a sidecar that did not keep the limit: other requests go round meanwhile.
+    // These round trips would give a sidecar without the limit the time to forward the second request.
     for _ in 0..20 {
         get(sidecar.admin, "/livez", &[]).await;
     }
-    assert_eq!(origin.count(), 1, "the second one waits");
+    assert_eq!(origin.count(), 1, "the second connection is queued");
     gate.open();
-    assert_eq!(first.answer_to("GET").await.expect("an answer").status, 200);
-    assert_eq!(second.answer_to("GET").await.expect("an answer").status, 200);
+    assert_eq!(first.answer_to("GET").await.expect("a response").status, 200);
+    assert_eq!(second.answer_to("GET").await.expect("a response").status, 200);
 }

@@ -1,4 +1,4 @@
-//! The promises, one file each. All in one program, so that it links once.
+//! Integration tests, one module per topic, in one binary so that the crate is linked once.
 
 mod support;
 

@@ -1,4 +1,4 @@
-//! Malformed answers: an abort or a 502, never stored, the connection not used again.
+//! Malformed upstream responses: 502 or an aborted body, never stored, and the connection is not reused.
 
 use tokio::task::JoinSet;
 
@@ -59,7 +59,7 @@ async fn incomplete_or_malformed_bodies_are_aborted_and_not_stored() {
             let mut client = Client::connect(sidecar.address).await;
             client.ask("GET", target, &[], b"").await;
             let answer = client.answer_to("GET").await;
-            assert!(answer.is_none_or(|a| !a.whole), "{target} was taken for whole");
+            assert!(answer.is_none_or(|a| !a.whole), "{target}: the truncated body seems complete");
         }
     }
     assert_eq!(sidecar.shared.memory.usage().entries, 0);
@@ -78,13 +78,13 @@ async fn excess_bytes_prevent_reuse_and_a_second_response_prevents_storage() {
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/two", &[], b"").await;
     if let Some(answer) = client.answer_to("GET").await {
-        assert_eq!(answer.text(), "body", "nothing beyond the announced length gets through");
+        assert_eq!(answer.text(), "body", "no byte beyond Content-Length is delivered");
     }
     assert_eq!(sidecar.shared.memory.usage().entries, 0);
     let connections = origin.connections();
-    assert_eq!(sidecar.get("/long").await.text(), "body", "RFC 9112 section 6.3: the answer ends where it said");
+    assert_eq!(sidecar.get("/long").await.text(), "body", "RFC 9112 section 6.3: Content-Length ends the body");
     assert_eq!(sidecar.get("/clean").await.text(), "clean");
-    assert_eq!(origin.connections(), connections + 2, "each on a connection of its own");
+    assert_eq!(origin.connections(), connections + 2, "each request used a new connection");
     assert_eq!(sidecar.shared.memory.usage().entries, 2);
 }
 
@@ -96,10 +96,10 @@ async fn connection_is_not_reused_after_an_invalid_response_head() {
     })
     .await;
     let sidecar = Sidecar::before(&origin, "");
-    for asked in 1..10 {
+    for requests in 1..10 {
         let flawed = sidecar.get("/flawed").await;
         assert_eq!((flawed.status, &flawed.json()["error"]["code"]), (502, &"upstream_malformed".into()));
-        assert_eq!((origin.count(), origin.connections()), (asked, asked), "asked once, on a connection of its own");
+        assert_eq!((origin.count(), origin.connections()), (requests, requests), "one request, on a new connection");
     }
 }
 
@@ -119,7 +119,7 @@ async fn connection_with_bytes_after_the_body_receives_no_further_request() {
         });
     }
     clients.join_all().await;
-    assert_eq!(origin.count(), CLIENTS * EACH, "each was asked for once: none had to be sent again");
+    assert_eq!(origin.count(), CLIENTS * EACH, "no request was retried");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,7 +132,7 @@ async fn thousand_informational_responses_do_not_block_the_final_response() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn get_is_retried_when_a_reused_connection_closes_and_post_is_not() {
-    // The origin answers once on each connection, and closes it when the next request comes.
+    // The origin responds to one request per connection, and closes it on the second.
     let origin = Origin::start(|ask| match ask.target.as_str() {
         "/first" => Reply::new(200, "first"),
         _ if ask.number % 2 == 1 => Reply::close(),
@@ -141,10 +141,10 @@ async fn get_is_retried_when_a_reused_connection_closes_and_post_is_not() {
     .await;
     let sidecar = Sidecar::before(&origin, "");
     assert_eq!(sidecar.get("/first").await.text(), "first");
-    assert_eq!(sidecar.get("/again").await.text(), "second", "a read is tried again");
+    assert_eq!(sidecar.get("/again").await.text(), "second", "the GET is retried");
     assert_eq!(origin.count(), 3);
     let posted = sidecar.send("POST", "/write", "x").await;
-    assert_eq!(posted.status, 502, "a write is not");
+    assert_eq!(posted.status, 502, "the POST is not retried");
     assert_eq!(origin.count(), 4);
 }
 

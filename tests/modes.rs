@@ -1,4 +1,4 @@
-//! Modes: a rehearsal of the cache, and the kill switch of a fleet.
+//! Modes: shadow mode, and modes set for a whole fleet.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,20 +15,20 @@ async fn mode(sidecar: &Sidecar, request: &Value) -> crate::support::Answer {
     send(sidecar.admin, "POST", "/mode", &json, request.to_string().as_bytes()).await
 }
 
-async fn shown(sidecar: &Sidecar) -> Value {
+async fn health_mode(sidecar: &Sidecar) -> Value {
     get(sidecar.admin, "/health", &[]).await.json()["mode"].clone()
 }
 
-/// Waits for these: bodies are compared beside the answers.
-async fn rehearsed_until(sidecar: &Sidecar, expected: [u64; 4]) {
-    let counted = async { while rehearsed(sidecar).await != expected {} };
+/// Waits until the shadow counters have these values. Bodies are compared in the background.
+async fn wait_for_counters(sidecar: &Sidecar, expected: [u64; 4]) {
+    let counted = async { while shadow_counters(sidecar).await != expected {} };
     soon(&format!("{expected:?}"), counted).await;
 }
 
-/// Hits, wrong hits, not compared, misses.
-async fn rehearsed(sidecar: &Sidecar) -> Vec<u64> {
-    let told = sidecar.stats().await["rehearsals"][0].clone();
-    ["hit", "wrong_hit", "not_compared", "miss"].iter().map(|name| told[*name].as_u64().unwrap_or(0)).collect()
+/// Returns the shadow counters: hits, wrong hits, not compared, misses.
+async fn shadow_counters(sidecar: &Sidecar) -> Vec<u64> {
+    let counters = sidecar.stats().await["rehearsals"][0].clone();
+    ["hit", "wrong_hit", "not_compared", "miss"].iter().map(|name| counters[*name].as_u64().unwrap_or(0)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -49,33 +49,33 @@ async fn shadow_mode_passes_all_requests_and_counts_would_be_hits_and_misses() {
         "mode = \"shadow\"\n{}",
         crate::support::sidecar::text(origin.address, RULES, "")
     ));
-    assert_eq!(shown(&sidecar).await, json!({"mode": "shadow", "source": "file", "for_ms": null}));
+    assert_eq!(health_mode(&sidecar).await, json!({"mode": "shadow", "source": "file", "for_ms": null}));
     for _ in 0..3 {
         let answer = sidecar.get("/steady").await;
         assert_eq!(answer.cache_status(), "sidecache; fwd=bypass; detail=shadow");
     }
-    rehearsed_until(&sidecar, [2, 0, 0, 1]).await; // what differs in its cost only is the same
+    wait_for_counters(&sidecar, [2, 0, 0, 1]).await; // bodies that differ only in the volatile field are equal
     sidecar.get("/moving").await;
     version.store(2, Ordering::SeqCst);
-    assert_eq!(sidecar.get("/moving").await.text(), "{\"version\":2}", "the upstream's word");
-    rehearsed_until(&sidecar, [2, 1, 0, 2]).await;
-    // A write would have purged what is stored: the next one is a miss, and what is stored then is right.
+    assert_eq!(sidecar.get("/moving").await.text(), "{\"version\":2}", "the upstream's response");
+    wait_for_counters(&sidecar, [2, 1, 0, 2]).await;
+    // A write invalidates the entry: the next request is a miss, the one after it a correct hit.
     sidecar.send("PUT", "/moving", "x").await;
     sidecar.get("/moving").await;
     sidecar.get("/moving").await;
-    rehearsed_until(&sidecar, [3, 1, 0, 3]).await;
+    wait_for_counters(&sidecar, [3, 1, 0, 3]).await;
     sidecar.get("/validated").await;
     sidecar.get_with("/validated", &[("If-None-Match", "\"1\"")]).await;
-    rehearsed_until(&sidecar, [4, 1, 0, 4]).await;
-    // As the cache would have done: after its time it is fetched again.
+    wait_for_counters(&sidecar, [4, 1, 0, 4]).await;
+    // A request for an expired entry is counted as a miss.
     sidecar.clock.turn(Duration::from_secs(61));
     sidecar.get("/steady").await;
-    rehearsed_until(&sidecar, [4, 1, 0, 5]).await;
-    assert_eq!(origin.count(), 11, "every request");
+    wait_for_counters(&sidecar, [4, 1, 0, 5]).await;
+    assert_eq!(origin.count(), 11, "every request reached the upstream");
     let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
     let wrong = "sidecache_shadow_total{upstream=\"api\",rule=\"all\",result=\"wrong_hit\"} 1";
     assert!(metrics.lines().any(|line| line == wrong), "{metrics}");
-    // What was rehearsed is warm.
+    // Entries stored in shadow mode are served in normal mode.
     mode(&sidecar, &json!({"mode": "normal"})).await;
     assert!(sidecar.get("/steady").await.is_hit());
 }
@@ -88,34 +88,34 @@ async fn fleet_mode_reaches_every_sidecar_and_a_local_mode_overrides_it() {
     let other = Sidecar::with_tables(&origin, RULES, &redis.table());
     one.in_fleet().await;
     other.in_fleet().await;
-    let told = mode(&one, &json!({"mode": "bypass", "fleet": true})).await;
-    assert_eq!(told.json(), json!({"mode": "bypass", "source": "fleet", "for_ms": null}));
+    let reply = mode(&one, &json!({"mode": "bypass", "fleet": true})).await;
+    assert_eq!(reply.json(), json!({"mode": "bypass", "source": "fleet", "for_ms": null}));
     let mode_of = |sidecar: &Sidecar| {
         let state = sidecar.shared.mode.state(sidecar.clock.now());
         (state.mode.token(), state.source.token())
     };
-    until("the other one hears", || (mode_of(&other) == ("bypass", "fleet")).then_some(())).await;
+    until("the other sidecar applies the mode", || (mode_of(&other) == ("bypass", "fleet")).then_some(())).await;
     assert!(other.get("/x").await.cache_status().ends_with("detail=mode"));
-    // Who starts later does it too.
+    // A sidecar that starts later applies the mode, too.
     let late = Sidecar::with_tables(&origin, RULES, &redis.table());
-    until("the third one hears", || (mode_of(&late) == ("bypass", "fleet")).then_some(())).await;
-    // Local counts before fleet.
+    until("the third sidecar applies the mode", || (mode_of(&late) == ("bypass", "fleet")).then_some(())).await;
+    // A local mode has precedence over the fleet mode.
     mode(&other, &json!({"mode": "normal"})).await;
     assert_eq!(mode_of(&other), ("normal", "local"));
     mode(&other, &json!({"mode": "configured"})).await;
     assert_eq!(mode_of(&other), ("bypass", "fleet"));
-    // For a time: it ends by itself, everywhere.
-    let told = mode(&other, &json!({"mode": "shadow", "for": "1500ms", "fleet": true})).await.json();
-    assert!(told["for_ms"].as_u64() <= Some(1500), "{told}");
-    until("it is heard", || (mode_of(&one) == ("shadow", "fleet")).then_some(())).await;
+    // A mode with `for` expires on all sidecars.
+    let reply = mode(&other, &json!({"mode": "shadow", "for": "1500ms", "fleet": true})).await.json();
+    assert!(reply["for_ms"].as_u64() <= Some(1500), "{reply}");
+    until("the first sidecar applies the mode", || (mode_of(&one) == ("shadow", "fleet")).then_some(())).await;
     for sidecar in [&one, &other, &late] {
-        until("it ends", || (mode_of(sidecar) == ("normal", "default")).then_some(())).await;
+        until("the mode expires", || (mode_of(sidecar) == ("normal", "default")).then_some(())).await;
     }
     drop(redis);
-    soon("Redis is missed", other.lost_redis()).await;
+    soon("Redis is lost", other.lost_redis()).await;
     let refused = mode(&other, &json!({"mode": "bypass", "fleet": true})).await;
     assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (503, Some("fleet_not_told")));
-    assert_eq!(mode_of(&other), ("normal", "default"), "nothing has changed");
+    assert_eq!(mode_of(&other), ("normal", "default"), "the mode is unchanged");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,5 +132,5 @@ async fn shadow_mode_stores_no_rejected_or_uncacheable_response() {
         sidecar.get(target).await;
     }
     assert_eq!(sidecar.stats().await["memory"]["entries"], 0);
-    rehearsed_until(&sidecar, [0, 0, 0, 3]).await;
+    wait_for_counters(&sidecar, [0, 0, 0, 3]).await;
 }

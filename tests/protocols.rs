@@ -1,4 +1,4 @@
-//! HTTP/2, TLS, other protocols after an upgrade, and event streams.
+//! HTTP/2, TLS, protocol upgrades, and event streams.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ async fn http2_to(address: SocketAddr) -> Sender {
 async fn ask(sender: &mut Sender, method: Method, uri: &str, body: &str) -> (Response<()>, String) {
     let request = Request::builder().method(method).uri(uri).version(Version::HTTP_2);
     let request = request.body(Full::new(Bytes::from(body.to_owned()))).expect("a request");
-    let response = soon("an answer", sender.send_request(request)).await.expect("an answer");
+    let response = soon("a response", sender.send_request(request)).await.expect("a response");
     let (parts, body) = response.into_parts();
     let body = soon("a body", body.collect()).await.expect("a body").to_bytes();
     (Response::from_parts(parts, ()), String::from_utf8_lossy(&body).into_owned())
@@ -55,7 +55,7 @@ async fn http2_with_prior_knowledge_shares_entries_with_http1() {
         let status = answer.headers()["cache-status"].to_str().expect("text");
         assert!(status.starts_with(expected), "{status}");
     }
-    assert!(get(sidecar.address, "/a", &[]).await.is_hit(), "HTTP/1.1 finds the same");
+    assert!(get(sidecar.address, "/a", &[]).await.is_hit(), "HTTP/1.1 shares the entry");
     let (_, body) = ask(&mut client, Method::POST, &uri, "hello").await;
     assert_eq!(body, "POST 5");
     assert_eq!(origin.asks()[0].header("via"), Some("2 sidecache"));
@@ -78,7 +78,7 @@ async fn http2_supports_vary_conditional_and_range_requests() {
         let request = Request::builder().uri(format!("http://{}/a", sidecar.address)).version(Version::HTTP_2);
         let request = lines.iter().fold(request, |request, (name, value)| request.header(*name, *value));
         let request = request.body(Full::new(Bytes::new())).expect("a request");
-        let response = soon("an answer", client.send_request(request)).await.expect("an answer");
+        let response = soon("a response", client.send_request(request)).await.expect("a response");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let body = soon("a body", response.into_body().collect()).await.expect("a body").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned(), headers)
@@ -99,7 +99,7 @@ async fn http2_ping_flood_or_incomplete_preface_closes_the_connection() {
     let sidecar = Sidecar::with_tables(&origin, "", "[limits]\nheader_time = \"200ms\"\n");
     let mut half = Client::connect(sidecar.address).await;
     half.write("PRI * HTTP/2.0\r\n\r\nSM").await;
-    assert!(half.closed().await, "nothing follows");
+    assert!(half.closed().await, "closed without a response");
     let mut block = Client::connect(sidecar.address).await;
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
     // HEADERS without END_HEADERS: CONTINUATION never comes.
@@ -109,21 +109,24 @@ async fn http2_ping_flood_or_incomplete_preface_closes_the_connection() {
     block.read_to_end(&mut rest).await;
     let mut flood = TcpStream::connect(sidecar.address).await.expect("a listener");
     let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
-    flood.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat()).await.expect("it is open");
+    flood
+        .write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat())
+        .await
+        .expect("an open connection");
     let sent = async {
         for _ in 0..100_000 {
             if flood.write_all(&ping).await.is_err() {
                 break;
             }
         }
-        // All of it may lie in buffers before the first of it is read.
+        // The socket buffers may accept all frames before the sidecar reads the first one.
         let _ = flood.read_to_end(&mut Vec::new()).await;
     };
     soon("the connection is closed", sent).await;
     assert_eq!(get(sidecar.address, "/", &[]).await.status, 200);
 }
 
-/// A certificate for localhost: its files, and a client that trusts it.
+/// Creates a certificate for localhost. Returns the `listen_tls` table and a client configuration that trusts it.
 pub(crate) fn certificate(folder: &Path) -> (String, ClientConfig) {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
     let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
@@ -162,19 +165,19 @@ async fn alpn_selects_http2_or_http1_on_a_tls_listener() {
     let mut stream = connect(config).await;
     stream.write_all(b"GET /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.expect("written");
     let mut answer = Vec::new();
-    let _ = soon("an answer", stream.read_to_end(&mut answer)).await;
+    let _ = soon("a response", stream.read_to_end(&mut answer)).await;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     assert!(answer.contains("sidecache; hit"), "{answer}");
-    assert!(answer.contains("<https://a/next>"), "links lead back to where the client is: {answer}");
-    // What is no TLS is no reason to wait.
+    assert!(answer.contains("<https://a/next>"), "links point to the sidecar: {answer}");
+    // A plaintext request on a TLS listener ends at once.
     let mut plain = Client::connect(sidecar.address).await;
     plain.write("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
     plain.read_some(1).await;
     assert_eq!(origin.count(), 1);
-    std::fs::remove_dir_all(&folder).expect("it was there");
+    std::fs::remove_dir_all(&folder).expect("the folder exists");
 }
 
-/// An origin that only speaks HTTP/2, and how many connections it had.
+/// Starts an origin that supports only HTTP/2. Returns its address and its connection count.
 async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let (address, connections) = (listener.local_addr().expect("bound"), Arc::new(AtomicUsize::new(0)));
@@ -183,11 +186,11 @@ async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
         while let Ok((stream, _)) = listener.accept().await {
             counted.fetch_add(1, Ordering::Relaxed);
             let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
-                let said = format!("{:?} {}", request.version(), request.uri());
+                let line = format!("{:?} {}", request.version(), request.uri());
                 let body = request.into_body().collect().await.expect("a body").to_bytes();
                 let response = Response::builder().header("cache-control", "max-age=60");
-                let body = Full::new(Bytes::from(format!("{said} {}", body.len())));
-                Ok::<_, Infallible>(response.body(body).expect("an answer"))
+                let body = Full::new(Bytes::from(format!("{line} {}", body.len())));
+                Ok::<_, Infallible>(response.body(body).expect("a response"))
             });
             let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
             tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
@@ -200,21 +203,21 @@ async fn http2_origin() -> (SocketAddr, Arc<AtomicUsize>) {
 async fn upstream_http2_setting_sends_all_requests_over_one_connection() {
     let (origin, connections) = http2_origin().await;
     let sidecar = Sidecar::from_text(&text(origin, "http2 = true", ""));
-    let said = get(sidecar.address, "/a?b", &[]).await;
-    assert_eq!(said.text(), format!("HTTP/2.0 http://{origin}/a?b 0"));
+    let first = get(sidecar.address, "/a?b", &[]).await;
+    assert_eq!(first.text(), format!("HTTP/2.0 http://{origin}/a?b 0"));
     assert!(get(sidecar.address, "/a?b", &[]).await.is_hit());
     for n in 0..10 {
         assert_eq!(get(sidecar.address, &format!("/{n}"), &[]).await.status, 200);
     }
-    assert_eq!(connections.load(Ordering::Relaxed), 1, "one connection for all");
+    assert_eq!(connections.load(Ordering::Relaxed), 1, "all requests used one connection");
 }
 
-/// 101 and a word, then what comes goes back; or 426.
+/// Sends 101 and echoes all bytes if the request asks for a WebSocket upgrade, and 426 otherwise.
 async fn echo_if_asked(mut stream: TcpStream) {
     let mut head = vec![0; 4096];
     let read = stream.read(&mut head).await.expect("a head");
-    let asks = String::from_utf8_lossy(&head[..read]).to_lowercase().contains("upgrade: websocket");
-    let answer = if asks {
+    let is_upgrade = String::from_utf8_lossy(&head[..read]).to_lowercase().contains("upgrade: websocket");
+    let answer = if is_upgrade {
         "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello"
     } else {
         "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -236,34 +239,34 @@ async fn websocket_upgrade_is_forwarded_only_where_a_rule_allows_it() {
     let rule = "[[upstream.rule]]\npath = \"/ws\"\ncache = \"off\"\nupgrade = [\"websocket\"]\n";
     let sidecar = Sidecar::from_text(&text(address, rule, ""));
     let lines = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "websocket")];
-    assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426, "no rule allows it there");
+    assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426, "no rule allows the upgrade");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/ws", &lines, b"").await;
-    let switched = client.answer_head().await.expect("an answer");
+    let switched = client.answer_head().await.expect("a response");
     assert_eq!((switched.status, switched.header("upgrade")), (101, Some("websocket")));
     assert_eq!(client.read_some(5).await, b"hello");
-    // Another one does not wait for the answer to go on in the other protocol.
-    let mut hasty = Client::connect(sidecar.address).await;
+    // A client may send data of the new protocol before it receives the 101.
+    let mut early = Client::connect(sidecar.address).await;
     let head = "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
-    hasty.write(format!("{head}\nearly\0")).await;
-    assert_eq!(hasty.answer_head().await.expect("an answer").status, 101);
-    assert_eq!(hasty.read_some(12).await, b"hello\nearly\0");
-    // And where nothing comes of it, what follows is the next request.
+    early.write(format!("{head}\nearly\0")).await;
+    assert_eq!(early.answer_head().await.expect("a response").status, 101);
+    assert_eq!(early.read_some(12).await, b"hello\nearly\0");
+    // If the upgrade is refused, the following bytes are the next request.
     let mut plain = Client::connect(sidecar.address).await;
     let head = "GET /other HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
     plain.write(format!("{head}{head}")).await;
     for _ in 0..2 {
-        assert_eq!(plain.answer_to("GET").await.expect("an answer").status, 426);
+        assert_eq!(plain.answer_to("GET").await.expect("a response").status, 426);
     }
-    // The kill switch hands this through too.
+    // Bypass mode forwards upgrades, too.
     let bypass =
         send(sidecar.admin, "POST", "/mode", &[("Content-Type", "application/json")], br#"{"mode":"bypass"}"#).await;
     assert_eq!(bypass.status, 200);
     assert_eq!(get(sidecar.address, "/other", &lines).await.status, 426);
-    let mut through = Client::connect(sidecar.address).await;
-    through.ask("GET", "/ws", &lines, b"").await;
-    assert_eq!(through.answer_head().await.expect("an answer").status, 101);
-    // No HTTP at all, and no line ends.
+    let mut bypassed = Client::connect(sidecar.address).await;
+    bypassed.ask("GET", "/ws", &lines, b"").await;
+    assert_eq!(bypassed.answer_head().await.expect("a response").status, 101);
+    // Arbitrary bytes pass through unchanged.
     client.write(b"\x81\x05\r\0\n\xff!").await;
     assert_eq!(&client.read_some(12).await[5..], b"\x81\x05\r\0\n\xff!");
 }
@@ -283,13 +286,13 @@ async fn event_streams_are_not_buffered_or_shared_between_clients() {
         let answer = client.answer_head().await.expect("a head");
         assert!(answer.cache_status().ends_with("detail=event-stream"), "{answer:?}");
         let first = String::from_utf8_lossy(client.read_some(14).await).into_owned();
-        assert!(first.contains("data: one"), "{first}: before the second one is sent");
+        assert!(first.contains("data: one"), "{first}: the first event arrives before the second is sent");
         assert_eq!(origin.count(), n);
         clients.push(client);
     }
     gate.open();
     for mut client in clients {
         let all = "B\r\ndata: one\n\n\r\nB\r\ndata: two\n\n\r\n0\r\n\r\n";
-        assert_eq!(String::from_utf8_lossy(client.read_some(all.len()).await), all, "and it is whole");
+        assert_eq!(String::from_utf8_lossy(client.read_some(all.len()).await), all, "the body is complete");
     }
 }

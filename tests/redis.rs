@@ -1,4 +1,4 @@
-//! Redis as the store that a fleet shares: what one has fetched, all have, and nothing that lies there is trusted.
+//! Redis as the shared cache tier of a fleet: records are authenticated, and replaced if they were tampered with.
 
 use redis::Commands;
 
@@ -7,7 +7,7 @@ use crate::support::{Origin, Redis, Reply, Sidecar, get, until};
 const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\nstale_while_revalidate = \"1h\"\n\
                      tags = [\"products\", \"product:{id}\"]\n";
 
-/// A sidecar of a fleet, ready to use what the others have stored.
+/// Starts a sidecar and waits until it uses Redis.
 async fn member(origin: &Origin, redis: &Redis) -> Sidecar {
     member_with(origin, redis, "").await
 }
@@ -28,24 +28,32 @@ async fn response_fetched_by_one_sidecar_is_a_hit_on_another() {
     })
     .await;
     let (one, other) = (member(&origin, &redis).await, member(&origin, &redis).await);
-    let asks: [(&str, &[(&str, &str)]); 5] = [
+    let requests: [(&str, &[(&str, &str)]); 5] = [
         ("/products/7", &[]),
         ("/products/7", &[("Accept-Encoding", "gzip")]),
         ("/http", &[]),
         ("/vary", &[("Accept-Language", "de")]),
         ("/vary", &[("Accept-Language", "en")]),
     ];
-    for (target, lines) in asks {
+    for (target, lines) in requests {
         let first = one.get_with(target, lines).await;
         one.written().await;
         let second = other.get_with(target, lines).await;
         assert!(second.is_hit(), "{target} {lines:?}: {}", second.cache_status());
         assert_eq!((second.text(), second.all("x-twice")), (first.text(), vec!["1", "2"]));
-        assert!(second.headers.iter().any(|(name, _)| name == "ETag"), "case is kept: {:?}", second.headers);
-        assert!(second.headers.iter().any(|(name, _)| name == "x-twice"), "case is kept: {:?}", second.headers);
-        assert!(other.get_with(target, lines).await.is_hit(), "from memory now");
+        assert!(
+            second.headers.iter().any(|(name, _)| name == "ETag"),
+            "header case is preserved: {:?}",
+            second.headers
+        );
+        assert!(
+            second.headers.iter().any(|(name, _)| name == "x-twice"),
+            "header case is preserved: {:?}",
+            second.headers
+        );
+        assert!(other.get_with(target, lines).await.is_hit(), "the second hit is from memory");
     }
-    assert_eq!(origin.count(), asks.len());
+    assert_eq!(origin.count(), requests.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -67,7 +75,7 @@ async fn redis_record_keeps_its_age_and_is_revalidated_when_stale() {
     late.turn(70);
     let validated = late.get("/x").await;
     assert_eq!((validated.status, validated.text().as_str(), origin.count()), (200, "x", 2));
-    assert!(origin.asks()[1].header("if-none-match").is_some(), "by the record's validator");
+    assert!(origin.asks()[1].header("if-none-match").is_some(), "revalidated with the record's ETag");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,10 +126,10 @@ async fn private_records_use_their_own_database_and_contain_no_credential() {
     sidecar.purge(r#"{"tags":["nothing"]}"#).await;
     sidecar.written().await;
     let mut observer = redis.observer();
-    for (database, begins) in [(0, "sidecache:1:s:"), (1, "sidecache:1:p:"), (2, "{sidecache}:1:")] {
+    for (database, prefix) in [(0, "sidecache:1:s:"), (1, "sidecache:1:p:"), (2, "{sidecache}:1:")] {
         redis::cmd("SELECT").arg(database).exec(&mut observer).expect("a database");
         let keys: Vec<String> = observer.keys("*").expect("keys");
-        assert!(!keys.is_empty() && keys.iter().all(|key| key.starts_with(begins)), "{database}: {keys:?}");
+        assert!(!keys.is_empty() && keys.iter().all(|key| key.starts_with(prefix)), "{database}: {keys:?}");
         for key in keys {
             let dump: Vec<u8> = redis::cmd("DUMP").arg(&key).query(&mut observer).expect("a value");
             assert!(!dump.windows(6).any(|w| w == b"canary"), "{key}");
@@ -169,10 +177,13 @@ async fn tampered_redis_record_is_not_served_and_is_replaced() {
             );
         }
         reader.written().await;
-        let healed: Vec<u8> = observer.get(&keys[0]).expect("a record");
-        assert!(healed.len() > 100 && healed[36..] != record.get(36..).unwrap_or_default()[..], "put right again");
+        let replaced: Vec<u8> = observer.get(&keys[0]).expect("a record");
+        assert!(
+            replaced.len() > 100 && replaced[36..] != record.get(36..).unwrap_or_default()[..],
+            "the record was replaced"
+        );
     }
-    // Of another type, and of a version to come.
+    // A key of another type, and a record of a newer version.
     let _: () = observer.del(&keys[0]).expect("removed");
     let _: () = observer.lpush(&keys[0], "x").expect("written");
     assert_eq!(member(&origin, &redis).await.get("/a").await.text(), "/a".repeat(2_000));
@@ -203,12 +214,12 @@ async fn encrypted_records_stay_readable_during_secret_rotation() {
     let record: Vec<u8> = observer.get(&redis.keys("sidecache:1:s:*")[0]).expect("a record");
     assert!(!record.windows(8).any(|w| w == b"plain as" || w == b"max-age="), "encrypted");
     let both = with(&["new", "old"], true).await;
-    assert!(both.get("/x").await.is_hit(), "opened with the second secret");
+    assert!(both.get("/x").await.is_hit(), "decrypted with the second secret");
     both.get("/y").await;
     both.written().await;
-    assert!(with(&["new"], true).await.get("/y").await.is_hit(), "sealed with the first");
+    assert!(with(&["new"], true).await.get("/y").await.is_hit(), "encrypted with the first secret");
     assert!(!with(&["old"], true).await.get("/y").await.is_hit(), "without the secret: a miss");
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -224,8 +235,8 @@ async fn sidecars_without_a_configured_secret_share_one_stored_in_redis() {
     let other =
         Sidecar::with_tables(&origin, "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\n", &redis.patient_table());
     other.in_fleet().await;
-    assert!(other.get_with("/x", &token).await.is_hit(), "the same digest of a credential");
-    let secret: Vec<u8> = redis.observer().get("{sidecache}:1:secret").expect("kept");
+    assert!(other.get_with("/x", &token).await.is_hit(), "both sidecars compute the same credential digest");
+    let secret: Vec<u8> = redis.observer().get("{sidecache}:1:secret").expect("a secret");
     assert_eq!(secret.len(), 32);
 }
 
@@ -262,7 +273,7 @@ async fn stats_separate_memory_from_redis_hits_and_health_reports_redis() {
     let stats = sidecar.stats().await;
     assert_eq!(
         (stats["redis"]["records"]["misses"].as_u64(), stats["redis"]["records"]["hits"].as_u64()),
-        (Some(2), Some(0))
+        (Some(1), Some(0))
     );
     assert_eq!(stats["redis"]["records"]["queue"]["written"].as_u64(), Some(1), "{stats}");
     assert!(stats["redis"]["connections"]["reader"]["p99_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{stats}");
@@ -275,7 +286,8 @@ async fn stats_separate_memory_from_redis_hits_and_health_reports_redis() {
 async fn documented_redis_acl_permissions_are_sufficient() {
     let redis = Redis::start();
     let page = include_str!("../docs/REDIS.md");
-    let needs = page.split("An ACL user needs `").nth(1).and_then(|rest| rest.split('`').next()).expect("it says");
+    let needs =
+        page.split("An ACL user needs `").nth(1).and_then(|rest| rest.split('`').next()).expect("an ACL rule");
     let mut user = redis::cmd("ACL");
     for word in ["SETUSER", "narrow", "on", ">secret"].into_iter().chain(needs.split(' ')) {
         user.arg(word);
@@ -301,12 +313,12 @@ async fn documented_redis_acl_permissions_are_sufficient() {
     assert!(other.get("/x").await.is_hit());
     origin.wait_for_requests(2).await;
     one.purge(r#"{"patterns":["/x*"]}"#).await;
-    until("the walk has removed it", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
+    until("the scan has deleted the record", || redis.keys("sidecache:1:s:*").is_empty().then_some(())).await;
     for sidecar in [&one, &other] {
         let state = sidecar.shared.fleet.as_ref().expect("a fleet").redis.state();
         for (name, link) in state.connections {
             assert_eq!(link.refused, 0, "{name}: {link:?}");
         }
     }
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }

@@ -1,4 +1,4 @@
-//! Whatever Redis does, clients don't notice.
+//! Redis failures: no client request fails, and Redis is used again after recovery.
 
 use nix::sys::signal::Signal;
 use redis::Commands;
@@ -20,12 +20,12 @@ fn redis_state(sidecar: &Sidecar) -> sidecache::redis::RedisState {
     sidecar.shared.fleet.as_ref().expect("a fleet").redis.state()
 }
 
-/// Asks for something new until Redis is written to, and looked into, again.
+/// Requests new targets until Redis is written to and read again.
 async fn used_again(sidecar: &Sidecar, name: &str) {
     let state = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state();
     let before = state();
     let mut number = 0;
-    soon("redis is used again", async {
+    soon("Redis is used again", async {
         while state().queue.written == before.queue.written || state().misses == before.misses {
             number += 1;
             assert_eq!(sidecar.get(&format!("/again/{name}/{number}")).await.status, 200);
@@ -42,13 +42,13 @@ async fn sidecar_starts_without_redis_and_uses_it_once_available() {
     assert_eq!(sidecar.get("/x").await.status, 200);
     assert!(sidecar.get("/x").await.is_hit());
     let health = get(sidecar.admin, "/health", &[]).await.json();
-    until("health says so", || redis_state(&sidecar).trouble).await;
+    until("the trouble is reported", || redis_state(&sidecar).trouble).await;
     assert!(health["components"]["redis"]["status"] != "ok", "{health}");
-    assert_eq!(get(sidecar.admin, "/readyz", &[]).await.status, 200, "ready all the same");
+    assert_eq!(get(sidecar.admin, "/readyz", &[]).await.status, 200, "readiness does not depend on Redis");
     redis.restart();
     sidecar.in_fleet().await;
     used_again(&sidecar, "start").await;
-    until("nothing is wrong any more", || redis_state(&sidecar).trouble.is_none().then_some(())).await;
+    until("no trouble is reported", || redis_state(&sidecar).trouble.is_none().then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,7 +76,7 @@ async fn redis_outage_fails_no_request_and_redis_is_used_after_recovery() {
             _ => chaos.set(Mood::Fine),
         }
         used_again(&sidecar, &fault.replace(' ', "-")).await;
-        // One that was killed has another log: what was stored before is in doubt once that is noticed.
+        // A restarted Redis has a new log: entries stored earlier become unverified once the sidecar notices.
         sidecar.level_with(&redis).await;
         sidecar.get("/warm").await;
     }
@@ -119,7 +119,7 @@ async fn redis_errors_fail_no_client_request_and_redis_is_used_again() {
     ];
     let (_origin, sidecar) = before(&redis.table()).await;
     sidecar.in_fleet().await;
-    for (name, break_it, mend_it) in faults {
+    for (name, fault, repair) in faults {
         let mut run = |commands: &[&str]| {
             for words in commands {
                 let mut command = redis::Cmd::new();
@@ -129,12 +129,12 @@ async fn redis_errors_fail_no_client_request_and_redis_is_used_again() {
                 command.exec(&mut observer).unwrap_or_else(|e| panic!("{words}: {e}"));
             }
         };
-        run(break_it);
+        run(fault);
         for number in 0..20 {
             let answer = sidecar.get(&format!("/{}/{number}", name.replace(' ', "-"))).await;
             assert_eq!(answer.status, 200, "{name}");
         }
-        run(mend_it);
+        run(repair);
         used_again(&sidecar, &name.replace(' ', "-")).await;
     }
 }
@@ -160,11 +160,11 @@ async fn redis_password_file_is_read_again_on_reconnect() {
     sidecar.in_fleet().await;
     used_again(&sidecar, "first").await;
     set(">second");
-    until("it says why", || redis_state(&sidecar).trouble.filter(|why| why.contains("WRONGPASS"))).await;
+    until("the reason is reported", || redis_state(&sidecar).trouble.filter(|why| why.contains("WRONGPASS"))).await;
     assert_eq!(sidecar.get("/x").await.status, 200);
     std::fs::write(&file, "second\n").expect("writable");
     used_again(&sidecar, "second").await;
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -217,11 +217,11 @@ async fn requests_are_served_while_redis_loads_its_dataset() {
     redis::cmd("SAVE").exec(&mut observer).expect("saved");
     redis.kill();
     redis.restart_loading();
-    until("it is loading", || redis.info("persistence").contains("loading:1").then_some(())).await;
+    until("Redis is loading", || redis.info("persistence").contains("loading:1").then_some(())).await;
     for number in 0..20 {
         assert_eq!(sidecar.get(&format!("/loading/{number}")).await.status, 200);
     }
-    assert!(redis.info("persistence").contains("loading:1"), "it still was");
+    assert!(redis.info("persistence").contains("loading:1"), "Redis was loading during all requests");
     used_again(&sidecar, "loaded").await;
 }
 
@@ -232,7 +232,7 @@ async fn redis_warnings_are_logged_at_most_once_per_second() {
     let file = folder("quiet").join("sidecache.toml");
     let tables = redis.table() + "[log]\nfilter = \"warn\"\n";
     std::fs::write(&file, text(origin.address, "", &tables)).expect("writable");
-    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("the program starts");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let address = loop {
         let line = soon("a line", lines.next_line()).await.expect("readable").expect("a line");
@@ -245,7 +245,7 @@ async fn redis_warnings_are_logged_at_most_once_per_second() {
     let written = || !redis.keys("sidecache:1:s:*").is_empty();
     let mut number = 0;
     let begun = tokio::time::Instant::now();
-    soon("it uses redis", async {
+    soon("the sidecar uses Redis", async {
         while !written() {
             number += 1;
             get(address, &format!("/{number}"), &[]).await;
@@ -258,7 +258,7 @@ async fn redis_warnings_are_logged_at_most_once_per_second() {
         for word in user(rules).split(' ') {
             command.arg(word);
         }
-        command.exec(&mut observer).expect("it answers");
+        command.exec(&mut observer).expect("a reply");
         for _ in 0..150 {
             number += 1;
             assert_eq!(get(address, &format!("/{number}"), &[]).await.status, 200);
@@ -266,11 +266,11 @@ async fn redis_warnings_are_logged_at_most_once_per_second() {
     }
     let seconds = begun.elapsed().as_secs() + 1;
     child.start_kill().expect("our own process");
-    let output = soon("it ends", child.wait_with_output()).await.expect("it ran");
+    let output = soon("the process exits", child.wait_with_output()).await.expect("an exit status");
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
-    let said = log.lines().filter(|line| line.contains("WARN") && line.contains("redis")).count() as u64;
-    assert!(said > 0 && said <= seconds + 1, "{said} lines in {seconds} s:\n{log}");
-    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("ours");
+    let warnings = log.lines().filter(|line| line.contains("WARN") && line.contains("redis")).count() as u64;
+    assert!(warnings > 0 && warnings <= seconds + 1, "{warnings} lines in {seconds} s:\n{log}");
+    std::fs::remove_dir_all(file.parent().expect("a folder")).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -302,5 +302,5 @@ async fn check_command_reports_a_redis_error_in_one_line() {
     redis.kill();
     let (exit, stdout, _) = check(&cases[0].0).await;
     assert!(exit == 0 && stdout.contains("warning: redis 127.0.0.1"), "{stdout}");
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }

@@ -1,4 +1,4 @@
-//! Another configuration while requests pass through.
+//! Configuration reload while requests are served.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl FromFile {
             config::from_text("sidecache.toml", &read, path.parent().expect("a folder"))
                 .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
         };
-        let app = App::bind(load().expect("it is good")).expect("free ports");
+        let app = App::bind(load().expect("a valid configuration")).expect("free ports");
         app.reload_from(ConfigOrigin { load: Box::new(load), file: Some(file.clone()) });
         let (address, admin) = (app.addresses()[0], app.admin_address().expect("an admin listener"));
         let (stop, stopped) = watch::channel(false);
@@ -49,10 +49,10 @@ impl FromFile {
     }
 }
 
-/// Asks for /x on a connection that has to stay.
-async fn on(client: &mut Client) -> Answer {
+/// Requests /x on a connection that must stay open.
+async fn get_x(client: &mut Client) -> Answer {
     client.ask("GET", "/x", &[], b"").await;
-    client.answer_to("GET").await.expect("the connection stays")
+    client.answer_to("GET").await.expect("the connection stays open")
 }
 
 const STORES: &str = "[[upstream.rule]]\nname = \"all\"\npath = \"/**\"\nttl = \"1h\"\n";
@@ -63,7 +63,7 @@ async fn valid_file_applies_from_the_next_request_and_invalid_file_is_rejected()
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
-    let mut ask = async || on(&mut client).await;
+    let mut ask = async || get_x(&mut client).await;
     ask().await;
     assert!(ask().await.is_hit());
     sidecar.write(&text(origin.address, PASSES, ""));
@@ -74,14 +74,18 @@ async fn valid_file_applies_from_the_next_request_and_invalid_file_is_rejected()
     let refused = sidecar.reload().await;
     assert_eq!(refused.status, 422);
     assert!(refused.text().contains("sidecache.toml:7:7"), "{}", refused.text());
-    assert_eq!(ask().await.cache_status(), "sidecache; fwd=bypass; detail=rule-off", "nothing has changed");
+    assert_eq!(
+        ask().await.cache_status(),
+        "sidecache; fwd=bypass; detail=rule-off",
+        "the configuration is unchanged"
+    );
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert_eq!(health["components"]["configuration"]["status"], "rejected");
     assert!(get(sidecar.admin, "/metrics", &[]).await.text().contains("sidecache_config_last_reload_successful 0"));
     let metrics = get(sidecar.admin, "/metrics", &[]).await.text();
     let hits = "sidecache_requests_total{upstream=\"api\",rule=\"all\",outcome=\"hit\"} 1";
-    assert!(metrics.lines().any(|line| line == hits), "counters go on: {metrics}");
-    // What was stored before is still there when the rule is back.
+    assert!(metrics.lines().any(|line| line == hits), "counters are kept: {metrics}");
+    // Entries stored earlier are served again when the rule is restored.
     sidecar.write(&text(origin.address, STORES, ""));
     assert_eq!(sidecar.reload().await.status, 200);
     let hit = ask().await;
@@ -124,7 +128,7 @@ async fn reload_adds_and_removes_listeners_and_keeps_existing_connections() {
     assert_eq!(get(new, "/x", &[]).await.text(), "x");
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert!(health["components"]["upstreams"]["second"].is_object(), "{health}");
-    // One that can't be bound: nothing changes, what could be bound is let go.
+    // If a listener can't be bound, the reload is rejected and the listeners bound for it are closed.
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let third =
         second.replace("second", "third").replace(&port.to_string(), &taken.local_addr().unwrap().port().to_string());
@@ -132,12 +136,12 @@ async fn reload_adds_and_removes_listeners_and_keeps_existing_connections() {
     let refused = sidecar.reload().await;
     assert!(refused.status == 422 && refused.text().contains("is in use"), "{}", refused.text());
     assert_eq!(get(new, "/x", &[]).await.text(), "x");
-    // Gone: nobody listens there any more; the first one's connection has seen nothing of it.
+    // The listener of a removed upstream is closed; connections of the remaining upstream are unaffected.
     sidecar.write(&first);
     assert!(sidecar.reload().await.text().contains(&format!("no longer listening on 127.0.0.1:{port}")));
     let closed = async { while tokio::net::TcpStream::connect(new).await.is_ok() {} };
     soon("the port is free", closed).await;
-    assert_eq!(on(&mut kept).await.status, 200);
+    assert_eq!(get_x(&mut kept).await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,17 +162,21 @@ async fn reload_replaces_the_admin_token_and_the_admin_listener() {
     assert_eq!(get(sidecar.admin, "/stats", &[]).await.status, 401);
     let one = [("Authorization", "Bearer canary-one")];
     assert_eq!(get(sidecar.admin, "/stats", &one).await.status, 200);
-    // The same file with another token in it: asked to, it reads it again.
+    // A reload reads the token file again.
     sidecar.write(&with("canary-two", "127.0.0.1:0"));
     assert_eq!(send(sidecar.admin, "POST", "/reload", &one, b"").await.status, 200);
     assert_eq!(get(sidecar.admin, "/stats", &one).await.status, 401);
     let two = [("Authorization", "Bearer canary-two")];
     let moved = std::net::SocketAddr::from(([127, 0, 0, 1], free_port()));
     sidecar.write(&with("canary-two", &moved.to_string()));
-    assert_eq!(send(sidecar.admin, "POST", "/reload", &two, b"").await.status, 200, "its answer still comes");
+    assert_eq!(
+        send(sidecar.admin, "POST", "/reload", &two, b"").await.status,
+        200,
+        "the old listener still sends its response"
+    );
     assert_eq!(get(moved, "/stats", &two).await.status, 200);
     let closed = async { while tokio::net::TcpStream::connect(sidecar.admin).await.is_ok() {} };
-    soon("the old one is closed", closed).await;
+    soon("the old listener is closed", closed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,7 +185,7 @@ async fn reload_with_another_redis_or_secret_empties_the_cache() {
     let origin = Origin::start(|ask| Reply::new(200, ask.number.to_string())).await;
     let sidecar = FromFile::start(&origin, STORES);
     let mut client = Client::connect(sidecar.address).await;
-    let mut ask = async || on(&mut client).await;
+    let mut ask = async || get_x(&mut client).await;
     let secret = "[security]\nsecret = { env = \"PATH\" }\n";
     for (number, table) in [one.table(), other.table(), other.table() + secret].iter().enumerate() {
         ask().await;
@@ -188,17 +196,18 @@ async fn reload_with_another_redis_or_secret_empties_the_cache() {
         let fetched = ask().await;
         assert!(!fetched.is_hit(), "{number}: {fetched:?}");
         let redis = if number == 0 { &one } else { &other };
-        until("it lies in the Redis of now", || (!redis.keys("sidecache:1:s:*").is_empty()).then_some(())).await;
+        until("the record is in the configured Redis", || (!redis.keys("sidecache:1:s:*").is_empty()).then_some(()))
+            .await;
     }
     let health = get(sidecar.admin, "/health", &[]).await.json();
     assert_eq!(health["components"]["redis"]["place"], format!("127.0.0.1:{}", other.port));
     sidecar.write(&text(origin.address, STORES, ""));
     assert_eq!(sidecar.reload().await.status, 200);
     assert_eq!(get(sidecar.admin, "/health", &[]).await.json()["components"]["redis"]["status"], "off");
-    // The one that is not used any more is left alone.
+    // Connections to a Redis that is no longer configured are closed.
     let mut observer = one.observer();
-    until("no connection is left", || {
-        let clients: String = redis::cmd("CLIENT").arg("LIST").query(&mut observer).expect("it answers");
+    until("only the observer is connected", || {
+        let clients: String = redis::cmd("CLIENT").arg("LIST").query(&mut observer).expect("a reply");
         (clients.lines().count() == 1).then_some(())
     })
     .await;
@@ -211,15 +220,15 @@ async fn reload_replaces_the_certificate_for_new_connections() {
     let (first, trusts_first) = crate::protocols::certificate(&one);
     let (second, trusts_second) = crate::protocols::certificate(&other);
     let sidecar = FromFile::start(&origin, &first);
-    let speaks = async |config: &rustls::ClientConfig| {
+    let handshake_succeeds = async |config: &rustls::ClientConfig| {
         let stream = tokio::net::TcpStream::connect(sidecar.address).await.expect("a listener");
         let name = rustls::pki_types::ServerName::try_from("localhost").expect("a name");
         tokio_rustls::TlsConnector::from(Arc::new(config.clone())).connect(name, stream).await.is_ok()
     };
-    assert!(speaks(&trusts_first).await && !speaks(&trusts_second).await);
+    assert!(handshake_succeeds(&trusts_first).await && !handshake_succeeds(&trusts_second).await);
     sidecar.write(&text(origin.address, &second, ""));
     assert_eq!(sidecar.reload().await.status, 200);
-    assert!(!speaks(&trusts_first).await && speaks(&trusts_second).await);
+    assert!(!handshake_succeeds(&trusts_first).await && handshake_succeeds(&trusts_second).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -228,11 +237,11 @@ async fn reload_changes_the_log_filter_and_format() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let file = folder("log").join("sidecache.toml");
     std::fs::write(&file, text(origin.address, "", "")).expect("writable");
-    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("it runs");
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("the program starts");
     let mut out = BufReader::new(child.stdout.take().expect("piped")).lines();
     let mut log = BufReader::new(child.stderr.take().expect("piped")).lines();
     let mut line = async |of: &str| loop {
-        let line = soon("a line", out.next_line()).await.expect("readable").expect("it goes on");
+        let line = soon("a line", out.next_line()).await.expect("readable").expect("another line");
         if let Some((_, rest)) = line.split_once(of) {
             let word = rest.split(' ').next().expect("an address");
             break word.parse::<std::net::SocketAddr>().expect("an address");
@@ -244,16 +253,16 @@ async fn reload_changes_the_log_filter_and_format() {
     assert_eq!(send(admin, "POST", "/reload", &[], b"").await.status, 200);
     get(address, "/x", &[]).await;
     assert!(get(address, "/x", &[]).await.is_hit());
-    let told = async {
+    let hit_logged = async {
         loop {
-            let line = log.next_line().await.expect("readable").expect("it goes on");
-            let told: Option<serde_json::Value> = serde_json::from_str(&line).ok();
-            if told.is_some_and(|told| told["outcome"] == "hit") {
+            let line = log.next_line().await.expect("readable").expect("another line");
+            let entry: Option<serde_json::Value> = serde_json::from_str(&line).ok();
+            if entry.is_some_and(|entry| entry["outcome"] == "hit") {
                 break;
             }
         }
     };
-    soon("a hit is told, as JSON", told).await;
+    soon("a hit is logged as JSON", hit_logged).await;
     child.kill().await.expect("our own process");
 }
 
@@ -261,35 +270,35 @@ async fn reload_changes_the_log_filter_and_format() {
 async fn replaced_symlink_to_the_configuration_file_triggers_a_reload() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = FromFile::start(&origin, STORES);
-    // As Kubernetes does it: the file is reached through a link, and the link is replaced.
+    // Kubernetes mounts a ConfigMap behind a symbolic link, and replaces the link on an update.
     let folder = sidecar.file.parent().expect("a folder");
     for (name, rules) in [("one", STORES), ("two", PASSES)] {
         std::fs::create_dir(folder.join(name)).expect("writable");
         std::fs::write(folder.join(name).join("sidecache.toml"), text(origin.address, rules, "")).expect("writable");
     }
-    std::fs::remove_file(&sidecar.file).expect("ours");
+    std::fs::remove_file(&sidecar.file).expect("the file exists");
     std::os::unix::fs::symlink("data/sidecache.toml", &sidecar.file).expect("a link");
     std::os::unix::fs::symlink("one", folder.join("data")).expect("a link");
     std::os::unix::fs::symlink("two", folder.join("data.new")).expect("a link");
     std::fs::rename(folder.join("data.new"), folder.join("data")).expect("moved");
     let taken = async { while !get(sidecar.address, "/x", &[]).await.cache_status().ends_with("detail=rule-off") {} };
-    soon("the new file is taken", taken).await;
+    soon("the new configuration applies", taken).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hundred_reloads_under_load_fail_no_request_and_close_no_connection() {
     let origin = Origin::start(|_| Reply::new(200, "x")).await;
     let sidecar = Arc::new(FromFile::start(&origin, STORES));
-    let (over, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (done, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let mut clients = tokio::task::JoinSet::new();
     for number in 0..8 {
-        let (sidecar, over, answered) = (sidecar.clone(), over.clone(), answered.clone());
+        let (sidecar, done, answered) = (sidecar.clone(), done.clone(), answered.clone());
         clients.spawn(async move {
             let mut client = Client::connect(sidecar.address).await;
-            while !over.load(Ordering::Relaxed) {
+            while !done.load(Ordering::Relaxed) {
                 let target = format!("/{}", answered.fetch_add(1, Ordering::Relaxed) % (number + 2));
                 client.ask("GET", &target, &[], b"").await;
-                let answer = client.answer_to("GET").await.expect("the connection stays");
+                let answer = client.answer_to("GET").await.expect("the connection stays open");
                 assert_eq!((answer.status, answer.text().as_str()), (200, "x"));
             }
         });
@@ -308,12 +317,12 @@ async fn hundred_reloads_under_load_fail_no_request_and_close_no_connection() {
         assert_eq!(sidecar.reload().await.status, *expected, "reload {n}");
     }
     let so_far = answered.load(Ordering::Relaxed);
-    until("requests go on", || (answered.load(Ordering::Relaxed) > so_far + 100).then_some(())).await;
-    over.store(true, Ordering::Relaxed);
+    until("requests continue", || (answered.load(Ordering::Relaxed) > so_far + 100).then_some(())).await;
+    done.store(true, Ordering::Relaxed);
     while let Some(client) = soon("the clients end", clients.join_next()).await {
         client.expect("no request failed");
     }
-    assert!(so_far > 100, "{so_far} requests while it was reloading");
+    assert!(so_far > 100, "{so_far} requests during the reloads");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -324,14 +333,14 @@ async fn entries_stored_with_other_tags_or_cache_key_are_misses_after_reload() {
     get(sidecar.address, "/x", &[]).await;
     sidecar.write(&text(origin.address, &rule("tags = [\"products\"]"), ""));
     assert_eq!(sidecar.reload().await.status, 200);
-    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "a purge of the new tag could not name it");
+    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "the entry does not have the new tag");
     sidecar.write(&text(origin.address, &rule("key = { query = [\"*\", \"!page\"] }"), ""));
     assert_eq!(sidecar.reload().await.status, 200);
     get(sidecar.address, "/x?page=2", &[]).await;
     assert!(get(sidecar.address, "/x", &[]).await.is_hit());
     sidecar.write(&text(origin.address, &rule("key = { query = [\"*\", \"!other\"] }"), ""));
     assert_eq!(sidecar.reload().await.status, 200);
-    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "page 2 is not the whole");
+    assert!(!get(sidecar.address, "/x", &[]).await.is_hit(), "the entry was stored under another key");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -346,15 +355,15 @@ async fn write_started_before_a_reload_invalidates_entries_stored_after_it() {
     let sidecar = FromFile::start(&origin, STORES);
     let address = sidecar.address;
     let write = tokio::spawn(async move { send(address, "PUT", "/x", &[], b"x").await });
-    until("the write is there", || (origin.count() == 1).then_some(())).await;
+    until("the write has reached the origin", || (origin.count() == 1).then_some(())).await;
     sidecar.write(&text(origin.address, STORES, "[security]\nsecret = { env = \"PATH\" }\n"));
     assert_eq!(sidecar.reload().await.status, 200);
     assert_eq!(get(address, "/x", &[]).await.text(), "1");
     assert!(get(address, "/x", &[]).await.is_hit());
     version.store(2, Ordering::SeqCst);
     gate.open();
-    assert_eq!(soon("the write ends", write).await.expect("it ran").status, 200);
-    assert_eq!(get(address, "/x", &[]).await.text(), "2", "its purge counts now");
+    assert_eq!(soon("the write ends", write).await.expect("no panic").status, 200);
+    assert_eq!(get(address, "/x", &[]).await.text(), "2", "the write invalidates the new cache");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -385,9 +394,9 @@ async fn reloads_keep_counters_and_removing_redis_ends_the_fleet_mode() {
     let json = [("Content-Type", "application/json")];
     let bypass =
         async || send(sidecar.admin, "POST", "/mode", &json, br#"{"mode":"bypass","fleet":true}"#).await.status;
-    soon("the fleet's mode is set", async { while bypass().await != 200 {} }).await;
+    soon("the fleet mode is set", async { while bypass().await != 200 {} }).await;
     sidecar.write(&text(origin.address, STORES, ""));
     assert_eq!(sidecar.reload().await.status, 200);
-    let health = get(sidecar.admin, "/health", &[]).await.json();
-    assert_eq!(health["mode"]["mode"], "normal", "{}", health["mode"]);
+    let normal = async || get(sidecar.admin, "/health", &[]).await.json()["mode"]["mode"] == "normal";
+    soon("the fleet mode ends", async { while !normal().await {} }).await;
 }

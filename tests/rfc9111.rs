@@ -1,4 +1,4 @@
-//! What RFC 9110 and 9111 ask of a shared cache, where the public suite does not look.
+//! Requirements of RFC 9110 and RFC 9111 on shared caches that the public conformance suite does not cover.
 
 use crate::support::{Client, Gate, Origin, Reply, Sidecar, until};
 
@@ -32,14 +32,14 @@ async fn range_requests_are_answered_from_a_stored_complete_response() {
         assert!(answer.is_hit() && answer.header("age").is_some(), "{lines:?}: {answer:?}");
     }
     let several = sidecar.get_with("/x", &[("Range", "bytes=0-1, 8-")]).await;
-    let kind = several.header("content-type").expect("one").to_owned();
+    let kind = several.header("content-type").expect("a header").to_owned();
     let boundary = kind.strip_prefix("multipart/byteranges; boundary=").expect("several parts");
     let part = |range: &str, text: &str| {
         format!("--{boundary}\r\nContent-Type: text/plain\r\nContent-Range: bytes {range}/10\r\n\r\n{text}\r\n")
     };
     assert_eq!(several.text(), part("0-1", "01") + &part("8-9", "89") + &format!("--{boundary}--\r\n"));
     let head = crate::support::send(sidecar.address, "HEAD", "/x", &[("Range", "bytes=0-1")], b"").await;
-    assert_eq!((head.status, head.header("content-length")), (200, Some("10")), "only GET has ranges");
+    assert_eq!((head.status, head.header("content-length")), (200, Some("10")), "Range applies only to GET");
     assert_eq!(origin.count(), 1);
 }
 
@@ -62,14 +62,14 @@ async fn full_request_completes_a_stored_partial_response_with_if_range() {
     })
     .await;
     let sidecar = Sidecar::before(&origin, "");
-    for (target, whole, asked) in [("/same", DIGITS, 2), ("/changed", "another", 3)] {
+    for (target, whole, requests) in [("/same", DIGITS, 2), ("/changed", "another", 3)] {
         let before = origin.count();
         let part = sidecar.get_with(target, &[("Range", "bytes=0-3")]).await;
         assert_eq!((part.status, part.text().as_str()), (206, "0123"));
         let answer = sidecar.get(target).await;
         assert_eq!((answer.status, answer.text().as_str()), (200, whole), "{target}");
         assert_eq!(answer.header("content-range"), None);
-        assert_eq!(origin.count() - before, asked, "{target}");
+        assert_eq!(origin.count() - before, requests, "{target}");
         let rest = &origin.asks()[before + 1];
         assert_eq!((rest.header("range"), rest.header("if-range")), (Some("bytes=4-"), Some("\"a\"")));
         assert!(sidecar.get(target).await.is_hit());
@@ -139,7 +139,7 @@ async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
     let sidecar = Sidecar::before(&origin, "");
     let lines: Vec<(&str, &str)> =
         names[1..].iter().map(|name| (*name, "trailers")).chain([("X-Unknown", "stays")]).collect();
-    // With a credential for proxies the request passes through.
+    // A request with Proxy-Authorization passes through.
     sidecar.get_with("/x", &lines).await;
     let lines: Vec<_> = lines.into_iter().filter(|(name, _)| !name.starts_with("Proxy-Auth")).collect();
     for hit in [false, true] {
@@ -153,7 +153,7 @@ async fn hop_by_hop_fields_are_neither_stored_nor_forwarded() {
     }
     let ask = &origin.asks()[0];
     for name in &names[1..] {
-        assert_eq!(ask.header(&name.to_ascii_lowercase()), None, "{name} went upstream");
+        assert_eq!(ask.header(&name.to_ascii_lowercase()), None, "{name} was forwarded");
     }
     assert_eq!((ask.header("x-unknown"), ask.header("via")), (Some("stays"), Some("1.1 sidecache")));
 }
@@ -182,7 +182,7 @@ async fn variants_per_url_are_capped_and_the_oldest_are_evicted() {
         sidecar.get_with("/x", &[("X-V", &i.to_string())]).await;
     }
     assert_eq!(sidecar.shared.memory.usage().entries, 1);
-    assert!(sidecar.get_with("/x", &[("X-V", "39")]).await.is_hit(), "the newest stay");
+    assert!(sidecar.get_with("/x", &[("X-V", "39")]).await.is_hit(), "the newest variants are kept");
     assert!(!sidecar.get_with("/x", &[("X-V", "0")]).await.is_hit());
 }
 
@@ -207,7 +207,7 @@ async fn cacheable_503_is_stored_unless_a_stale_entry_is_usable_and_429_never() 
     assert_eq!(sidecar.get("/good").await.text(), "good");
     sidecar.turn(6);
     for _ in 0..2 {
-        assert_eq!(sidecar.get("/good").await.text(), "good", "the stale answer is better than a failure");
+        assert_eq!(sidecar.get("/good").await.text(), "good", "the stale response is preferred to the 503");
     }
 }
 
@@ -253,7 +253,7 @@ async fn valid_targeted_cache_control_field_overrides_cache_control() {
         sidecar.get(target).await;
         let again = sidecar.get(target).await;
         assert_eq!(again.is_hit(), hit, "{target}");
-        assert_eq!(again.header("cache-control"), Some("no-store"), "fields go on as they came");
+        assert_eq!(again.header("cache-control"), Some("no-store"), "fields are forwarded unchanged");
     }
 }
 
@@ -271,7 +271,7 @@ async fn truncated_partial_response_is_not_stored() {
     let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/x", &[("Range", "bytes=0-3")], b"").await;
-    until("it is asked", || (origin.count() == 1).then_some(())).await;
+    until("the origin receives the request", || (origin.count() == 1).then_some(())).await;
     let _broken = client.answer_to("GET").await;
     assert_eq!(sidecar.get("/x").await.text(), DIGITS);
     assert_eq!(origin.asks()[1].header("range"), None);
@@ -286,16 +286,20 @@ const PASSED_ON: &str =
 #[tokio::test(flavor = "multi_thread")]
 async fn informational_responses_are_forwarded_at_once_and_are_not_stored() {
     let gate = Gate::new();
-    let waits = gate.clone();
+    let held = gate.clone();
     let origin = Origin::start(move |ask| match ask.target.as_str() {
-        "/slow" => Reply::raw_halfway(HINTS, &waits, FINAL),
+        "/slow" => Reply::raw_halfway(HINTS, &held, FINAL),
         _ => Reply::raw(format!("{HINTS}{FINAL}")),
     })
     .await;
     let sidecar = Sidecar::before(&origin, "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/slow", &[], b"").await;
-    assert_eq!(String::from_utf8_lossy(client.read_some(PASSED_ON.len()).await), PASSED_ON, "before the answer");
+    assert_eq!(
+        String::from_utf8_lossy(client.read_some(PASSED_ON.len()).await),
+        PASSED_ON,
+        "before the final response"
+    );
     gate.open();
     let mut rest = Vec::new();
     client.write(b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
@@ -315,7 +319,10 @@ async fn informational_responses_are_forwarded_at_once_and_are_not_stored() {
     client.write(b"GET /old-client HTTP/1.0\r\nHost: x\r\n\r\n").await;
     let mut all = Vec::new();
     client.read_to_end(&mut all).await;
-    assert!(all.starts_with(b"HTTP/1.0 200 OK") || all.starts_with(b"HTTP/1.1 200 OK"), "none for HTTP/1.0");
+    assert!(
+        all.starts_with(b"HTTP/1.0 200 OK") || all.starts_with(b"HTTP/1.1 200 OK"),
+        "no informational response for HTTP/1.0"
+    );
     assert_eq!(origin.count(), 3);
 }
 
@@ -340,7 +347,7 @@ async fn set_cookie_is_stored_or_removed_according_to_the_rule() {
     for (target, expected) in
         [("/removed", None), ("/stored", Some("a=b")), ("/override", None), ("/http", Some("a=b"))]
     {
-        assert_eq!(sidecar.get(target).await.header("set-cookie"), Some("a=b"), "{target}: for the one who asked");
+        assert_eq!(sidecar.get(target).await.header("set-cookie"), Some("a=b"), "{target}: the client that fetched");
         let hit = sidecar.get(target).await;
         assert!(hit.is_hit());
         assert_eq!(hit.header("set-cookie"), expected, "{target}");
@@ -355,7 +362,7 @@ async fn head_response_without_validator_does_not_refresh_an_entry() {
     sidecar.get("/x").await;
     sidecar.turn(11);
     crate::support::send(sidecar.address, "HEAD", "/x", &[], b"").await;
-    assert_eq!(sidecar.get("/x").await.text(), "2", "it has come stale, and says nothing to be validated by");
+    assert_eq!(sidecar.get("/x").await.text(), "2", "the stale entry has no validator");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! Stopping: what runs is finished, what is new is refused, and there is an end to patience.
+//! Graceful shutdown: running requests finish, new connections are refused, and the grace period is bounded.
 
 use nix::sys::signal::Signal;
 
@@ -29,14 +29,14 @@ async fn sigterm_and_sigint_let_requests_finish() {
         process.signal(signal);
         assert!(idle.closed().await, "an idle connection is closed at once");
         until("new connections are refused", || std::net::TcpStream::connect(address).is_err().then_some(())).await;
-        assert_eq!(get(admin, "/readyz", &[]).await.status, 503, "not ready, and it says so");
+        assert_eq!(get(admin, "/readyz", &[]).await.status, 503, "not ready during the shutdown");
         gate.open();
-        let answer = busy.answer_to("GET").await.expect("the answer");
+        let answer = busy.answer_to("GET").await.expect("a response");
         assert_eq!(answer.text(), "finished");
-        // Its last answer says so, unless it was under way before its connection heard of it.
-        assert!(busy.closed().await, "and then its connection is closed");
+        // `Connection: close` is not checked: the head may have been sent before the shutdown reached the connection.
+        assert!(busy.closed().await, "the connection is closed after the response");
         assert_eq!(process.ended().await, Some(0));
-        std::fs::remove_file(file).expect("it is there");
+        std::fs::remove_file(file).expect("the file exists");
     }
 }
 
@@ -50,5 +50,5 @@ async fn requests_are_aborted_when_the_shutdown_grace_period_ends() {
     process.signal(Signal::SIGTERM);
     assert!(busy.answer_to("GET").await.is_none());
     assert_eq!(process.ended().await, Some(0));
-    std::fs::remove_file(file).expect("it is there");
+    std::fs::remove_file(file).expect("the file exists");
 }

@@ -1,4 +1,4 @@
-//! Stale answers: while refreshing, instead of errors, and never where forbidden.
+//! Stale responses: stale-while-revalidate, stale-if-error, last known good, and where serving stale is forbidden.
 
 use crate::support::{Gate, Origin, Reply, Sidecar, until};
 
@@ -52,7 +52,7 @@ async fn stale_if_error_then_last_known_good_cover_every_kind_of_failure() {
         let last = sidecar.get_with(target, &[("X-Fail", "1")]).await;
         assert!(last.cache_status().contains("detail=last-known-good"), "{}", last.cache_status());
         sidecar.turn(3600);
-        assert_ne!(sidecar.get_with(target, &[("X-Fail", "1")]).await.status, 200, "beyond all windows");
+        assert_ne!(sidecar.get_with(target, &[("X-Fail", "1")]).await.status, 200, "past all stale windows");
     }
 }
 
@@ -105,9 +105,9 @@ async fn request_no_cache_or_max_age_0_fetches_a_new_response() {
     let sidecar = Sidecar::before(&origin, "");
     sidecar.get("/").await;
     for (i, directive) in ["no-cache", "max-age=0"].iter().enumerate() {
-        let insisted = sidecar.get_with("/", &[("Cache-Control", directive)]).await;
-        assert_eq!(insisted.text(), (i + 1).to_string());
-        assert_eq!(insisted.cache_status(), "sidecache; fwd=request; stored");
+        let fetched = sidecar.get_with("/", &[("Cache-Control", directive)]).await;
+        assert_eq!(fetched.text(), (i + 1).to_string());
+        assert_eq!(fetched.cache_status(), "sidecache; fwd=request; stored");
     }
 }
 
@@ -122,10 +122,10 @@ async fn refresh_answered_with_401_removes_the_stale_entry() {
     let sidecar = Sidecar::before(&origin, SWR);
     sidecar.get("/").await;
     sidecar.turn(20);
-    assert_eq!(sidecar.get("/").await.text(), "old", "while the refresh finds out");
+    assert_eq!(sidecar.get("/").await.text(), "old", "stale while the refresh runs");
     origin.wait_for_requests(2).await;
     until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
-    assert_eq!(sidecar.get("/").await.status, 502, "the old answer does not come back, not even in an outage");
+    assert_eq!(sidecar.get("/").await.status, 502, "the removed entry is not served on an upstream failure");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,11 +1,12 @@
-//! Nothing fetched with one credential is served to another.
+//! Credential partitions: a response fetched with one credential is not served to a request with another.
 
 use crate::support::{Origin, Reply, Sidecar};
 
 async fn echo() -> Origin {
     Origin::start(|ask| {
-        let who = ["authorization", "cookie", "x-shopify-access-token"].map(|name| ask.header(name).unwrap_or("-"));
-        Reply::fresh(60, format!("{} {}", who.join(","), ask.number)).header("Cache-Control", "public")
+        let credential =
+            ["authorization", "cookie", "x-shopify-access-token"].map(|name| ask.header(name).unwrap_or("-"));
+        Reply::fresh(60, format!("{} {}", credential.join(","), ask.number)).header("Cache-Control", "public")
     })
     .await
 }
@@ -58,10 +59,10 @@ async fn unknown_credential_header_bypasses_the_cache_until_configured() {
         assert_eq!(answer.cache_status(), "sidecache; fwd=bypass; detail=unkeyed-credential");
     }
     let tables = "[security]\ncredential_headers = [\"x-acme-token\"]\n";
-    let knowing = Sidecar::with_tables(&origin, "", tables);
-    knowing.get_with("/", &[("X-Acme-Token", "a")]).await;
-    assert!(knowing.get_with("/", &[("X-Acme-Token", "a")]).await.is_hit());
-    assert!(!knowing.get_with("/", &[("X-Acme-Token", "b")]).await.is_hit());
+    let configured = Sidecar::with_tables(&origin, "", tables);
+    configured.get_with("/", &[("X-Acme-Token", "a")]).await;
+    assert!(configured.get_with("/", &[("X-Acme-Token", "a")]).await.is_hit());
+    assert!(!configured.get_with("/", &[("X-Acme-Token", "b")]).await.is_hit());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -69,8 +70,8 @@ async fn requests_with_different_credentials_are_not_coalesced() {
     let gate = crate::support::Gate::new();
     let held = gate.clone();
     let origin = Origin::start(move |ask| {
-        let who = ask.header("x-api-key").unwrap_or("-").to_owned();
-        Reply::fresh(60, who).after(&held)
+        let credential = ask.header("x-api-key").unwrap_or("-").to_owned();
+        Reply::fresh(60, credential).after(&held)
     })
     .await;
     let sidecar = Sidecar::before(&origin, "");

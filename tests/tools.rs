@@ -1,4 +1,4 @@
-//! The commands that talk to a running sidecar, as processes.
+//! Command-line tools that talk to a running sidecar, run as processes.
 
 use crate::support::process::run as sidecache;
 use crate::support::{Origin, Reply, Sidecar, get};
@@ -15,7 +15,7 @@ async fn warm_command_fetches_a_url_list_within_the_upstream_budget() {
         _ => Reply::fresh(60, "x"),
     })
     .await;
-    // A bucket of two, and nobody waits for long: the third has to come again.
+    // A burst of two and a short `max_wait`: the third request is refused and must be retried.
     let rules = "budget = { rate = \"4/s\", burst = 2, max_wait = \"10ms\" }\n";
     let sidecar = Sidecar::before(&origin, rules);
     let list = std::env::temp_dir().join(format!("sidecache-warm-{}", sidecar.admin.port()));
@@ -30,7 +30,7 @@ async fn warm_command_fetches_a_url_list_within_the_upstream_budget() {
     std::fs::write(&list, "products\n").expect("writable");
     let (code, _, errors) = sidecache(&["warm", &list, "--to", &to]).await;
     assert!(code == 1 && errors.contains("line 1"), "{errors}");
-    std::fs::remove_file(list).expect("it is there");
+    std::fs::remove_file(list).expect("the file exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! Redis in all its forms: TLS, a socket, Sentinel, Cluster, and what happens when they fail over.
+//! Redis topologies: TLS, Unix socket, Sentinel and Cluster, including failover.
 
 use redis::Commands;
 
@@ -15,16 +15,16 @@ async fn member(origin: &Origin, table: &str) -> Sidecar {
     sidecar
 }
 
-/// Commands that were not answered, or not in time.
+/// Returns the number of commands that failed or timed out.
 fn missed(sidecar: &Sidecar) -> u64 {
     let state = sidecar.shared.fleet.as_ref().expect("a fleet").redis.state();
     state.connections.values().map(|link| link.refused + link.missed + link.lost + link.unasked).sum()
 }
 
-/// What one has stored the other has, unless Redis was too slow for either; and what one purges the other does not
-/// serve.
+/// Checks that entries stored by `one` are hits on `other`, unless a Redis command timed out, and that a purge by `one`
+/// reaches `other`.
 async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
-    // A failover starts a new epoch of the log, which makes what was stored before unverified.
+    // A failover starts a new epoch of the log, which makes entries stored earlier unverified.
     one.settled().await;
     other.settled().await;
     let mut shared = Vec::new();
@@ -46,32 +46,32 @@ async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
             break;
         }
     }
-    let [first, second, ..] = shared[..] else { panic!("{name}: Redis was too slow nearly always") };
+    let [first, second, ..] = shared[..] else { panic!("{name}: nearly all Redis commands timed out") };
     let target = format!("/{name}/{second}");
     one.purge(&format!("{{\"prefixes\":[\"{target}\"]}}")).await;
-    soon("the other hears of it", async { while other.get(&target).await.is_hit() {} }).await;
+    soon("the purge reaches the other sidecar", async { while other.get(&target).await.is_hit() {} }).await;
     assert!(other.get(&format!("/{name}/{first}")).await.is_hit());
 }
 
-/// Waits until what one stores the other finds.
+/// Waits until an entry stored by `one` is a hit on `other`.
 async fn together_again(one: &Sidecar, other: &Sidecar, name: &str) {
     for number in 0.. {
         let target = format!("/together/{name}/{number}");
         one.get(&target).await;
         one.written().await;
-        if soon("an answer", other.get(&target)).await.is_hit() {
+        if soon("a response", other.get(&target)).await.is_hit() {
             return;
         }
-        assert!(number < 1_000, "{name}: never");
+        assert!(number < 1_000, "{name}: no entry is shared");
     }
 }
 
-/// Asks for new things until Redis has taken one more of them; every answer must be good.
+/// Requests new targets until Redis has stored 20 more records. Every response must be 200.
 async fn used_again(sidecar: &Sidecar, name: &str) {
     let written = || sidecar.shared.fleet.as_ref().expect("a fleet").tier.state().queue.written;
     let before = written();
     let mut number = 0;
-    soon("redis is used again", async {
+    soon("Redis is used again", async {
         while written() < before + 20 {
             number += 1;
             assert_eq!(sidecar.get(&format!("/again/{name}/{number}")).await.status, 200);
@@ -128,11 +128,14 @@ async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
     let origin = origin().await;
     let (one, other) = (member(&origin, &table(&identity)).await, member(&origin, &table(&identity)).await);
     works(&one, &other, &origin, "tls").await;
-    let stranger = Sidecar::with_tables(&origin, "", &table(""));
-    until("it is turned away, and says so", || stranger.shared.fleet.as_ref()?.redis.state().trouble).await;
-    assert_eq!(stranger.get("/x").await.status, 200, "and serves all the same");
+    let without_certificate = Sidecar::with_tables(&origin, "", &table(""));
+    until("Redis rejects the connection and the reason is reported", || {
+        without_certificate.shared.fleet.as_ref()?.redis.state().trouble
+    })
+    .await;
+    assert_eq!(without_certificate.get("/x").await.status, 200, "requests are served without Redis");
     drop(redis);
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,7 +147,7 @@ async fn entries_and_purges_are_shared_over_a_redis_unix_socket() {
     let origin = origin().await;
     let (one, other) = (member(&origin, &table).await, member(&origin, &table).await);
     works(&one, &other, &origin, "socket").await;
-    std::fs::remove_dir_all(folder).expect("ours");
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -156,7 +159,7 @@ async fn entries_and_purges_are_shared_before_and_after_sentinel_failover() {
     group.servers[0].kill();
     used_again(&one, "sentinel").await;
     used_again(&other, "sentinel-too").await;
-    assert!(group.servers[1].info("replication").contains("role:master"), "the other server took over");
+    assert!(group.servers[1].info("replication").contains("role:master"), "the replica was promoted");
     together_again(&one, &other, "sentinel").await;
     works(&one, &other, &origin, "after").await;
 }
@@ -168,7 +171,7 @@ async fn entries_and_purges_are_shared_after_cluster_slot_move_and_failover() {
     let (one, other) = (member(&origin, &cluster.table()).await, member(&origin, &cluster.table()).await);
     works(&one, &other, &origin, "cluster").await;
 
-    // The slot of all coordination goes to another master, key by key.
+    // Migrates the slot of the coordination keys to another master, key by key.
     let log = "{sidecache}:1:log";
     let from = cluster.owner(log);
     let to = (0..6).find(|i| *i != from && cluster.nodes[*i].info("replication").contains("role:master"));
@@ -199,7 +202,7 @@ async fn entries_and_purges_are_shared_after_cluster_slot_move_and_failover() {
     together_again(&one, &other, "moved").await;
     works(&one, &other, &origin, "moved").await;
 
-    // And that master dies.
+    // Kills the new owner of the slot.
     cluster.nodes[to].kill();
     used_again(&one, "failed-over").await;
     used_again(&other, "failed-over-too").await;
@@ -214,5 +217,5 @@ async fn entries_and_purges_are_shared_after_cluster_slot_move_and_failover() {
         };
         cluster.nodes.iter().map(count).sum()
     };
-    until("a walk over all nodes has removed everything", || (left() == 0).then_some(())).await;
+    until("a scan over all nodes has deleted all records", || (left() == 0).then_some(())).await;
 }

@@ -1,4 +1,4 @@
-//! Traces, as a collector gets them: a real process, OTLP over HTTP.
+//! OpenTelemetry traces, exported by a sidecar process over OTLP/HTTP.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +12,7 @@ use crate::support::{Origin, Redis, Reply, get, soon, until};
 
 const CALLER: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-/// A span as it was exported: its name, its own and its parent's id, its trace, its attributes.
+/// An exported span.
 #[derive(Debug, Clone)]
 struct Span {
     name: String,
@@ -22,17 +22,17 @@ struct Span {
     attributes: String,
 }
 
-/// What a collector has got so far, and who it is from.
+/// Returns all spans of the exports.
 fn spans(exports: &[Value]) -> Vec<Span> {
     let lists = |value: &Value, name: &str| value[name].as_array().cloned().unwrap_or_default();
     let resources = exports.iter().flat_map(|exports| lists(exports, "resourceSpans"));
     let scopes = resources.flat_map(|resource| lists(&resource, "scopeSpans"));
-    let word = |span: &Value, name: &str| span[name].as_str().unwrap_or_default().to_owned();
+    let field = |span: &Value, name: &str| span[name].as_str().unwrap_or_default().to_owned();
     let span = |span: Value| Span {
-        name: word(&span, "name"),
-        id: word(&span, "spanId"),
-        parent: word(&span, "parentSpanId"),
-        trace: word(&span, "traceId"),
+        name: field(&span, "name"),
+        id: field(&span, "spanId"),
+        parent: field(&span, "parentSpanId"),
+        trace: field(&span, "traceId"),
         attributes: span["attributes"].to_string(),
     };
     scopes.flat_map(|scope| lists(&scope, "spans")).map(span).collect()
@@ -60,10 +60,10 @@ async fn request_trace_contains_lookup_wait_and_upstream_spans() {
         .env("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
         .env("OTEL_BSP_SCHEDULE_DELAY", "100")
         .spawn()
-        .expect("it runs");
+        .expect("the program starts");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     let mut address = async |of: &str| loop {
-        let line = soon("a line", lines.next_line()).await.expect("readable").expect("it goes on");
+        let line = soon("a line", lines.next_line()).await.expect("readable").expect("another line");
         if let Some((_, rest)) = line.split_once(of) {
             break rest.split(' ').next().and_then(|word| word.parse().ok()).expect("an address");
         }
@@ -79,10 +79,10 @@ async fn request_trace_contains_lookup_wait_and_upstream_spans() {
             }
         }
     };
-    soon("Redis is used", in_fleet).await;
+    soon("the sidecar uses Redis", in_fleet).await;
     get(api, "/x?secret=hidden", &[("traceparent", CALLER)]).await;
     assert!(get(api, "/x?secret=hidden", &[]).await.is_hit());
-    let all = until("both requests are exports", || {
+    let all = until("both requests are exported", || {
         let all = spans(&exports.lock().expect("no panic"));
         (all.iter().filter(|span| span.name == "request").count() == 2).then_some(all)
     })
@@ -96,21 +96,21 @@ async fn request_trace_contains_lookup_wait_and_upstream_spans() {
     assert!(tiers.iter().any(|tier| tier.contains("memory")), "{tiers:?}");
     assert!(tiers.iter().any(|tier| tier.contains("redis")), "{tiers:?}");
     assert_eq!(of("wait").next().map(|span| span.parent), Some(request.id.clone()));
-    let upstream = of("upstream").next().expect("what went upstream");
-    let handed_on = origin.asks()[0].header("traceparent").expect("passed on").to_owned();
-    assert_eq!(handed_on, format!("00-{}-{}-01", request.trace, upstream.id));
-    // The hit is a trace of its own, with one look-up, and asks nobody.
+    let upstream = of("upstream").next().expect("an upstream span");
+    let forwarded = origin.asks()[0].header("traceparent").expect("a traceparent").to_owned();
+    assert_eq!(forwarded, format!("00-{}-{}-01", request.trace, upstream.id));
+    // The hit has its own trace with a lookup span and no upstream span.
     let hit = all.iter().find(|span| span.name == "request" && span.trace != request.trace).expect("the hit");
-    let below: Vec<&str> = all.iter().filter(|span| span.trace == hit.trace).map(|span| span.name.as_str()).collect();
-    assert!(below.contains(&"lookup") && !below.contains(&"upstream"), "{below:?}");
+    let names: Vec<&str> = all.iter().filter(|span| span.trace == hit.trace).map(|span| span.name.as_str()).collect();
+    assert!(names.contains(&"lookup") && !names.contains(&"upstream"), "{names:?}");
     let exported = format!("{:?}", exports.lock().expect("no panic"));
     assert!(
         !exported.contains("hidden") && exported.contains("sidecache") && exported.contains("deployment.environment")
     );
-    // What is left is sent before the end.
+    // The remaining spans are exported before the process exits.
     get(api, "/last", &[]).await;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().expect("running").cast_signed()), Signal::SIGTERM)
         .expect("our own process");
-    soon("it ends", child.wait()).await.expect("our own process");
+    soon("the process exits", child.wait()).await.expect("our own process");
     assert!(format!("{:?}", exports.lock().expect("no panic")).contains("/last"));
 }

@@ -1,4 +1,4 @@
-//! Reads after writes: what a write may have changed is not served from before it.
+//! Invalidation by unsafe requests: entries that a write may have changed are not served afterwards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ const RULES: &str = "[[upstream.rule]]\npath = \"/products/{id}\"\nttl = \"1h\"\
                      [[upstream.rule]]\npath = \"/products\"\nttl = \"1h\"\ntags = [\"products\"]\n\
                      [[upstream.rule]]\npath = \"/other\"\nttl = \"1h\"\n";
 
-/// An origin whose every write makes the next version.
+/// Starts an origin whose responses name a version, which each write increments.
 async fn versioned() -> (Origin, Arc<AtomicUsize>) {
     let version = Arc::new(AtomicUsize::new(0));
     let counter = version.clone();
@@ -43,9 +43,9 @@ async fn write_invalidates_its_url_and_tags_for_every_credential() {
         for tenant in tenants {
             for target in targets {
                 let answer = sidecar.get_with(target, &[tenant]).await;
-                let spared = target == "/other";
-                assert_eq!(answer.is_hit(), spared, "{method} {target}");
-                let expected = if spared { "version 0".into() } else { format!("version {}", round + 1) };
+                let unaffected = target == "/other";
+                assert_eq!(answer.is_hit(), unaffected, "{method} {target}");
+                let expected = if unaffected { "version 0".into() } else { format!("version {}", round + 1) };
                 assert_eq!(answer.text(), expected, "{method} {target}");
             }
         }
@@ -77,9 +77,9 @@ async fn fetch_started_before_a_write_is_delivered_but_not_stored() {
     origin.wait_for_requests(1).await;
     sidecar.send("PUT", "/products/1", "x").await;
     let during = sidecar.get("/products/1").await;
-    assert_eq!(during.text(), "after", "nobody joins the older fetch");
+    assert_eq!(during.text(), "after", "a request after the write does not join the older fetch");
     gate.open();
-    assert_eq!(early.await.expect("it ran").text(), "before");
+    assert_eq!(early.await.expect("no panic").text(), "before");
     until("the older fetch has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
     let later = sidecar.get("/products/1").await;
     assert!(later.is_hit() && later.text() == "after");

@@ -14,7 +14,7 @@ pub(crate) const MAX_UNVERIFIED: Duration = Duration::from_secs(2);
 /// The time after which a write or purge holds everywhere.
 const BOUND: Duration = Duration::from_secs(3);
 
-/// A running process of a sidecar. One that is started again is another one.
+/// A running process of a sidecar. A restarted sidecar is a new process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ProcessId(pub(crate) u64);
 

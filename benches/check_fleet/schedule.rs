@@ -27,14 +27,14 @@ impl Random {
     }
 }
 
-/// What happens.
+/// The kind of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// The connections of one sidecar to Redis are cut, and no others are accepted.
     Cut(usize),
-    /// What one sidecar and Redis send each other is kept back.
+    /// Data between one sidecar and Redis is held back, in both directions.
     Silent(usize),
-    /// The replies to one sidecar are kept back.
+    /// The replies to one sidecar are held back.
     NoReplies(usize),
     /// The connections of one sidecar to Redis are slow.
     Slow(usize),
@@ -69,7 +69,7 @@ pub(crate) struct Fault {
 }
 
 impl Fault {
-    /// Returns true if it is a fault of Redis, not of one sidecar. Faults of each sort follow one another.
+    /// Returns true if it is a fault of Redis, not of one sidecar. Faults of the same sort do not overlap.
     pub(crate) fn is_of_redis(&self) -> bool {
         matches!(self.kind, Kind::RedisKilled | Kind::RedisStopped | Kind::Command(..))
     }

@@ -51,7 +51,7 @@ struct Counts {
     faults: AtomicU64,
 }
 
-/// What a run has shown.
+/// The result of a run.
 #[derive(Debug)]
 pub(crate) struct Report {
     pub(crate) violations: Vec<String>,
@@ -178,7 +178,8 @@ impl World {
             if let Some(floor) = floor.filter(|floor| version < floor.version) {
                 let cache_status = got.head.lines().find(|line| line.starts_with("cache-status")).unwrap_or_default();
                 self.violation(format!(
-                    "{:.3} s: {target} at sidecar {sidecar} (process {}) is version {version}, {} {} by process {} was {:.3} s before; {cache_status}",
+                    "{:.3} s: {target} at sidecar {sidecar} (process {}) returned version {version}; \
+                     {} to version {} by process {} completed {:.3} s earlier; {cache_status}",
                     (sent - begun).as_secs_f64(),
                     process.0,
                     floor.what,
@@ -240,7 +241,7 @@ impl World {
                     *self.members[sidecar].running.write().expect("no panic") = None;
                     let program = self.members[sidecar].program.lock().expect("no panic").take();
                     let terminate = matches!(fault.kind, Kind::Terminate(_));
-                    tokio::task::spawn_blocking(move || end_program(program, terminate)).await.expect("it ends");
+                    tokio::task::spawn_blocking(move || end_program(program, terminate)).await.expect("no panic");
                     sleep(fault.lasts.min(Duration::from_secs(1))).await;
                     self.launch(sidecar).await;
                 }
@@ -249,7 +250,7 @@ impl World {
                     sleep(fault.lasts).await;
                     let world = self.clone();
                     let restart = move || world.redis.lock().expect("no panic").restart();
-                    tokio::task::spawn_blocking(restart).await.expect("it starts");
+                    tokio::task::spawn_blocking(restart).await.expect("no panic");
                 }
                 Kind::RedisStopped => {
                     self.redis.lock().expect("no panic").signal(Signal::SIGSTOP);
@@ -301,7 +302,7 @@ impl World {
     }
 }
 
-/// Ends a sidecar. One that is terminated ends by itself, within a few seconds.
+/// Ends a sidecar. A terminated one exits by itself, within a few seconds.
 fn end_program(program: Option<Program>, terminate: bool) {
     let Some(mut program) = program else { return };
     if terminate {

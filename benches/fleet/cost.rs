@@ -1,4 +1,4 @@
-//! A long run with evictions, the processor time of a hit from Redis, and a restart under load.
+//! A long run with expirations, the CPU time of a Redis hit, and a restart under load.
 
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
@@ -20,7 +20,7 @@ pub(super) async fn soak() {
     let rules = "[[upstream.rule]]\npath = \"/p/{id}\"\nttl = \"5s\"\ntags = [\"all\", \"p:{id}\"]\n";
     let sidecar = members(1, upstream, rules, &redis.table()).await.remove(0);
     let size = || redis::cmd("DBSIZE").query::<usize>(&mut redis.observer()).expect("a number");
-    // The log, the secret, and who is there.
+    // The invalidation log, the secret, and the members.
     while size() < 3 {
         sleep(Duration::from_millis(10)).await;
     }
@@ -31,14 +31,14 @@ pub(super) async fn soak() {
         workers.spawn(async move {
             let mut conn = Conn::open(address).await.expect("a listener");
             for id in (worker..KEYS).step_by(64) {
-                conn.get(&format!("/p/{id}")).await.expect("an answer");
+                conn.get(&format!("/p/{id}")).await.expect("a response");
             }
         });
     }
     workers.join_all().await;
     let mut admin = Conn::open(sidecar.admin()).await.expect("an admin listener");
     for id in 0..1_000 {
-        admin.send("POST", "/purge", &format!("{{\"tags\":[\"p:{id}\"]}}")).await.expect("an answer");
+        admin.send("POST", "/purge", &format!("{{\"tags\":[\"p:{id}\"]}}")).await.expect("a response");
     }
     let peak = size();
     let begun = Instant::now();
@@ -49,7 +49,7 @@ pub(super) async fn soak() {
     println!("  (after {:.0} s: a TTL of 5 s and a margin of 60 s)", begun.elapsed().as_secs_f64());
 }
 
-/// The processor's time of one request, over many.
+/// Measures the CPU time per request.
 pub(super) async fn cpu() {
     const TARGETS: usize = 20_000;
     const REQUESTS: usize = 200_000;
@@ -58,7 +58,7 @@ pub(super) async fn cpu() {
     let memory = members(1, upstream, "", &redis.table()).await.remove(0);
     drive(memory.api(), TARGETS, TARGETS).await;
     sleep(Duration::from_secs(1)).await;
-    // Its memory holds a few hundred of them: nearly every look-up goes to Redis.
+    // The memory tier holds a few hundred of the entries: nearly every lookup goes to Redis.
     let tables = redis.table() + "[memory]\nmax_bytes = \"1MiB\"\nmax_entry_bytes = \"64KiB\"\n";
     let remote = members(1, upstream, "", &tables).await.remove(0);
     let (mut from_memory, mut from_redis, mut bare, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -76,58 +76,58 @@ pub(super) async fn cpu() {
             .arg(format!("bare-get={} {key} {REQUESTS}", redis.address()))
             .stderr(Stdio::inherit())
             .output()
-            .expect("it runs");
+            .expect("the program starts");
         let nanos: u64 = String::from_utf8_lossy(&output.stdout).trim().parse().expect("a number");
         bare.push(Duration::from_nanos(nanos));
     }
     let stats = stats(&remote).await;
     let us = |d: Duration| format!("{:.1} µs", d.as_nanos() as f64 / 1000.0);
     let (memory, redis_hit, bare) = (quantile(from_memory, 0.5), quantile(from_redis, 0.5), quantile(bare, 0.5));
-    row("processor time of a hit from memory (1 KiB, 64 connections)", "", &us(memory));
-    row("  of a bare fred GET, 64 at once", "", &us(bare));
-    row("  of a hit from Redis: at most 2 × memory + 1 × bare", &us(memory * 2 + bare), &us(redis_hit));
+    row("CPU time of a memory hit (1 KiB, 64 connections)", "", &us(memory));
+    row("  of a bare fred GET, 64 concurrent", "", &us(bare));
+    row("  of a Redis hit: at most 2 × memory hit + 1 × bare GET", &us(memory * 2 + bare), &us(redis_hit));
     rates.sort_by(f64::total_cmp);
-    row("  hits from Redis per second, client and all on two cores", "", &format!("{:.0}", rates[1]));
-    row("  look-ups that found their record", "", &stats["redis"]["records"]["hits"].to_string());
+    row("  Redis hits per second, client and servers on two cores", "", &format!("{:.0}", rates[1]));
+    row("  lookups that found a record", "", &stats["redis"]["records"]["hits"].to_string());
     let output = Command::new("redis-benchmark")
         .args(["-p", &redis.port.to_string(), "-t", "get", "-d", "1024", "-n", "200000", "-c", "64", "-q"])
         .output()
-        .expect("it runs");
+        .expect("the program starts");
     let text = String::from_utf8_lossy(&output.stdout).replace('\r', "\n");
     let rate = text.lines().rev().find_map(|l| l.split("GET: ").nth(1)?.split(' ').next().map(str::to_owned));
     row("  redis-benchmark GET of 1 KiB, 64 connections, per second", "", &rate.unwrap_or_default());
 }
 
-/// So many requests over 64 connections.
+/// Sends `requests` requests over 64 connections, to `targets` URLs in turn.
 async fn drive(address: SocketAddr, targets: usize, requests: usize) {
     let mut workers = JoinSet::new();
     for worker in 0..64 {
         workers.spawn(async move {
             let mut conn = Conn::open(address).await.expect("a listener");
             for number in (worker..requests).step_by(64) {
-                // Round and round, so that a small memory never has what comes next.
-                conn.get(&format!("/c/{}", number % targets)).await.expect("an answer");
+                // In cyclic order, so that a small memory tier never holds the next URL.
+                conn.get(&format!("/c/{}", number % targets)).await.expect("a response");
             }
         });
     }
     workers.join_all().await;
 }
 
-/// A process of its own: nothing but GETs through fred, 64 at once. Prints nanoseconds of processor time for each.
+/// Runs in a separate process: sends GETs through fred, 64 concurrent, and prints the CPU time per GET in nanoseconds.
 pub(super) async fn bare_get(what: &str) {
     let mut words = what.split(' ');
     let (address, key, requests) = (words.next().expect("an address"), words.next().expect("a key"), words.next());
     let requests: u32 = requests.and_then(|n| n.parse().ok()).expect("a number");
     let config = fred::types::config::Config::from_url(&format!("redis://{address}")).expect("a URL");
     let client = fred::clients::Client::new(config, None, None, None);
-    client.init().await.expect("it answers");
+    client.init().await.expect("a reply");
     let before = cpu_of("self");
     let mut workers = JoinSet::new();
     for _ in 0..64 {
         let (client, key) = (client.clone(), key.to_owned());
         workers.spawn(async move {
             for _ in 0..requests / 64 {
-                let value: Option<bytes::Bytes> = client.get(&key).await.expect("an answer");
+                let value: Option<bytes::Bytes> = client.get(&key).await.expect("a reply");
                 assert!(value.is_some());
             }
         });
@@ -136,7 +136,7 @@ pub(super) async fn bare_get(what: &str) {
     println!("{}", (cpu_of("self").saturating_sub(before) / requests).as_nanos());
 }
 
-/// A sidecar killed under load, and started again.
+/// Kills a sidecar under load, and starts it again.
 pub(super) async fn restart() {
     const TARGETS: usize = 5_000;
     let redis = Redis::start();
@@ -164,7 +164,7 @@ pub(super) async fn restart() {
             let mut number = worker * 311;
             while begun.elapsed() < Duration::from_secs(1) {
                 number += 1;
-                let got = conn.get(&format!("/c/{}", number % TARGETS)).await.expect("an answer");
+                let got = conn.get(&format!("/c/{}", number % TARGETS)).await.expect("a response");
                 hits += u32::from(got.is_hit());
                 all += 1;
             }
@@ -174,9 +174,5 @@ pub(super) async fn restart() {
     let seen = workers.join_all().await;
     let (hits, all): (u32, u32) = seen.iter().fold((0, 0), |(h, a), (hits, all)| (h + hits, a + all));
     let part = 100.0 * f64::from(hits) / f64::from(all);
-    row(
-        &format!("killed under load: hits in its first second back ({all} requests)"),
-        "≥ 95 %",
-        &format!("{part:.1} %"),
-    );
+    row(&format!("restart under load: hits in the first second ({all} requests)"), "≥ 95 %", &format!("{part:.1} %"));
 }

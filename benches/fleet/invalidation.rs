@@ -13,7 +13,7 @@ use super::harness::{Conn, body_of, ms, origin, quantile, row};
 use super::server::Redis;
 use super::{FRESH, TAGGED, joined, members, stats};
 
-/// Records changed in every way, read by sidecars with an empty memory.
+/// Tampered records, read by sidecars with an empty memory tier.
 pub(super) async fn tampered() {
     const RECORDS: usize = 5_000;
     const ROUNDS: usize = 20;
@@ -25,7 +25,7 @@ pub(super) async fn tampered() {
     let mut observer = redis.observer();
     let keys = redis.keys("sidecache:1:s:*");
     let good: Vec<Vec<u8>> = redis::cmd("MGET").arg(&keys).query(&mut observer).expect("records");
-    let (mut changed, mut wrong, mut ended, asked) = (0, 0, 0, count.load(Ordering::SeqCst));
+    let (mut changed, mut wrong, mut ended, before) = (0, 0, 0, count.load(Ordering::SeqCst));
     for round in 0..ROUNDS {
         let mut pipe = redis::pipe();
         for (index, key) in keys.iter().enumerate() {
@@ -50,10 +50,10 @@ pub(super) async fn tampered() {
     }
     row(&format!("{changed} records tampered with: wrong bodies"), "0", &wrong.to_string());
     row("  processes that ended", "0", &ended.to_string());
-    row("  of them fetched again", "all", &(count.load(Ordering::SeqCst) - asked).to_string());
+    row("  records fetched again", "all", &(count.load(Ordering::SeqCst) - before).to_string());
 }
 
-/// Reads all targets; how many bodies were not theirs.
+/// Reads all targets. Returns the number of wrong bodies.
 async fn read_all(address: SocketAddr, targets: usize) -> usize {
     let mut workers = JoinSet::new();
     for worker in 0..32 {
@@ -70,7 +70,7 @@ async fn read_all(address: SocketAddr, targets: usize) -> usize {
     workers.join_all().await.into_iter().sum()
 }
 
-/// One tag on a million entries.
+/// Purges a tag of a million entries.
 pub(super) async fn purge() {
     const ENTRIES: usize = 1_000_000;
     const ROUNDS: usize = 100;
@@ -83,7 +83,7 @@ pub(super) async fn purge() {
         workers.spawn(async move {
             let mut conn = Conn::open(address).await.expect("a listener");
             for id in (worker..ENTRIES).step_by(64) {
-                assert_eq!(conn.get(&format!("/p/{id}")).await.expect("an answer").status, 200);
+                assert_eq!(conn.get(&format!("/p/{id}")).await.expect("a response").status, 200);
             }
         });
     }
@@ -103,31 +103,31 @@ pub(super) async fn purge() {
     for round in 0..ROUNDS {
         let target = format!("/p/x{round}");
         for conn in &mut conns {
-            conn.get(&target).await.expect("an answer");
-            assert!(conn.get(&target).await.expect("an answer").is_hit());
+            conn.get(&target).await.expect("a response");
+            assert!(conn.get(&target).await.expect("a response").is_hit());
         }
         let last = count.load(Ordering::SeqCst);
         let purged = Instant::now();
-        let answer = admin.send("POST", "/purge", "{\"tags\":[\"all\"]}").await.expect("an answer");
+        let answer = admin.send("POST", "/purge", "{\"tags\":[\"all\"]}").await.expect("a response");
         answered.push(answer.took);
-        // Until each has served something that is not what it had.
+        // Until each sidecar has served a newer response.
         for conn in &mut conns {
-            while conn.get(&target).await.expect("an answer").number() < last {}
+            while conn.get(&target).await.expect("a response").number() < last {}
         }
         reached.push(purged.elapsed());
     }
-    row("purge of a tag with 1,000,000 entries: answered, p99", "≤ 5 ms", &ms(quantile(answered, 0.99)));
-    row("  until none of four serves it, p99", "≤ 100 ms", &ms(quantile(reached, 0.99)));
+    row("purge of a tag with 1,000,000 entries: response, p99", "≤ 5 ms", &ms(quantile(answered, 0.99)));
+    row("  until applied by all four sidecars, p99", "≤ 100 ms", &ms(quantile(reached, 0.99)));
 }
 
-/// 10,000 purges while a follower's connection is cut every second.
+/// Sends 10,000 purges while the Redis connection of another sidecar is cut every second.
 pub(super) async fn lost() {
     const PURGES: usize = 10_000;
     let redis = Redis::start();
     let chaos = chaos::Chaos::before(redis.address()).await;
     let (upstream, _count) = origin(Duration::ZERO, FRESH, 100).await;
-    let teller = members(1, upstream, TAGGED, &redis.table()).await.remove(0);
-    let follower = members(1, upstream, TAGGED, &chaos.table()).await.remove(0);
+    let purger = members(1, upstream, TAGGED, &redis.table()).await.remove(0);
+    let reader = members(1, upstream, TAGGED, &chaos.table()).await.remove(0);
     let done = Arc::new(AtomicBool::new(false));
     let cutter = tokio::spawn({
         let done = done.clone();
@@ -138,36 +138,34 @@ pub(super) async fn lost() {
                 chaos.cut();
                 cuts += 1;
             }
-            // Kept until the end, so that the follower can connect again.
+            // The proxy runs until the end, so that the reader can reconnect.
             (cuts, chaos)
         }
     });
-    let (mut there, mut admin) = (
-        Conn::open(follower.api()).await.expect("a listener"),
-        Conn::open(teller.admin()).await.expect("a listener"),
-    );
+    let (mut conn, mut admin) =
+        (Conn::open(reader.api()).await.expect("a listener"), Conn::open(purger.admin()).await.expect("a listener"));
     for id in 0..PURGES {
-        there.get(&format!("/p/{id}")).await.expect("an answer");
+        conn.get(&format!("/p/{id}")).await.expect("a response");
     }
     let begun = Instant::now();
     for id in 0..PURGES {
-        let answer = admin.send("POST", "/purge", &format!("{{\"tags\":[\"p:{id}\"]}}")).await.expect("an answer");
+        let answer = admin.send("POST", "/purge", &format!("{{\"tags\":[\"p:{id}\"]}}")).await.expect("a response");
         assert_eq!(answer.status, 200);
-        // Long enough for some cuts.
+        // Slows the loop down, so that it lasts for several cuts.
         if id % 100 == 0 {
             sleep(Duration::from_millis(80)).await;
         }
     }
     let took = begun.elapsed();
     done.store(true, Ordering::SeqCst);
-    let (cuts, chaos) = cutter.await.expect("it ran");
+    let (cuts, chaos) = cutter.await.expect("no panic");
     sleep(Duration::from_secs(3)).await;
-    joined(&follower).await;
+    joined(&reader).await;
     let mut served = 0;
     for id in 0..PURGES {
-        served += usize::from(there.get(&format!("/p/{id}")).await.expect("an answer").is_hit());
+        served += usize::from(conn.get(&format!("/p/{id}")).await.expect("a response").is_hit());
     }
     drop(chaos);
     println!("  ({PURGES} purges in {:.1} s, {cuts} cuts)", took.as_secs_f64());
-    row("10,000 purges, the connection cut every second: lost", "0", &served.to_string());
+    row("10,000 purges, connection cut every second: lost purges", "0", &served.to_string());
 }

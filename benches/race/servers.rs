@@ -1,4 +1,4 @@
-//! The ones who race: real programs, each on core 0, before the same origin.
+//! The compared servers: real programs, each on core 0, in front of the same origin.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A program that serves.
+/// A running server.
 pub(crate) struct Server {
     pub(crate) name: &'static str,
     pub(crate) address: SocketAddr,
@@ -22,7 +22,7 @@ impl Drop for Server {
     }
 }
 
-/// Where everything lies, and the origin.
+/// The working folder and the origin.
 pub(crate) struct Setup {
     folder: PathBuf,
     origin: Server,
@@ -39,7 +39,7 @@ pub(crate) fn is_there(program: &str) -> bool {
     path.split(':').any(|folder| Path::new(folder).join(program).exists())
 }
 
-/// The machine, in a line.
+/// Returns a one-line description of the machine.
 pub(crate) fn machine() -> String {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
@@ -88,7 +88,7 @@ fn serve(name: &'static str, address: SocketAddr, command: &mut Command) -> Serv
 
 impl Setup {
     pub(crate) fn new() -> Setup {
-        // Files of caches in memory, as for the others.
+        // In memory, because the other servers keep their caches in memory, too.
         let folder = PathBuf::from(format!("/dev/shm/sidecache-race-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("writable");
         let origin = bare("origin", "1");
@@ -164,7 +164,7 @@ impl Setup {
     }
 }
 
-/// The yardstick.
+/// Starts the baseline server (`benches/bare.rs`).
 pub(crate) fn bare_server() -> Server {
     bare("bare hyper", "0")
 }
@@ -175,7 +175,7 @@ fn bare(name: &'static str, core: &str) -> Server {
     serve(name, address, on_core(core, &program.display().to_string()).arg(address.to_string()))
 }
 
-/// Built beside this bench.
+/// Returns the path of the `bare` example in the same target folder.
 fn example() -> PathBuf {
     let bench = std::env::current_exe().expect("this program");
     let folder = bench.parent().and_then(Path::parent).expect("target/release");
@@ -184,7 +184,7 @@ fn example() -> PathBuf {
     path
 }
 
-/// A process and all that came of it.
+/// Returns a process and all its descendants.
 fn descendants(process: u32) -> Vec<i32> {
     let mut found = vec![i32::try_from(process).expect("a pid")];
     let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
@@ -195,7 +195,7 @@ fn descendants(process: u32) -> Vec<i32> {
 }
 
 impl Server {
-    /// Processor time of the program and all its processes, in steps of 10 ms.
+    /// Returns the CPU time of the server and its descendants, in steps of 10 ms.
     pub(crate) fn cpu(&self) -> Duration {
         let ticks = |process: i32| -> u64 {
             let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
@@ -205,22 +205,22 @@ impl Server {
         Duration::from_millis(descendants(self.child.id()).into_iter().map(ticks).sum::<u64>() * 10)
     }
 
-    /// Resident memory, in bytes.
+    /// Returns the resident memory in bytes.
     pub(crate) fn rss(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("the process runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().expect("a number") * 1024
     }
 
-    /// Asks twice: the second answer is the cached one, if it can be.
+    /// Sends two requests, so that the response is cached if it is cacheable.
     pub(crate) fn warm(&self, path: &str) {
         for _ in 0..2 {
-            let mut stream = TcpStream::connect(self.address).expect("it listens");
+            let mut stream = TcpStream::connect(self.address).expect("a listener");
             write!(stream, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("written");
             let mut answer = Vec::new();
             let _ = stream.read_to_end(&mut answer);
             let first = BufReader::new(&answer[..]).lines().next().and_then(Result::ok).unwrap_or_default();
-            assert!(first.contains(" 200"), "{} says {first:?} to {path}", self.name);
+            assert!(first.contains(" 200"), "{}: unexpected response {first:?} to {path}", self.name);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! The load: wrk on core 1, and what it says.
+//! Load generation with wrk on core 1, and parsing of its output.
 
 use std::process::Command;
 
 use crate::number;
 use crate::servers::Server;
 
-/// What one round showed.
+/// The results of one round.
 #[derive(Debug, Clone)]
 pub(crate) struct Round {
     pub(crate) rate: f64,
@@ -15,7 +15,7 @@ pub(crate) struct Round {
     pub(crate) errors: u64,
 }
 
-/// Drives a server for a round. With `random`: the number is added to the path, below that many.
+/// Loads a server for one round. With `random`, a random number below it is appended to the path.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn round(server: &Server, path: &str, connections: u32, random: Option<u32>) -> Round {
     let seconds = number("RACE_SECONDS", 3);
@@ -45,7 +45,7 @@ pub(crate) fn round(server: &Server, path: &str, connections: u32, random: Optio
         .lines()
         .find_map(|line| line.split_once(" requests in "))
         .and_then(|(count, _)| count.trim().parse().ok())
-        .unwrap_or_else(|| panic!("wrk said: {text}"));
+        .unwrap_or_else(|| panic!("unexpected output of wrk: {text}"));
     let errors = after("Non-2xx or 3xx responses:").and_then(|n| n.parse().ok()).unwrap_or(0)
         + u64::from(after("Socket errors:").is_some());
     Round {
@@ -57,7 +57,7 @@ pub(crate) fn round(server: &Server, path: &str, connections: u32, random: Optio
     }
 }
 
-/// The round in the middle, by rate; its processor time is the median of all.
+/// Returns the round with the median rate, with the median CPU time of all rounds.
 pub(crate) fn median(rounds: &[Round]) -> Round {
     let mut by_rate = rounds.to_vec();
     by_rate.sort_by(|a, b| a.rate.total_cmp(&b.rate));
@@ -69,25 +69,25 @@ pub(crate) fn median(rounds: &[Round]) -> Round {
     middle
 }
 
-/// Connections that fill the cache.
+/// The number of connections that fill the cache.
 const WORKERS: u32 = 64;
 
-/// Asks for `/1024/0` to `/1024/count - 1`, each once, from several connections.
+/// Requests `/1024/{from}` to `/1024/{count - 1}` once each, over several connections.
 pub(crate) fn fill(server: &Server, from: u32, count: u32) {
     use std::io::{Read, Write};
     let address = server.address;
     let workers: Vec<_> = (0..WORKERS)
         .map(|worker| {
             std::thread::spawn(move || {
-                let mut stream = std::net::TcpStream::connect(address).expect("it listens");
+                let mut stream = std::net::TcpStream::connect(address).expect("a listener");
                 let mut buffer = vec![0; 4096];
                 for n in (from + worker..count).step_by(WORKERS as usize) {
-                    // In one piece: several small ones would wait for each other (Nagle).
+                    // One write: several small ones would be delayed by Nagle's algorithm.
                     let request = format!("GET /1024/{n} HTTP/1.1\r\nHost: a\r\n\r\n");
                     stream.write_all(request.as_bytes()).expect("written");
                     let (mut have, mut whole) = (0, None);
                     while whole.is_none_or(|whole| have < whole) {
-                        let read = stream.read(&mut buffer[have..]).expect("an answer");
+                        let read = stream.read(&mut buffer[have..]).expect("a response");
                         assert!(read > 0, "the connection ended");
                         have += read;
                         whole = buffer[..have].windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4 + 1024);

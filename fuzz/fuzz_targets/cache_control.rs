@@ -1,4 +1,4 @@
-//! Any bytes as Cache-Control and its kin, of requests and answers: never a panic, and never a number out of nothing.
+//! Fuzzes Cache-Control and Pragma of requests and responses: no panic, and no max-age without a digit in the input.
 #![no_main]
 
 use http::header::{CACHE_CONTROL, HeaderMap, HeaderValue, PRAGMA};
@@ -11,9 +11,9 @@ libfuzzer_sys::fuzz_target!(|lines: Vec<&[u8]>| {
             headers.append(if n % 5 == 4 { PRAGMA } else { CACHE_CONTROL }, value);
         }
     }
-    let answer = CacheControl::of_response(&headers);
+    let response = CacheControl::of_response(&headers);
     let _ = CacheControl::of_request(&headers);
-    if answer.max_age.is_some_and(|age| age > 0) {
+    if response.max_age.is_some_and(|age| age > 0) {
         let digit = |line: &&[u8]| line.iter().any(u8::is_ascii_digit);
         assert!(lines.iter().any(digit));
     }

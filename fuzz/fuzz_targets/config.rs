@@ -1,4 +1,4 @@
-//! Any text as a configuration: an error with a place, or a configuration; never a panic.
+//! Fuzzes the configuration parser: a configuration or errors, no panic.
 #![no_main]
 
 use std::path::Path;

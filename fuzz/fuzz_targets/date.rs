@@ -1,4 +1,4 @@
-//! Any bytes as an HTTP date: never a panic, and what is written in the usual form is read back.
+//! Fuzzes the HTTP date parser: no panic, and an IMF-fixdate is parsed back to its time.
 #![no_main]
 
 use std::time::{Duration, UNIX_EPOCH};

@@ -1,4 +1,4 @@
-//! Any bytes from a client, cut anywhere: the same passes, and what passes as a head is one to the HTTP library too.
+//! Fuzzes the request scanner: the result does not depend on read boundaries, and httparse finds the same head.
 #![no_main]
 
 use sidecache::server::framing::RequestScanner;
@@ -22,7 +22,7 @@ libfuzzer_sys::fuzz_target!(|input: (u16, &[u8])| {
     assert_eq!(whole, feed(bytes, usize::from(cut) % (bytes.len() + 1)));
     let mut fields = [httparse::EMPTY_HEADER; 128];
     let mut request = httparse::Request::new(&mut fields);
-    // The first head: whatever the scanner lets pass, the library must find the same end of it.
+    // httparse must find the same end of the first head.
     if let (Some(end), false) = (whole.0.windows(4).position(|w| w == b"\r\n\r\n"), whole.0.starts_with(b"\r\n")) {
         if let Ok(httparse::Status::Complete(length)) = request.parse(&whole.0) {
             assert_eq!(length, end + 4);

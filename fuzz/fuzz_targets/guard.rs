@@ -1,4 +1,4 @@
-//! Any request that the HTTP types can hold: refused with a status, or not; never a panic.
+//! Fuzzes request validation: a request is accepted or rejected with an error status, no panic.
 #![no_main]
 
 use std::time::Duration;

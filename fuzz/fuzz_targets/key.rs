@@ -1,4 +1,4 @@
-//! Two requests that differ never share a key.
+//! Fuzzes cache keys: two requests have the same key if and only if their keyed parts are equal.
 #![no_main]
 
 use http::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue};

@@ -1,4 +1,4 @@
-//! Any bytes as Range, If-Range and Content-Range: never a panic, and no select_range beyond the end.
+//! Fuzzes Range, If-Range and Content-Range: no panic, and no selected range beyond the end of the body.
 #![no_main]
 
 use std::time::UNIX_EPOCH;
@@ -11,10 +11,10 @@ use sidecache::policy::http::range::{RangeSelection, select_range};
 
 libfuzzer_sys::fuzz_target!(|input: (&[u8], &[u8], u16)| {
     let (range, condition, length) = input;
-    let (mut request, mut answer) = (HeaderMap::new(), HeaderMap::new());
+    let (mut request, mut response) = (HeaderMap::new(), HeaderMap::new());
     if let Ok(value) = HeaderValue::from_bytes(range) {
         request.insert(RANGE, value.clone());
-        answer.insert(CONTENT_RANGE, value);
+        response.insert(CONTENT_RANGE, value);
     }
     if !condition.is_empty()
         && let Ok(value) = HeaderValue::from_bytes(condition)
@@ -28,5 +28,5 @@ libfuzzer_sys::fuzz_target!(|input: (&[u8], &[u8], u16)| {
         RangeSelection::One(range) => assert!(range.start < range.end && range.end <= length),
         RangeSelection::Several(ranges) => assert!(ranges.iter().all(|range| range.start < range.end && range.end <= length)),
     }
-    let _ = is_first_part(StatusCode::PARTIAL_CONTENT, &answer);
+    let _ = is_first_part(StatusCode::PARTIAL_CONTENT, &response);
 });

@@ -1,4 +1,4 @@
-//! Any bytes as targeted cache control: never a panic.
+//! Fuzzes targeted cache control fields (RFC 9213): no panic.
 #![no_main]
 
 use http::header::{HeaderMap, HeaderValue};

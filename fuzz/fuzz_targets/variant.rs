@@ -1,4 +1,4 @@
-//! Any two requests: they select the same variant exactly if their variants have the same digest.
+//! Fuzzes variant selection: two requests select the same variant if and only if their variants have the same digest.
 #![no_main]
 
 use http::header::{ACCEPT_LANGUAGE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};

@@ -140,10 +140,16 @@ impl Runtime {
                 serving_runtime.spawn(async move { fleet.leave(&invalidations, LEAVE_TIMEOUT).await });
             }
             self.foundations = foundations;
-            self.work_for_fleet(parts);
+            let mut previous = self.work_for_fleet(parts);
             replaced.push("redis, secrets or memory.max_unverified (the cache starts empty)".to_owned());
             if redis_place(&before) != redis_place(&shared) {
                 shared.mode.clear(ModeSource::Fleet);
+                // A task of the previous fleet that was just setting its mode does so once more.
+                let cleared = shared.clone();
+                serving_runtime.spawn(async move {
+                    previous.shutdown().await;
+                    cleared.mode.clear(ModeSource::Fleet);
+                });
             }
         } else {
             apply_sizes(&shared, memory);
@@ -217,17 +223,19 @@ impl Runtime {
         let (serving, admin_tasks, fleet) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
         let (serving_runtime, admin_runtime) = (Handle::current(), AdminRuntime::start());
         self.tasks = Some(Tasks { api, serving_runtime, admin_runtime, serving, admin_tasks, fleet });
-        self.work_for_fleet(idle);
+        drop(self.work_for_fleet(idle));
         self.serve_new();
     }
 
-    /// Replaces the fleet's background tasks. Without `parts` there are none.
-    fn work_for_fleet(&mut self, parts: PendingFleet) {
-        let Some(tasks) = &mut self.tasks else { return };
-        tasks.fleet = JoinSet::new();
+    /// Replaces the fleet's background tasks, and returns the previous ones. Without `parts` there are none.
+    fn work_for_fleet(&mut self, parts: PendingFleet) -> JoinSet<()> {
+        let Some(tasks) = &mut self.tasks else { return JoinSet::new() };
+        let mut previous = std::mem::take(&mut tasks.fleet);
+        previous.abort_all();
         if let Some(parts) = parts {
             parts.start(&self.active, &mut tasks.fleet);
         }
+        previous
     }
 
     /// Starts to serve the listeners that are not served yet.

@@ -78,7 +78,12 @@ impl LeaseHolder {
 #[derive(Debug)]
 pub enum ClaimResult {
     /// This sidecar holds the lease.
-    Ours(Lease),
+    Ours {
+        /// The lease.
+        lease: Lease,
+        /// Another sidecar released it lately, and may have stored a record.
+        released_lately: bool,
+    },
     /// Another holder has the lease, and sends a message when its fetch ends.
     Theirs {
         /// Time until the lease expires, unless it is renewed.
@@ -101,10 +106,10 @@ pub async fn claim(
     let token = format!("{me} {:016x} {log_seen}", getrandom::u64().unwrap_or(0));
     match redis.claim(name, &token, LEASE_TTL, &me.to_string(), instead_of.map(|holder| holder.0.as_str())).await? {
         LeaseClaim::Theirs { left, holder } => Ok(ClaimResult::Theirs { left, holder: LeaseHolder(holder) }),
-        LeaseClaim::Ours => {
+        LeaseClaim::Ours { released_lately } => {
             let (end, ended) = oneshot::channel();
             tokio::spawn(hold_lease(redis.clone(), name.to_owned(), token, ended));
-            Ok(ClaimResult::Ours(Lease(Some(end))))
+            Ok(ClaimResult::Ours { lease: Lease(Some(end)), released_lately })
         }
     }
 }

@@ -125,9 +125,11 @@ impl Membership {
         self.state().error.clone()
     }
 
-    /// Returns the number of sidecars of which this one knows, besides those that Redis knows. 0 if there are none.
-    pub fn expected(&self) -> u64 {
-        self.state().expected.map_or(0, |(members, _)| members)
+    /// Returns the number of sidecars at the last heartbeat, with those that a Redis which lost its data has forgotten.
+    pub fn members(&self) -> u64 {
+        let state = self.state();
+        let expected = state.expected.map_or(0, |(members, _)| members);
+        state.last.as_ref().map_or(0, |last| last.members).max(expected)
     }
 
     /// Returns the server's time at the last heartbeat, in milliseconds, and the last log entry at that time.
@@ -172,12 +174,12 @@ mod tests {
         membership.update(&reply(1_000, "a 1", 3, 0), Tick(1_000), None);
         assert_eq!(membership.update(&reply(2_000, "a 2", 1, 0), Tick(2_000), None), Tick(2_000));
         assert_eq!(
-            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000), None), membership.expected()),
+            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000), None), membership.members()),
             (Tick(2_000), 3)
         );
         assert_eq!(
-            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000), None), membership.expected()),
-            (Tick(4_000), 0)
+            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000), None), membership.members()),
+            (Tick(4_000), 3)
         );
         membership.update(&reply(5_000, "a 3", 1, 0), Tick(5_000), None);
         let later = Tick(5_001 + millis(FORGET_AFTER));

@@ -44,7 +44,10 @@ pub struct StreamUpdate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LeaseClaim {
     /// This sidecar holds the lease.
-    Ours,
+    Ours {
+        /// Another sidecar released it lately, and may have stored a record.
+        released_lately: bool,
+    },
     /// Another sidecar holds it. When it is released, a message is sent to the inbox.
     Theirs {
         /// Time until it expires, unless it is renewed.
@@ -53,6 +56,9 @@ pub enum LeaseClaim {
         holder: String,
     },
 }
+
+/// How long a released lease is marked: longer than the lookups before a claim take.
+const RELEASE_MARK: Duration = Duration::from_secs(5);
 
 type Fields = Vec<(String, Bytes)>;
 pub(super) type Rows = Vec<(String, Fields)>;
@@ -128,10 +134,10 @@ impl Redis {
     ) -> Result<LeaseClaim, RedisError> {
         let arguments =
             vec![Value::from(token), millis(ttl), Value::from(inbox), instead_of.unwrap_or_default().into()];
-        let (left, holder): (i64, String) =
+        let (left, holder, released): (i64, String, i64) =
             self.coordination.script(self.command_timeout, CLAIM, self.lease_keys(name), arguments).await?;
         Ok(match u64::try_from(left) {
-            Ok(0) | Err(_) => LeaseClaim::Ours,
+            Ok(0) | Err(_) => LeaseClaim::Ours { released_lately: released != 0 },
             Ok(left) => LeaseClaim::Theirs { left: Duration::from_millis(left), holder },
         })
     }
@@ -148,7 +154,12 @@ impl Redis {
     pub async fn release(&self, name: &str, token: &str, message: Bytes) -> Result<(), RedisError> {
         let waiting: Vec<String> = self
             .coordination
-            .script(self.command_timeout, RELEASE, self.lease_keys(name), vec![Value::from(token)])
+            .script(
+                self.command_timeout,
+                RELEASE,
+                self.lease_keys(name),
+                vec![Value::from(token), millis(RELEASE_MARK)],
+            )
             .await?;
         // An error does not keep the others from being told.
         let mut result = Ok(());
@@ -159,7 +170,11 @@ impl Redis {
     }
 
     fn lease_keys(&self, name: &str) -> Vec<String> {
-        vec![self.at(&format!("lease:{name}")), self.at(&format!("line:{name}"))]
+        vec![
+            self.at(&format!("lease:{name}")),
+            self.at(&format!("line:{name}")),
+            self.at(&format!("released:{name}")),
+        ]
     }
 
     /// Sets the mode of the fleet, for a time or until another is set. `None` clears it.

@@ -76,26 +76,29 @@ redis.call('DEL', KEYS[3])
 redis.call('HDEL', KEYS[2], ARGV[1])
 return redis.call('ZREM', KEYS[1], ARGV[1])";
 
-/// Claims a lease, or registers to be notified of its release. KEYS: lease, set of waiting inboxes. ARGV: token,
-/// milliseconds, own inbox, and the token of a holder to be replaced.
-/// Returns the milliseconds until it expires, or 0 if it was claimed, and its holder's token.
+/// Claims a lease, or registers to be notified of its release. KEYS: lease, set of waiting inboxes, mark of a recent
+/// release. ARGV: token, milliseconds, own inbox, and the token of a holder to be replaced.
+/// Returns the milliseconds until it expires, or 0 if it was claimed, its holder's token, and 1 if it was released lately.
 pub(super) const CLAIM: &str = "
 if ARGV[4] ~= '' and redis.call('GET', KEYS[1]) == ARGV[4] then redis.call('DEL', KEYS[1]) end
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return {0, ''} end
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then
+  return {0, '', redis.call('EXISTS', KEYS[3])}
+end
 redis.call('SADD', KEYS[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], 60000)
-return {math.max(1, redis.call('PTTL', KEYS[1])), redis.call('GET', KEYS[1])}";
+return {math.max(1, redis.call('PTTL', KEYS[1])), redis.call('GET', KEYS[1]), 0}";
 
 /// Renews a lease, if this sidecar still holds it. KEYS: lease. ARGV: token, milliseconds.
 pub(super) const RENEW: &str = "
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])";
 
-/// Releases a lease, if this sidecar still holds it. KEYS: lease, set of waiting inboxes. ARGV: token. Returns the
-/// waiting inboxes.
+/// Releases a lease, if this sidecar still holds it, and marks that for a time longer than the lookups before a claim
+/// take. KEYS: lease, set of waiting inboxes, mark. ARGV: token, milliseconds. Returns the waiting inboxes.
 pub(super) const RELEASE: &str = "
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {} end
 redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[3], '', 'PX', ARGV[2])
 local waiting = redis.call('SMEMBERS', KEYS[2])
 redis.call('DEL', KEYS[2])
 return waiting";

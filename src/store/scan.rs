@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::record::{HEADER_BYTES, RecordHeader, meta_end};
@@ -31,8 +30,8 @@ const FIRST_READ: usize = 2 << 10;
 /// Maximum number of keys visited in a second.
 const MAX_KEYS_PER_SECOND: u32 = 10_000;
 
-/// Interval of the log lines about the progress of a scan.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// Number of keys after which a scan logs its progress.
+const PROGRESS_INTERVAL: usize = 100_000;
 
 /// Time that a scan waits for its purge to be read back from the log, without which records can't be compared to it.
 const WAIT_FOR_LOG: Duration = Duration::from_secs(30);
@@ -135,7 +134,7 @@ impl ScanQueue {
         class: RecordClass,
         purged: &Arc<dyn PurgedRecords>,
     ) -> Result<(), RedisError> {
-        let mut reported = Instant::now();
+        let mut unreported = 0;
         let (prefix, mut cursor, mut failures) = (records.keys_of(class), Some(ScanCursor::default()), 0);
         while let Some(at) = cursor.take() {
             let (keys, next) = match records.redis.scan(class, &prefix, at.clone()).await {
@@ -151,8 +150,9 @@ impl ScanQueue {
             (failures, cursor) = (0, next);
             self.scanned.fetch_add(keys.len() as u64, Relaxed);
             let pause = Duration::from_secs(1) / MAX_KEYS_PER_SECOND * u32::try_from(keys.len()).unwrap_or(u32::MAX);
-            if reported.elapsed() > PROGRESS_INTERVAL {
-                reported = Instant::now();
+            unreported += keys.len();
+            if unreported >= PROGRESS_INTERVAL {
+                unreported = 0;
                 let ScanState { scanned, removed, .. } = self.state();
                 info!(scanned, removed, "removing purged records from Redis");
             }

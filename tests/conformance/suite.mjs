@@ -1,5 +1,5 @@
 // Starts the sidecar, then the suite's origin, sends all its tests through, counts, and compares with the floor.
-// node suite.mjs FLOOR.json [VARIANT...]. It lies beside node_modules when it runs.
+// node suite.mjs FLOOR.json [VARIANT...]. Must be run from the folder that contains node_modules.
 
 import { spawn } from 'node:child_process'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -11,7 +11,7 @@ import fetch from 'node-fetch'
 
 const here = dirname(fileURLToPath(import.meta.url))
 const suite = join(here, 'node_modules', 'http-cache-tests')
-const [floorFile, ...asked] = process.argv.slice(2)
+const [floorFile, ...requested] = process.argv.slice(2)
 const floor = JSON.parse(readFileSync(floorFile))
 const only = process.env.CONFORMANCE_TEST
 
@@ -52,7 +52,7 @@ const stopAll = () => running.splice(0).forEach(child => child.kill('SIGKILL'))
 process.on('exit', stopAll)
 for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exit(1))
 
-// The suite keeps results in its modules: each variant runs in a process of its own.
+// The suite keeps results in its modules: each variant runs in a separate process.
 const runVariant = async name => {
   const { partition = '', memory = '', redis } = variants[name]
   const [port, originPort, redisPort] = [await freePort(), await freePort(), await freePort()]
@@ -104,8 +104,8 @@ const report = async (name, port) => {
     if (passed(id)) counted[kind][0]++
     else console.log(`  ${kind === 'required' ? 'FAILS' : 'fails'} ${id}: ${[].concat(results[id]).join(': ')}`)
   }
-  const told = Object.entries(counted).map(([kind, [n, of]]) => `${kind} ${n} of ${of}`)
-  console.log(`${name}: ${told.join(', ')}`)
+  const summary = Object.entries(counted).map(([kind, [n, of]]) => `${kind} ${n} of ${of}`)
+  console.log(`${name}: ${summary.join(', ')}`)
   if (only) return
   for (const kind of Object.keys(counted)) {
     if (counted[kind][0] < floor[name][kind]) {
@@ -115,7 +115,7 @@ const report = async (name, port) => {
   }
 }
 
-const names = asked.length ? asked : Object.keys(variants)
+const names = requested.length ? requested : Object.keys(variants)
 if (names.length === 1) {
   await runVariant(names[0])
 } else {

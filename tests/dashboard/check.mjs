@@ -1,5 +1,5 @@
-// Starts a shop and a sidecar before it, makes traffic, and uses the dashboard as a person would.
-// node check.mjs FOLDER-FOR-PICTURES
+// Starts a mock shop and a sidecar, generates traffic, and operates the dashboard in a browser.
+// node check.mjs FOLDER-FOR-SCREENSHOTS
 
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
@@ -10,7 +10,7 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { chromium } from 'playwright-core'
 
-const pictures = process.argv[2]
+const screenshots = process.argv[2]
 const folder = mkdtempSync(join(tmpdir(), 'sidecache-dashboard-'))
 const running = []
 process.on('exit', () => { running.forEach(child => child.kill('SIGKILL')); rmSync(folder, { recursive: true, force: true }) })
@@ -25,7 +25,7 @@ const freePort = () => new Promise((resolve, reject) => {
 const start = (args, line) => new Promise((resolve, reject) => {
   const child = spawn(process.env.SIDECACHE, args, { stdio: ['ignore', 'pipe', 'ignore'] })
   running.push(child)
-  child.on('exit', code => reject(new Error(`it ended with ${code}: ${args.join(' ')}`)))
+  child.on('exit', code => reject(new Error(`the process exited with ${code}: ${args.join(' ')}`)))
   createInterface({ input: child.stdout }).on('line', text => { if (text.includes(line)) resolve(child) })
 })
 
@@ -39,18 +39,18 @@ await start(['mock-shop', '--listen', `127.0.0.1:${shop}`, '--errors', '0.05'], 
 await start(['--config', config], 'listening admin')
 
 const ask = path => fetch(`http://127.0.0.1:${port}/admin/api/2026-07/${path}`, { headers: { 'X-Shopify-Access-Token': 'shpat_shop0_app0' } }).then(answer => answer.text())
-// As text: they are beyond what a number of JavaScript can hold.
+// As text: the IDs exceed JavaScript's safe integers.
 let ids = []
 while (!ids.length) ids = [...new Set([...(await ask('products.json?limit=7')).matchAll(/"product_id":\s*(\d+)/g)].map(found => found[1]))]
-let over = false
-const traffic = (async () => { for (let n = 0; !over; n++) await ask(`products/${ids[n % ids.length]}.json`) })()
+let done = false
+const traffic = (async () => { for (let n = 0; !done; n++) await ask(`products/${ids[n % ids.length]}.json`) })()
 
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox'] })
 const open = async (options, at = admin) => {
   const page = await browser.newPage(options)
   const wrong = []
   page.on('pageerror', error => wrong.push(error.message))
-  page.on('request', request => { if (!request.url().startsWith(`http://127.0.0.1:${at}/`)) wrong.push(`it asked ${request.url()}`) })
+  page.on('request', request => { if (!request.url().startsWith(`http://127.0.0.1:${at}/`)) wrong.push(`request to another host: ${request.url()}`) })
   await page.goto(`http://127.0.0.1:${at}/`)
   return [page, wrong]
 }
@@ -67,23 +67,23 @@ await start(['--config', join(folder, 'empty.toml')], 'listening admin')
 const [empty, wrongWhenEmpty] = await open({ viewport: { width: 1200, height: 1150 } }, emptyAdmin)
 await empty.getByText('well', { exact: true }).waitFor()
 for (const table of ['rules', 'recent', 'failures']) await empty.locator(`#${table}`).getByText('nothing yet').waitFor()
-await empty.screenshot({ path: join(pictures, 'empty.png'), fullPage: true })
-// With a token, by keyboard: it is asked once, and kept in the page.
+await empty.screenshot({ path: join(screenshots, 'empty.png'), fullPage: true })
+// The token dialog, operated by keyboard. The page keeps the token.
 const [page, wrong] = await open({ viewport: { width: 1200, height: 1150 } })
 await page.getByLabel('Token').waitFor()
 await page.getByLabel('Token').fill('wrong')
 await page.keyboard.press('Enter')
 await page.getByText('a token is needed').waitFor()
 await enter(page)
-// Redis is not there: it says so, and goes on.
+// Redis is down: the page reports it.
 await page.getByText('degraded: what is stored is still served').waitFor()
 await page.locator('#parts').getByText('down').waitFor()
 await page.locator('#requests rect').nth(5).waitFor({ state: 'attached' })
 const saved = await page.locator('dt', { hasText: 'upstream calls saved' }).locator('..').locator('dd').textContent()
 assert.ok(Number(saved.replaceAll(',', '')) > 10, `${saved} calls saved`)
-await page.screenshot({ path: join(pictures, 'light.png'), fullPage: true })
+await page.screenshot({ path: join(screenshots, 'light.png'), fullPage: true })
 
-// Which rules, which requests, and why.
+// Rules and recent requests.
 await page.locator('#rules').getByText('shop/admin/api/*/products/{id}.json').waitFor()
 await page.getByLabel('Only').selectOption('hit')
 await page.locator('#recent tr', { hasText: 'hit' }).nth(2).waitFor()
@@ -94,7 +94,7 @@ await page.getByLabel('Value').fill(`product:${ids[0]}`)
 await page.getByRole('button', { name: 'Purge' }).click()
 await page.getByText('purged: 1 selector(s)').waitFor()
 
-// The kill switch asks first.
+// The kill switch asks for confirmation.
 page.once('dialog', dialog => dialog.dismiss())
 await page.getByRole('button', { name: 'Pass everything through' }).click()
 assert.match(await page.locator('#mode').textContent(), /normal/)
@@ -104,28 +104,28 @@ await page.getByText('mode bypass, set by hand for another 30 min').waitFor()
 await page.getByRole('button', { name: 'Back to what is configured' }).click()
 await page.locator('#mode', { hasText: /^mode normal$/ }).waitFor()
 
-// A rehearsal.
+// Shadow mode.
 page.once('dialog', dialog => dialog.accept())
 await page.getByRole('button', { name: 'Rehearse' }).click()
 await page.getByText('mode shadow, set by hand for another 30 min').waitFor()
 await page.locator('#shadow td').nth(3).waitFor()
-await page.screenshot({ path: join(pictures, 'shadow.png'), fullPage: true })
+await page.screenshot({ path: join(screenshots, 'shadow.png'), fullPage: true })
 await page.getByRole('button', { name: 'Back to what is configured' }).click()
 
-// On a phone, in the dark: nothing sticks out.
+// A phone screen in dark mode: the page fits the width.
 const [phone, wrongThere] = await open({ viewport: { width: 390, height: 1400 }, colorScheme: 'dark' })
 await enter(phone)
 await phone.locator('#requests rect').nth(2).waitFor({ state: 'attached' })
-assert.ok(await phone.evaluate(() => document.documentElement.scrollWidth <= innerWidth), 'it fits the width')
-await phone.screenshot({ path: join(pictures, 'phone.png'), fullPage: true })
+assert.ok(await phone.evaluate(() => document.documentElement.scrollWidth <= innerWidth), 'the page exceeds the width of the screen')
+await phone.screenshot({ path: join(screenshots, 'phone.png'), fullPage: true })
 
-// Everything that can be used has a name for those who don't see it.
+// Every control has an accessible name.
 const unnamed = await page.evaluate(() => [...document.querySelectorAll('input, select, button')].filter(one => !(one.labels?.length || one.textContent.trim())).map(one => one.id))
 assert.deepEqual(unnamed, [])
 assert.deepEqual([...wrong, ...wrongThere, ...wrongWhenEmpty], [])
 
-over = true
+done = true
 await traffic
 await browser.close()
-console.log(`the dashboard does what it says; pictures in ${pictures}`)
+console.log(`all dashboard checks passed; screenshots in ${screenshots}`)
 process.exit(0)

@@ -1,7 +1,7 @@
-"""Renders a Helm chart, as far as ours goes: a part of Go's templates, strictly. What it does not know is an error.
+"""Renders our Helm chart with a strict subset of Go templates. An unsupported construct is an error.
 
-No helm can be installed from a package index, so this stands in for `helm template`: actions with pipelines, `define`,
-`include`, `if`/`else`, `with`, comments, trimming, and the functions below.
+Replaces `helm template`, because helm cannot be installed from a package index. Supports actions with pipelines,
+`define`, `include`, `if`/`else`, `with`, comments, trimming, and the functions below.
 """
 
 import json
@@ -16,7 +16,7 @@ WORD = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[()|]|[^\s()|"]+)')
 
 
 class Unknown(Exception):
-    """The chart has something that is not rendered here."""
+    """The chart uses an unsupported construct."""
 
 
 def to_yaml(value):
@@ -52,7 +52,7 @@ class Chart:
             self.run(parse(path.read_text()), {}, path.name)
 
     def render(self, values=None, release="cache"):
-        """All documents, by template. `values` replace the chart's own, table by table."""
+        """Returns the rendered text by template name. `values` override the chart's values, merged by key."""
         merged = overlay(self.values, values or {})
         jsonschema.validate(merged, self.schema)
         about = {"AppVersion": str(self.about["appVersion"]), "Name": self.about["name"]}
@@ -134,7 +134,7 @@ def overlay(below, above):
 
 
 def parse(text):
-    """Nodes: ("text", t), ("value", p), ("if"|"with", p, then, else), ("define", name, body)."""
+    """Returns the nodes: ("text", t), ("value", p), ("if"|"with", p, then, else), ("define", name, body)."""
     pieces, at = [], 0
     for match in ACTION.finditer(text):
         pieces.append(["text", text[at : match.start()]])
@@ -150,7 +150,7 @@ def parse(text):
     pieces = [(kind, value if kind == "text" else value.group(2)) for kind, value in pieces]
     nodes, rest = block(pieces)
     if rest:
-        raise Unknown("an end too many")
+        raise Unknown("unexpected end")
     return nodes
 
 

@@ -1,6 +1,6 @@
-"""Checks k8s/ as far as that goes without a cluster. Prints what was checked; ends with 1 and what is wrong.
+"""Checks k8s/ without a cluster. Prints the number of checks, or prints the errors and exits with status 1.
 
-What kustomize makes of each folder is made by kustomize; the Helm chart is rendered by chart.py beside this file.
+kustomize builds each folder; chart.py renders the Helm chart.
 """
 
 import copy
@@ -37,12 +37,12 @@ def validate(doc, where, versions=("1.26", "1.29", "1.31")):
     for version in versions:
         try:
             kubernetes_validate.validate(copy.deepcopy(doc), version, strict=True)
-        except Exception as error:  # noqa: BLE001: whatever it says is what is wrong
+        except Exception as error:  # noqa: BLE001: every exception is a validation error
             fault(where, f"Kubernetes {version}: {str(error).splitlines()[0]}")
 
 
 def built(folder):
-    """What kustomize makes of a folder."""
+    """Returns the documents that kustomize builds from a folder."""
     command = [os.environ["KUSTOMIZE"], "build", "--load-restrictor", "LoadRestrictionsNone", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
@@ -72,10 +72,10 @@ def hardened(deployment, where):
                     fault(where, f"container {container['name']}: securityContext.{key} is not {wanted}")
             resources = container.get("resources", {})
             if "cpu" in resources.get("limits", {}) or "memory" not in resources.get("limits", {}):
-                fault(where, f"container {container['name']}: a memory limit and no CPU limit is wanted")
+                fault(where, f"container {container['name']}: needs a memory limit and no CPU limit")
             for mount in container.get("volumeMounts", []):
                 if "subPath" in mount:
-                    fault(where, f"{mount['name']} is mounted by subPath: changes would not arrive")
+                    fault(where, f"{mount['name']} is mounted with subPath, which does not follow changes")
 
 
 def listed_files_exist():
@@ -89,10 +89,10 @@ def listed_files_exist():
             if not (here / name).exists():
                 fault(path.relative_to(ROOT), f"{name} does not exist")
         if doc.get("configMapGenerator") and not doc.get("generatorOptions", {}).get("disableNameSuffixHash"):
-            fault(path.relative_to(ROOT), "the name of its ConfigMap would change with its contents")
+            fault(path.relative_to(ROOT), "its ConfigMap needs a fixed name: set disableNameSuffixHash")
 
 
-def probes_meet_the_configuration(deployment, config, where):
+def check_probes_port(deployment, config, where):
     text = config.read_text()
     port = int(re.search(r'\[probes\]\s+listen\s*=\s*"[^"]*:(\d+)"', text).group(1))
     for container in containers(deployment):
@@ -100,14 +100,14 @@ def probes_meet_the_configuration(deployment, config, where):
             continue
         ports = {p["name"]: p["containerPort"] for p in container["ports"]}
         if ports.get("probes") != port:
-            fault(where, f"the port of the probes is {ports.get('probes')}, and the configuration says {port}")
+            fault(where, f"the probes port is {ports.get('probes')}, but the configuration has {port}")
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             if probe in container and container[probe]["httpGet"]["port"] != "probes":
-                fault(where, f"{probe} does not ask the probes' port")
+                fault(where, f"{probe} does not use the probes port")
 
 
-def is_good(text, where):
-    """Would the program take this configuration?"""
+def check_configuration(text, where):
+    """Reports a fault if `sidecache check` rejects this configuration."""
     with tempfile.TemporaryDirectory() as secrets:
         for name in re.findall(r'file = "/run/secrets/sidecache/([^"]+)"', text):
             pathlib.Path(secrets, name).write_text("a secret for the check\n")
@@ -120,12 +120,12 @@ def is_good(text, where):
             fault(where, done.stderr.strip())
 
 
-def configurations_are_good():
+def check_configurations():
     for path in sorted(K8S.rglob("config.toml")):
-        is_good(path.read_text(), path.relative_to(ROOT))
+        check_configuration(path.read_text(), path.relative_to(ROOT))
     for first, second in [("sidecar", "sidecar-before-1.29")]:
         if (K8S / first / "config.toml").read_text() != (K8S / second / "config.toml").read_text():
-            fault(f"k8s/{second}/config.toml", f"is not that of k8s/{first}")
+            fault(f"k8s/{second}/config.toml", f"differs from that of k8s/{first}")
 
 
 def metrics_exist():
@@ -136,25 +136,25 @@ def metrics_exist():
         suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}[kind]
         known |= {f"sidecache_{name}{suffix}" for suffix in suffixes}
     if len(kinds) < 15:
-        fault("src/admin/metrics.rs", "its metrics could not be read")
+        fault("src/admin/metrics.rs", "its metrics could not be parsed")
     used = set()
     for path in [K8S / "grafana/dashboard.json", K8S / "grafana/alerts.yaml"]:
         text = path.read_text()
         for name in re.findall(r"\bsidecache_\w+", text):
             used.add(name)
             if name not in known:
-                fault(path.relative_to(ROOT), f"{name} is no metric of ours")
+                fault(path.relative_to(ROOT), f"{name} is not a metric of sidecache")
     json.loads((K8S / "grafana/dashboard.json").read_text())
     runbook = (ROOT / "docs/RUNBOOK.md").read_text().lower()
     for group in documents(K8S / "grafana/alerts.yaml")[0]["spec"]["groups"]:
         for rule in group["rules"]:
             if f"## {rule['alert'].lower()}" not in runbook:
-                fault("docs/RUNBOOK.md", f"says nothing of {rule['alert']}")
+                fault("docs/RUNBOOK.md", f"has no section for {rule['alert']}")
     return used
 
 
-def the_chart_renders():
-    """Its resources with the values it ships, with others, and its sidecar in a Pod."""
+def check_chart():
+    """Validates the chart with default and other values, and its sidecar in a Pod. Returns the number of resources."""
     chart = Chart(K8S / "helm/sidecache")
     others = {
         "autoscaling": {"enabled": False},
@@ -170,7 +170,7 @@ def the_chart_renders():
         for name, text in chart.render(values).items():
             where = f"k8s/helm/sidecache/templates/{name}"
             if "{{" in text or "None" in text:
-                fault(where, "something was not filled in")
+                fault(where, "a placeholder was not replaced")
             if name == "NOTES.txt":
                 continue
             for doc in filter(None, yaml.safe_load_all(text)):
@@ -180,24 +180,24 @@ def the_chart_renders():
                 if doc["kind"] == "Deployment":
                     hardened(doc, where)
                 if doc["kind"] == "ConfigMap":
-                    is_good(doc["data"]["config.toml"], where)
+                    check_configuration(doc["data"]["config.toml"], where)
     for wrong in ({"replicas": 0}, {"resources": {"limits": {"cpu": "1"}}}, {"config": "x"}, {"nothing": 1}):
         try:
             chart.render(wrong)
-            fault("k8s/helm/sidecache/values.schema.json", f"takes {wrong}")
+            fault("k8s/helm/sidecache/values.schema.json", f"accepts {wrong}")
         except jsonschema.ValidationError:
             pass
     deployment = documents(K8S / "example/deployment.yaml")[0]
     pod = deployment["spec"]["template"]["spec"]
-    told = {"image": "sidecache:0.1.0", "configMap": "sidecache"}
-    pod["initContainers"] = yaml.safe_load(chart.include("sidecache.sidecar", told))
-    pod["volumes"] = yaml.safe_load(chart.include("sidecache.volume", told))
+    parameters = {"image": "sidecache:0.1.0", "configMap": "sidecache"}
+    pod["initContainers"] = yaml.safe_load(chart.include("sidecache.sidecar", parameters))
+    pod["volumes"] = yaml.safe_load(chart.include("sidecache.volume", parameters))
     validate(deployment, "the chart's sidecar in the example", VERSIONS["sidecar"])
     hardened(deployment, "the chart's sidecar in the example")
     by_kustomize = next(doc for doc in built(K8S / "example") if doc["kind"] == "Deployment")
     ours, theirs = containers(deployment)[0], containers(by_kustomize)[0]
     if {**ours, "image": ""} != {**theirs, "image": ""}:
-        fault("k8s/helm/sidecache/templates/_sidecar.tpl", "is not the sidecar of k8s/sidecar")
+        fault("k8s/helm/sidecache/templates/_sidecar.tpl", "differs from the sidecar of k8s/sidecar")
     return checked + 1
 
 
@@ -225,18 +225,18 @@ def main():
             for deployment in patched:
                 validate(deployment, where, versions)
                 hardened(deployment, where)
-                probes_meet_the_configuration(deployment, K8S / component / "config.toml", where)
+                check_probes_port(deployment, K8S / component / "config.toml", where)
                 names = [container["name"] for container in containers(deployment)]
                 if names[0] != "sidecache" or "app" not in names:
-                    fault(where, f"the containers are {names}: the sidecar comes first, and the application stays")
+                    fault(where, f"unexpected containers {names}: the sidecar must be first, and the application present")
             checked += len(patched)
             if len(patched) != 1:
-                fault(where, f"{len(patched)} Deployments")
+                fault(where, f"expected one Deployment, found {len(patched)}")
     shared = documents(K8S / "shared/deployment.yaml")[0]
-    probes_meet_the_configuration(shared, K8S / "shared/config.toml", "k8s/shared")
+    check_probes_port(shared, K8S / "shared/config.toml", "k8s/shared")
     listed_files_exist()
-    configurations_are_good()
-    checked += the_chart_renders()
+    check_configurations()
+    checked += check_chart()
     used = metrics_exist()
     if faults:
         print("\n".join(faults), file=sys.stderr)

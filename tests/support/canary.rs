@@ -1,5 +1,5 @@
-//! Every credential that a test sends is looked for in everything that is written down: log lines of all crates at
-//! TRACE, answers of the admin API, errors of our own, and what lies in Redis. There must be none.
+//! Credential leak detection: searches log lines of all crates (at TRACE), admin API responses, error responses and
+//! Redis values for the credentials that tests send.
 
 use std::io;
 use std::sync::{Mutex, Once, PoisonError};
@@ -9,22 +9,22 @@ use tracing_subscriber::fmt::MakeWriter;
 static SECRETS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static FINDS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Shorter ones would be found by chance.
-const LEAST: usize = 8;
+/// Minimum length of a secret. A shorter one could match by coincidence.
+const MIN_LENGTH: usize = 8;
 
-/// A request is going out with this header: if it is a credential, it must not turn up anywhere.
+/// Registers the value of a request header as a secret if the header name denotes a credential.
 pub(crate) fn learn(name: &str, value: &str) {
     let name = name.to_ascii_lowercase();
     let credential = ["authorization", "cookie", "token", "key", "secret"].iter().any(|word| name.contains(word));
-    // What a scheme stands before may turn up without it.
+    // The token may be logged without its scheme.
     let secret = value.strip_prefix("Bearer ").unwrap_or(value);
     let mut secrets = SECRETS.lock().unwrap_or_else(PoisonError::into_inner);
-    if credential && secret.len() >= LEAST && !secrets.iter().any(|known| known == secret) {
+    if credential && secret.len() >= MIN_LENGTH && !secrets.iter().any(|known| known == secret) {
         secrets.push(secret.to_owned());
     }
 }
 
-/// The secrets that are in what was written there.
+/// Returns a description of each registered secret that occurs in `written`.
 pub(crate) fn finds(place: &str, written: &[u8]) -> Vec<String> {
     let secrets = SECRETS.lock().unwrap_or_else(PoisonError::into_inner);
     let found = secrets.iter().filter(|secret| memchr::memmem::find(written, secret.as_bytes()).is_some());
@@ -32,13 +32,13 @@ pub(crate) fn finds(place: &str, written: &[u8]) -> Vec<String> {
     found.map(|secret| format!("{secret:?} in {place}: {}", shown())).collect()
 }
 
-/// Notes them.
+/// Searches `written` and records the secrets found, for [`assert_silent`].
 pub(crate) fn search(place: &str, written: &[u8]) {
     let found = finds(place, written);
     FINDS.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
 }
 
-/// From now on all log lines of this process are searched.
+/// Installs a subscriber that searches all log lines of this process.
 pub(crate) fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -47,11 +47,11 @@ pub(crate) fn watch() {
     });
 }
 
-/// Fails if anything was found so far.
+/// Panics if a secret has been found.
 pub(crate) fn assert_silent() {
     let finds = FINDS.lock().unwrap_or_else(PoisonError::into_inner);
     if !std::thread::panicking() {
-        assert!(finds.is_empty(), "credentials were written down: {finds:#?}");
+        assert!(finds.is_empty(), "credentials leaked: {finds:#?}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! A TCP proxy that misbehaves on request: adds delay, swallows, cuts, refuses, flips bits.
+//! A fault-injecting TCP proxy: adds delay, holds back data, cuts or refuses connections, flips bits.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -9,24 +9,24 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
 
-/// What it does with what passes.
+/// The fault that the proxy injects.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Mood {
-    /// Hands it on.
+    /// Forwards all bytes.
     Fine,
-    /// Hands it on after a while.
+    /// Forwards all bytes after a delay.
     Slow(Duration),
-    /// Takes everything, hands on nothing.
+    /// Reads from both sides and forwards nothing.
     BlackHole,
-    /// Hands on what the client sends, and keeps back the replies.
+    /// Forwards the client's bytes and holds back the server's.
     NoReplies,
-    /// Flips a bit in one of so many bytes of what the server says, but not in short pieces.
+    /// Flips a bit in one of every N bytes that the server sends, except in reads of at most 200 bytes.
     Flips(usize),
-    /// Accepts no connection, and drops those there are.
+    /// Closes new connections at once, and all existing ones.
     Refuses,
 }
 
-/// The proxy.
+/// A running proxy.
 #[derive(Debug)]
 pub(crate) struct Chaos {
     pub(crate) address: SocketAddr,
@@ -36,7 +36,7 @@ pub(crate) struct Chaos {
 }
 
 impl Chaos {
-    /// Before this server.
+    /// Starts a proxy in front of a server.
     pub(crate) async fn before(server: SocketAddr) -> Chaos {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
         let address = listener.local_addr().expect("an address");
@@ -62,13 +62,13 @@ impl Chaos {
         }
     }
 
-    /// Ends all connections.
+    /// Closes all connections.
     pub(crate) fn cut(&self) {
-        // Nobody listens: nothing to cut.
+        // An error means that there is no connection.
         let _ = self.cuts.send(());
     }
 
-    /// A `[redis]` table for a sidecar's configuration.
+    /// Returns a `[redis]` table that connects through this proxy.
     pub(crate) fn table(&self) -> String {
         format!("[redis]\nurl = \"redis://{}\"\n", self.address)
     }
@@ -114,7 +114,7 @@ async fn pass(
         match now {
             Mood::Slow(delay) => drop(tokio::time::timeout(delay, std::future::pending::<()>()).await),
             Mood::BlackHole => {
-                // Kept back until the mood changes.
+                // Hold back the bytes until the fault ends.
                 let _ = moods.wait_for(|mood| *mood != Mood::BlackHole).await;
             }
             Mood::NoReplies if is_reply => {

@@ -1,4 +1,4 @@
-//! A client that shows the answer as it came: header case, order, repeated fields, and whether it was whole.
+//! An HTTP/1.1 client that preserves header case, order and repeated fields, and detects truncated bodies.
 
 use std::net::SocketAddr;
 
@@ -7,13 +7,13 @@ use tokio::net::TcpStream;
 
 use super::soon;
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
-    /// The body did not break off.
+    /// Whether the body was received completely.
     pub(crate) whole: bool,
 }
 
@@ -34,7 +34,7 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.text()))
     }
 
-    /// The last `Cache-Status` member, without its key.
+    /// Returns the last `Cache-Status` member without its `key` parameter.
     pub(crate) fn cache_status(&self) -> String {
         let last = self.all("cache-status").last().copied().unwrap_or_default();
         last.split("; key=").next().unwrap_or_default().to_owned()
@@ -45,7 +45,7 @@ impl Answer {
     }
 }
 
-/// One connection.
+/// A client connection.
 #[derive(Debug)]
 pub(crate) struct Client {
     stream: TcpStream,
@@ -59,13 +59,13 @@ impl Client {
         Client { stream, buffer: Vec::new() }
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes.
     pub(crate) async fn write(&mut self, bytes: impl AsRef<[u8]>) {
-        // A refusal may close the connection before everything is written: the answer tells.
+        // Ignored: the server may send an error response and close before it has read everything.
         let _ = self.stream.write_all(bytes.as_ref()).await;
     }
 
-    /// Sends a request with a Host and these header lines.
+    /// Sends a request with these header lines, and with a Host if they have none.
     pub(crate) async fn ask(&mut self, method: &str, target: &str, lines: &[(&str, &str)], body: &[u8]) {
         let mut head = format!("{method} {target} HTTP/1.1\r\n");
         if !lines.iter().any(|(n, _)| n.eq_ignore_ascii_case("host")) {
@@ -85,7 +85,7 @@ impl Client {
         self.write(bytes).await;
     }
 
-    /// Reads so many bytes of whatever comes.
+    /// Reads until at least `least` bytes are buffered or the connection ends. Returns the buffer.
     pub(crate) async fn read_some(&mut self, least: usize) -> &[u8] {
         while self.buffer.len() < least {
             let read = soon("bytes from the server", self.stream.read_buf(&mut self.buffer)).await;
@@ -96,27 +96,27 @@ impl Client {
         &self.buffer
     }
 
-    /// Everything that still comes.
+    /// Appends all remaining bytes to `rest`.
     pub(crate) async fn read_to_end(&mut self, rest: &mut Vec<u8>) {
         rest.append(&mut self.buffer);
-        let _ = soon("the end", self.stream.read_to_end(rest)).await;
+        let _ = soon("end of stream", self.stream.read_to_end(rest)).await;
     }
 
-    /// Nothing more comes: the server has closed.
+    /// Waits until the server closes the connection. Returns true if it sent nothing more.
     pub(crate) async fn closed(&mut self) -> bool {
         let mut rest = Vec::new();
         let _ = soon("the server closes", self.stream.read_to_end(&mut rest)).await;
         rest.is_empty()
     }
 
-    /// The answer to a request that was sent with this method; `None` if the connection ended before a head.
+    /// Reads the response to a request with this method. Returns `None` if the connection ended before a head.
     pub(crate) async fn answer_to(&mut self, method: &str) -> Option<Answer> {
-        soon("an answer", self.read_answer(method)).await
+        soon("a response", self.read_answer(method)).await
     }
 
-    /// The head of the next answer alone: what follows is for [`Client::read_some`].
+    /// Reads the head of the next response. [`Client::read_some`] reads the bytes after it.
     pub(crate) async fn answer_head(&mut self) -> Option<Answer> {
-        soon("a head", self.read_head()).await
+        soon("a response head", self.read_head()).await
     }
 
     async fn read_head(&mut self) -> Option<Answer> {
@@ -167,13 +167,13 @@ impl Client {
         Some(answer)
     }
 
-    /// Ends the connection with a reset.
+    /// Resets the connection.
     pub(crate) fn reset(self) {
         socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)).expect("a socket");
     }
 }
 
-/// A chunked body, or `None` if it breaks off.
+/// Reads a chunked body. Returns `None` if it is truncated.
 pub(crate) async fn read_chunked(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
     let mut body = Vec::new();
     loop {
@@ -201,7 +201,7 @@ pub(crate) async fn read_chunked(stream: &mut TcpStream, buffer: &mut Vec<u8>) -
     }
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection and reads the response.
 pub(crate) async fn send(
     address: SocketAddr,
     method: &str,
@@ -211,10 +211,10 @@ pub(crate) async fn send(
 ) -> Answer {
     let mut client = Client::connect(address).await;
     client.ask(method, target, lines, body).await;
-    client.answer_to(method).await.unwrap_or_else(|| panic!("{method} {target}: no answer"))
+    client.answer_to(method).await.unwrap_or_else(|| panic!("{method} {target}: no response"))
 }
 
-/// GET on a connection of its own.
+/// Sends a GET on a new connection and reads the response.
 pub(crate) async fn get(address: SocketAddr, target: &str, lines: &[(&str, &str)]) -> Answer {
     send(address, "GET", target, lines, b"").await
 }

@@ -1,4 +1,4 @@
-//! What the tests are made of: a scripted origin, a client that sees every byte, a sidecar to start.
+//! Test support: a scripted origin, a byte-level client, a fault-injecting proxy, Redis servers and sidecars.
 
 pub(crate) mod canary;
 pub(crate) mod chaos;
@@ -16,10 +16,10 @@ pub(crate) use sidecar::Sidecar;
 
 use std::time::Duration;
 
-/// Nothing observed within this is a failure.
+/// The timeout of [`until`] and [`soon`].
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Waits until something is observed; fails loudly if it never is.
+/// Polls `look` until it returns a value. Panics with `what` after [`PATIENCE`].
 pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let looking = async {
         let mut every = tokio::time::interval(Duration::from_millis(1));
@@ -33,7 +33,7 @@ pub(crate) async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) ->
     tokio::time::timeout(PATIENCE, looking).await.unwrap_or_else(|_| panic!("never observed: {what}"))
 }
 
-/// Waits for a future, but not for ever.
+/// Awaits a future. Panics with `what` after [`PATIENCE`].
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("never finished: {what}"))
 }

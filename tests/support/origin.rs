@@ -1,4 +1,4 @@
-//! A scripted origin on a real socket: a function from request to reply, and a record of all requests.
+//! A scripted origin server: a function from request to reply, and a record of all requests.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,14 +11,14 @@ use tokio::task::JoinHandle;
 
 use super::until;
 
-/// A request as it came over the wire.
+/// A received request.
 #[derive(Debug, Clone)]
 pub(crate) struct Ask {
     pub(crate) method: String,
     pub(crate) target: String,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
-    /// How many requests came before it, on any connection.
+    /// The number of earlier requests, on all connections.
     pub(crate) number: usize,
 }
 
@@ -28,7 +28,7 @@ impl Ask {
     }
 }
 
-/// Opens once, for all who wait.
+/// A one-shot signal that releases all waiting tasks.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate(Arc<watch::Sender<bool>>);
 
@@ -42,7 +42,7 @@ impl Gate {
     }
 
     pub(crate) async fn wait(&self) {
-        self.0.subscribe().wait_for(|open| *open).await.expect("the gate is there");
+        self.0.subscribe().wait_for(|open| *open).await.expect("the sender is alive");
     }
 }
 
@@ -55,7 +55,7 @@ enum Step {
     Hang,
 }
 
-/// What the origin does with a request.
+/// The origin's reaction to a request.
 #[derive(Debug, Clone)]
 pub(crate) struct Reply {
     before: Vec<Step>,
@@ -63,9 +63,9 @@ pub(crate) struct Reply {
     headers: Vec<(String, String)>,
     body: Vec<u8>,
     raw: Option<Vec<Step>>,
-    /// The body's second half waits for this.
+    /// The second half of the body is sent when this gate opens.
     middle: Option<Gate>,
-    /// Only so much of the body is sent, then the connection ends.
+    /// The number of body bytes sent before the connection is closed (false) or reset (true).
     cut: Option<(usize, bool)>,
 }
 
@@ -75,33 +75,35 @@ impl Reply {
         Reply { before, status, headers, body: body.into(), raw: None, middle: None, cut: None }
     }
 
-    /// 200 that is fresh for so many seconds.
+    /// Returns a 200 response with this `max-age`.
     pub(crate) fn fresh(seconds: u32, body: impl Into<Vec<u8>>) -> Reply {
         Reply::new(200, body).header("Cache-Control", &format!("max-age={seconds}"))
     }
 
-    /// These bytes, then the connection is closed.
+    /// Sends these bytes and closes the connection.
     pub(crate) fn raw(bytes: impl Into<Vec<u8>>) -> Reply {
         let mut reply = Reply::new(0, "");
         reply.raw = Some(vec![Step::Send(bytes.into()), Step::Close]);
         reply
     }
 
-    /// These bytes, then the gate, then those, and the connection is closed.
+    /// Sends `first`, waits for the gate, sends `rest`, and closes the connection.
     pub(crate) fn raw_halfway(first: impl Into<Vec<u8>>, gate: &Gate, rest: impl Into<Vec<u8>>) -> Reply {
         let steps = vec![Step::Send(first.into()), Step::Wait(gate.clone()), Step::Send(rest.into()), Step::Close];
         Reply { raw: Some(steps), ..Reply::new(0, "") }
     }
 
-    /// No answer: closed, reset, or never.
+    /// Closes the connection without a response.
     pub(crate) fn close() -> Reply {
         Reply { raw: Some(vec![Step::Close]), ..Reply::new(0, "") }
     }
 
+    /// Resets the connection without a response.
     pub(crate) fn reset() -> Reply {
         Reply { raw: Some(vec![Step::Reset]), ..Reply::new(0, "") }
     }
 
+    /// Sends no response and keeps the connection open.
     pub(crate) fn hang() -> Reply {
         Reply { raw: Some(vec![Step::Hang]), ..Reply::new(0, "") }
     }
@@ -112,21 +114,21 @@ impl Reply {
         self
     }
 
-    /// Not before this gate opens.
+    /// Delays the response until the gate opens.
     #[must_use]
     pub(crate) fn after(mut self, gate: &Gate) -> Reply {
         self.before.push(Step::Wait(gate.clone()));
         self
     }
 
-    /// Half of the body, then the gate, then the rest.
+    /// Sends half of the body, waits for the gate, and sends the rest.
     #[must_use]
     pub(crate) fn halfway(mut self, gate: &Gate) -> Reply {
         self.middle = Some(gate.clone());
         self
     }
 
-    /// Announces the whole body, sends `bytes` of it, and ends the connection.
+    /// Announces the whole body, sends `bytes` bytes of it, and closes or resets the connection.
     #[must_use]
     pub(crate) fn cut_after(mut self, bytes: usize, reset: bool) -> Reply {
         self.cut = Some((bytes, reset));
@@ -168,7 +170,7 @@ impl Reply {
 
 type Script = dyn Fn(&Ask) -> Reply + Send + Sync;
 
-/// The origin.
+/// A running origin.
 #[derive(Debug)]
 pub(crate) struct Origin {
     pub(crate) address: SocketAddr,
@@ -199,7 +201,7 @@ impl Origin {
         self.asks.lock().expect("unpoisoned").clone()
     }
 
-    /// How many connections were opened to it.
+    /// Returns the number of accepted connections.
     pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }
@@ -208,7 +210,7 @@ impl Origin {
         self.asks.lock().expect("unpoisoned").len()
     }
 
-    /// Waits until so many requests have come.
+    /// Waits until `count` requests have been received.
     pub(crate) async fn wait_for_requests(&self, count: usize) {
         until(&format!("{count} requests at the origin"), || (self.count() >= count).then_some(())).await;
     }

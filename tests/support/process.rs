@@ -1,4 +1,4 @@
-//! The real program as a process of its own: started, read, signalled, and never left behind.
+//! The `sidecache` binary as a child process: starts it, reads its output, sends signals, and kills it on drop.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -15,11 +15,11 @@ use super::soon;
 pub(crate) struct Process {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
-    /// The first lines of its start.
+    /// The first lines of its standard output.
     pub(crate) start: Vec<String>,
 }
 
-/// A command with the program and arguments, and a clean environment.
+/// Returns a command that runs the binary with these arguments and an empty environment.
 pub(crate) fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sidecache"));
     command.args(arguments).env_clear().kill_on_drop(true).stdin(Stdio::null());
@@ -27,27 +27,27 @@ pub(crate) fn command(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs to the end: exit code, stdout, stderr.
+/// Runs the binary to its end. Returns the exit code, stdout and stderr.
 pub(crate) async fn run(arguments: &[&str]) -> (i32, String, String) {
-    let output = soon("the program ends", command(arguments).output()).await.expect("the program runs");
+    let output = soon("the process exits", command(arguments).output()).await.expect("the program starts");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
 }
 
 impl Process {
-    /// Starts, and waits for so many lines.
+    /// Starts the binary and waits for this number of output lines.
     pub(crate) async fn start(arguments: &[&str], lines: usize) -> Process {
-        let mut child = command(arguments).stderr(Stdio::null()).spawn().expect("the program runs");
+        let mut child = command(arguments).stderr(Stdio::null()).spawn().expect("the program starts");
         let mut reader = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut start = Vec::new();
         for _ in 0..lines {
-            let line = soon("a line of the start", reader.next_line()).await.expect("readable");
-            start.push(line.expect("the program goes on"));
+            let line = soon("a startup line", reader.next_line()).await.expect("readable");
+            start.push(line.expect("another line"));
         }
         Process { child, lines: reader, start }
     }
 
-    /// The address in the start line that has this text.
+    /// Returns the address in the startup line that contains this text.
     pub(crate) fn address(&self, of: &str) -> SocketAddr {
         let line = self.start.iter().find(|line| line.contains(of)).unwrap_or_else(|| panic!("no line {of}"));
         let after = line.split("addr=").nth(1).expect("an address").split(' ').next().expect("an address");
@@ -59,10 +59,10 @@ impl Process {
         kill(Pid::from_raw(id), signal).expect("our own process");
     }
 
-    /// Waits for its end: the exit code.
+    /// Waits until the process exits. Returns its exit code.
     pub(crate) async fn ended(mut self) -> Option<i32> {
-        let code = soon("the process ends", self.child.wait()).await.expect("our own process").code();
-        // What it printed after its start stays readable until here.
+        let code = soon("the process exits", self.child.wait()).await.expect("our own process").code();
+        // The pipe stays open until here, so that the process can write to it.
         drop(self.lines);
         code
     }

@@ -1,4 +1,4 @@
-//! A real Redis of the test's own: started on a free port, looked into by another client, stopped, killed, never left.
+//! Redis servers for tests: standalone, Cluster and Sentinel, on free ports, killed on drop.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -18,13 +18,13 @@ pub(crate) struct Redis {
     arguments: Vec<String>,
 }
 
-/// A port that nobody has now.
+/// Returns a port that is currently free.
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     listener.local_addr().expect("an address").port()
 }
 
-/// A folder of the test's own.
+/// Creates a temporary folder with a unique name.
 pub(crate) fn folder(name: &str) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -34,16 +34,16 @@ pub(crate) fn folder(name: &str) -> PathBuf {
 }
 
 impl Redis {
-    /// With its defaults, but for nothing on disk.
+    /// Starts a server with the default configuration and without persistence.
     pub(crate) fn start() -> Redis {
         Redis::with(&[])
     }
 
-    /// With these arguments besides.
+    /// Starts a server with additional arguments.
     pub(crate) fn with(arguments: &[&str]) -> Redis {
         let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
         let folder = folder("redis");
-        // Another may take the port before it does.
+        // Another process may bind the port first.
         for _ in 0..10 {
             let port = free_port();
             if let Some(child) = launch(port, &folder, &arguments) {
@@ -61,25 +61,25 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// A `[redis]` table for a sidecar's configuration.
+    /// Returns a `[redis]` table for a sidecar's configuration.
     pub(crate) fn table(&self) -> String {
         format!("[redis]\nurl = \"{}\"\n", self.url())
     }
 
-    /// The same for tests that are not about how long Redis takes: on a busy machine it may take long.
+    /// Returns a `[redis]` table with a command timeout of 5 s, for tests that do not depend on the latency of Redis.
     pub(crate) fn patient_table(&self) -> String {
         self.table() + "command_timeout = \"5s\"\n"
     }
 
-    /// An independent observer: another client library.
+    /// Connects with a client library other than the sidecar's.
     pub(crate) fn observer(&self) -> Connection {
         let client = redis::Client::open(self.url()).expect("a URL");
-        client.get_connection().expect("it answers")
+        client.get_connection().expect("a reply")
     }
 
-    /// All keys that match.
+    /// Returns all keys that match, sorted.
     pub(crate) fn keys(&self, pattern: &str) -> Vec<String> {
-        let mut keys: Vec<String> = self.observer().keys(pattern).expect("it answers");
+        let mut keys: Vec<String> = self.observer().keys(pattern).expect("a reply");
         keys.sort();
         keys
     }
@@ -88,21 +88,23 @@ impl Redis {
         kill(pid(&self.child), signal).expect("our own process");
     }
 
-    /// SIGKILL, and waits for its end.
+    /// Sends SIGKILL and waits until the process has exited.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Starts it again, on its port.
+    /// Starts the server again on the same port.
     pub(crate) fn restart(&mut self) {
         self.child = launch(self.port, &self.folder, &self.arguments).expect("its port is still free");
     }
 
-    /// Starts it again, and does not wait until it has read its data.
+    /// Starts the server again without waiting until it has loaded its dataset.
     pub(crate) fn restart_loading(&mut self) {
-        self.child =
-            server(self.port, &self.folder, &self.arguments).stdout(Stdio::null()).spawn().expect("it starts");
+        self.child = server(self.port, &self.folder, &self.arguments)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis-server starts");
     }
 }
 
@@ -117,7 +119,7 @@ fn pid(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("a pid"))
 }
 
-/// How one is started.
+/// Returns the command that starts a server.
 fn server(port: u16, folder: &std::path::Path, arguments: &[String]) -> Command {
     let mut command = Command::new("redis-server");
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
@@ -126,7 +128,7 @@ fn server(port: u16, folder: &std::path::Path, arguments: &[String]) -> Command 
     command
 }
 
-/// Starts one, and waits until it listens; none if it ends instead.
+/// Starts a server and waits until it accepts connections. Returns `None` if it exits instead.
 fn launch(port: u16, folder: &std::path::Path, arguments: &[String]) -> Option<Child> {
     use std::io::{BufRead, BufReader};
     let mut child = server(port, folder, arguments).stdout(Stdio::piped()).spawn().ok()?;
@@ -136,20 +138,20 @@ fn launch(port: u16, folder: &std::path::Path, arguments: &[String]) -> Option<C
         let _ = child.wait();
         return None;
     }
-    // What it says later must not fill the pipe.
+    // Discard the later output, so that the pipe does not fill up.
     std::thread::spawn(move || lines.for_each(drop));
     Some(child)
 }
 
-/// Runs redis-cli to its end.
+/// Runs redis-cli and returns its output.
 pub(crate) fn cli(arguments: &[&str]) -> String {
-    let output = Command::new("redis-cli").args(arguments).output().expect("redis-cli is there");
+    let output = Command::new("redis-cli").args(arguments).output().expect("redis-cli is installed");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "redis-cli {arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
     text
 }
 
-/// Three masters with a replica each.
+/// A Redis Cluster: three masters with one replica each.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     pub(crate) nodes: Vec<Redis>,
@@ -159,7 +161,7 @@ impl Cluster {
     pub(crate) fn start() -> Cluster {
         let nodes: Vec<Redis> = (0..6)
             .map(|_| {
-                // Nodes talk to each other on their port + 10,000.
+                // The cluster bus uses the port plus 10,000.
                 Redis::below(
                     50_000,
                     &[
@@ -194,20 +196,20 @@ impl Cluster {
         format!("[redis]\nurl = \"redis-cluster://{}\"\n", nodes.join(","))
     }
 
-    /// Which node has a key's slot now, among those that live.
+    /// Returns the index of the reachable master that owns the slot of a key.
     pub(crate) fn owner(&self, key: &str) -> usize {
         let masters = self.nodes.iter().position(|node| {
-            let answer: Result<Option<Vec<u8>>, redis::RedisError> = match node.try_observer() {
+            let reply: Result<Option<Vec<u8>>, redis::RedisError> = match node.try_observer() {
                 Some(mut observer) => redis::cmd("DUMP").arg(key).query(&mut observer),
                 None => return false,
             };
-            answer.is_ok() && node.info("replication").contains("role:master")
+            reply.is_ok() && node.info("replication").contains("role:master")
         });
         masters.expect("a master for each slot")
     }
 }
 
-/// A master, a replica, and three sentinels that watch them.
+/// A master, a replica, and three Sentinels that monitor them.
 #[derive(Debug)]
 pub(crate) struct Sentinels {
     pub(crate) servers: Vec<Redis>,
@@ -238,7 +240,7 @@ impl Sentinels {
 }
 
 impl Redis {
-    /// On a port below this one.
+    /// Starts a server on a port below `port`.
     fn below(port: u16, arguments: &[&str]) -> Redis {
         let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
         for _ in 0..200 {
@@ -267,7 +269,7 @@ impl Redis {
         std::fs::write(&file, text).expect("writable");
         let mut command = Command::new("redis-server");
         let child = command.arg(file).arg("--sentinel").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let sentinel = Redis { child: child.expect("it starts"), port, folder, arguments: Vec::new() };
+        let sentinel = Redis { child: child.expect("redis-server starts"), port, folder, arguments: Vec::new() };
         while sentinel.try_observer().is_none() {
             std::thread::yield_now();
         }

@@ -1,4 +1,4 @@
-//! A sidecar in this process, on free ports, with a clock that tests turn.
+//! A sidecar in the test process, on free ports, with a clock that tests advance.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -26,7 +26,7 @@ pub(crate) struct Sidecar {
     stop: watch::Sender<bool>,
 }
 
-/// A configuration text for one upstream: what follows its url and listen lines, and the tables after it.
+/// Returns a configuration with one upstream. `upstream` is appended to its table, `tables` to the file.
 pub(crate) fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
     format!(
         "[[upstream]]\nname = \"api\"\nurl = \"http://{origin}\"\nlisten = \"127.0.0.1:0\"\n{upstream}\n\
@@ -35,12 +35,12 @@ pub(crate) fn text(origin: SocketAddr, upstream: &str, tables: &str) -> String {
 }
 
 impl Sidecar {
-    /// Before an origin, with these lines in its upstream.
+    /// Starts a sidecar in front of an origin, with these lines in its upstream table.
     pub(crate) fn before(origin: &Origin, upstream: &str) -> Sidecar {
         Self::from_text(&text(origin.address, upstream, ""))
     }
 
-    /// The same, with tables after the upstream.
+    /// Starts a sidecar as [`Sidecar::before`] does, with tables after the upstream.
     pub(crate) fn with_tables(origin: &Origin, upstream: &str, tables: &str) -> Sidecar {
         Self::from_text(&text(origin.address, upstream, tables))
     }
@@ -52,7 +52,7 @@ impl Sidecar {
         })
     }
 
-    /// With an upstream of the test's own making.
+    /// Starts a sidecar that uses this upstream client.
     pub(crate) fn over(upstream: Arc<impl UpstreamClient>, lines: &str) -> Sidecar {
         let upstream: Arc<dyn UpstreamClient> = upstream;
         let unused = "127.0.0.1:9".parse().expect("an address");
@@ -84,7 +84,7 @@ impl Sidecar {
         send(self.address, method, target, &[], body.as_bytes()).await
     }
 
-    /// `POST /purge`; its answer must be 200.
+    /// Sends `POST /purge`, which must succeed, and returns the JSON of the response.
     pub(crate) async fn purge(&self, json: &str) -> serde_json::Value {
         let lines = [("Content-Type", "application/json")];
         let answer = send(self.admin, "POST", "/purge", &lines, json.as_bytes()).await;
@@ -96,54 +96,59 @@ impl Sidecar {
         get(self.admin, "/stats", &[]).await.json()
     }
 
-    /// Waits until it has read the fleet's log.
+    /// Waits until the sidecar has caught up with the invalidation log.
     pub(crate) async fn in_fleet(&self) {
-        super::soon("the fleet's log is read", self.shared.invalidations.wait_caught_up()).await;
+        super::soon("the invalidation log is read", self.shared.invalidations.wait_caught_up()).await;
     }
 
-    /// Waits until it has read the log to the end that a heartbeat of later than now has reported.
+    /// Waits until the sidecar has read the log up to the end reported by a heartbeat sent after this call.
     pub(crate) async fn settled(&self) {
         let fleet = self.shared.fleet.as_ref().expect("a fleet");
         let last = || fleet.membership.last_beat();
         let before = last();
         let (_, end) = super::until("a heartbeat", || last().filter(|last| Some(*last) != before)).await;
         let read = || self.shared.invalidations.log_position() >= Some(end);
-        super::until("the log is read", || read().then_some(())).await;
+        super::until("the invalidation log is read", || read().then_some(())).await;
     }
 
-    /// Waits until it has read the log to where it ends now.
+    /// Waits until the sidecar has read the log to its current end.
     pub(crate) async fn level_with(&self, redis: &super::Redis) {
         let mut observer = redis.observer();
         let mut end = || {
             let last: redis::streams::StreamRangeReply =
-                redis::Commands::xrevrange_count(&mut observer, "{sidecache}:1:log", "+", "-", 1)
-                    .expect("it answers");
+                redis::Commands::xrevrange_count(&mut observer, "{sidecache}:1:log", "+", "-", 1).expect("a reply");
             last.ids.first().map(|entry| entry.id.clone())
         };
         let read = || self.shared.invalidations.log_position().map(|id| id.to_string());
-        super::until("the log is read", || end().filter(|end| read().as_ref() == Some(end))).await;
+        super::until("the invalidation log is read", || end().filter(|end| read().as_ref() == Some(end))).await;
     }
 
-    /// Waits until it has lost Redis.
+    /// Waits until all Redis connections of the sidecar are lost.
     pub(crate) async fn lost_redis(&self) {
         let state = || self.shared.fleet.as_ref().expect("a fleet").redis.state();
-        super::until("it has noticed", || state().connections.values().all(|link| !link.connected).then_some(()))
-            .await;
+        super::until("the Redis connections are lost", || {
+            state().connections.values().all(|link| !link.connected).then_some(())
+        })
+        .await;
     }
 
-    /// Waits until everything stored is written to Redis.
+    /// Waits until the write-behind queue to Redis is empty.
     pub(crate) async fn written(&self) {
         let queue = || self.shared.fleet.as_ref().expect("a fleet").tier.state().queue;
-        super::until("everything is written", || (queue().bytes == 0 && queue().waiting == 0).then_some(())).await;
+        super::until("the write-behind queue is empty", || {
+            (queue().bytes == 0 && queue().waiting == 0).then_some(())
+        })
+        .await;
     }
 
-    /// Turns its clock, and waits until it has read the fleet's log since.
+    /// Advances the clock, and waits until the sidecar has read the invalidation log at the new time.
     pub(crate) async fn turn_in_fleet(&self, seconds: u64) {
         self.turn(seconds);
         let lag = || self.shared.invalidations.lag(self.clock.now());
-        super::until("the log is read", || lag().filter(|lag| *lag < 3_000)).await;
+        super::until("the invalidation log is read", || lag().filter(|lag| *lag < 3_000)).await;
     }
 
+    /// Advances the clock.
     pub(crate) fn turn(&self, seconds: u64) {
         self.clock.turn(Duration::from_secs(seconds));
     }

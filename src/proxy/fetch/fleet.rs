@@ -156,7 +156,7 @@ impl FleetLookup {
     ) -> Result<LeaseOutcome, Vec<HeaderName>> {
         let name = lease_name(record, spec);
         let mut messages = fleet.inbox.subscribe(&subject(&name));
-        let mut instead_of = None;
+        let (mut instead_of, mut waited) = (None, false);
         loop {
             let seen = self.invalidations.log_position().unwrap_or_default();
             match claim(&fleet.redis, &name, fleet.sidecar_id, seen, instead_of.take().as_ref()).await {
@@ -164,8 +164,11 @@ impl FleetLookup {
                     debug!(%error, "lease not available: fetching without one");
                     return Ok(LeaseOutcome::Fetch(None));
                 }
+                Ok(ClaimResult::Ours { lease, released_lately: false }) if !waited => {
+                    return Ok(LeaseOutcome::Fetch(Some(lease)));
+                }
                 // Another sidecar may have stored the record between the lookup and the lease: look again.
-                Ok(ClaimResult::Ours(lease)) => {
+                Ok(ClaimResult::Ours { lease, .. }) => {
                     let found = self.look_up(fleet, record, &spec.request).await;
                     if let Some(vary) = found.other_vary(spec) {
                         return Err(vary);
@@ -177,21 +180,24 @@ impl FleetLookup {
                 Ok(ClaimResult::Theirs { holder, .. }) if self.is_outdated(spec, holder.log_seen()) => {
                     instead_of = Some(holder);
                 }
-                Ok(ClaimResult::Theirs { left, .. }) => match timeout(left, messages.next_message()).await {
-                    Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Unshared => {
-                        return Ok(LeaseOutcome::Fetch(None));
-                    }
-                    Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Stored => {
-                        let found = self.look_up(fleet, record, &spec.request).await;
-                        if let Some(vary) = found.other_vary(spec) {
-                            return Err(vary);
+                Ok(ClaimResult::Theirs { left, .. }) => {
+                    waited = true;
+                    match timeout(left, messages.next_message()).await {
+                        Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Unshared => {
+                            return Ok(LeaseOutcome::Fetch(None));
                         }
-                        if let Some(entry) = found.servable().filter(|entry| is_newer(spec, entry)) {
-                            return Ok(LeaseOutcome::Found(entry));
+                        Ok(message) if LeaseMessage::read(&message) == LeaseMessage::Stored => {
+                            let found = self.look_up(fleet, record, &spec.request).await;
+                            if let Some(vary) = found.other_vary(spec) {
+                                return Err(vary);
+                            }
+                            if let Some(entry) = found.servable().filter(|entry| is_newer(spec, entry)) {
+                                return Ok(LeaseOutcome::Found(entry));
+                            }
                         }
+                        Ok(_) | Err(_) => {}
                     }
-                    Ok(_) | Err(_) => {}
-                },
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-"""The official client, attached by configuration only: pages, limits, a write, and nothing goes elsewhere."""
+"""Tests the official Shopify client through the sidecar: pagination, call limits, a write, and hits."""
 
 import json
 import os
@@ -16,7 +16,7 @@ checks = 0
 
 
 class Program:
-    """A started sidecache, ended with the block."""
+    """A sidecache process, terminated at the end of the block."""
 
     def __init__(self, *arguments):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SIDECACHE_")}
@@ -30,7 +30,7 @@ class Program:
         self.process.wait(timeout=30)
 
     def address(self, of):
-        """The address in the first line that has this text."""
+        """Returns the address in the first line that contains this text."""
         for line in self.process.stdout:
             if of in line:
                 return re.search(r"addr=(\S+)", line).group(1)
@@ -51,7 +51,7 @@ def check(what, found, expected):
 
 
 def three_pages():
-    """All pages as lists; the client's own collections count their successors too."""
+    """Returns all pages as lists, because the client's collections also count the following pages."""
     page = shopify.Product.find(limit=4)
     pages = [[product for product in page]]
     while page.has_next_page():
@@ -78,11 +78,11 @@ def scenario(sidecar, shop):
     shopify.ShopifyResource.set_headers({"X-Shopify-Access-Token": TOKEN})
 
     pages = three_pages()
-    check("three pages by their links", [len(page) for page in pages], [4, 4, 4])
+    check("three pages are read by their Link fields", [len(page) for page in pages], [4, 4, 4])
     first = pages[0][0]
     check("ids beyond 2^53 are exact", first.id, 9007199254740993)
-    check("pages cost one call each", calls(shop), 3)
-    check("the second time they cost nothing", ([len(page) for page in three_pages()], calls(shop)), ([4, 4, 4], 3))
+    check("each page is one upstream request", calls(shop), 3)
+    check("the second time all pages are hits", ([len(page) for page in three_pages()], calls(shop)), ([4, 4, 4], 3))
 
     check("shopify.Limits reads the call limit", (shopify.Limits.credit_used(), shopify.Limits.credit_limit()), (3, 40))
 
@@ -90,7 +90,7 @@ def scenario(sidecar, shop):
     product.title = "A new title"
     check("a product is updated", product.save(), True)
     check("its new title is read back", shopify.Product.find(first.id).title, "A new title")
-    check("and in the list too", shopify.Product.find(limit=4)[0].title, "A new title")
+    check("its new title is in the list, too", shopify.Product.find(limit=4)[0].title, "A new title")
     before = calls(shop)
     check("a read after that is a hit", (shopify.Product.find(first.id).title, calls(shop)), ("A new title", before))
     check("count", shopify.Product.count(), 12)

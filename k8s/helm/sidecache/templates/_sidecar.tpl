@@ -1,6 +1,6 @@
 {{- /*
 A native sidecar container for a Pod of your own chart (Kubernetes 1.29 and later). Make this chart a dependency of yours,
-and write, before every init container of yours that calls the API:
+and add, before every init container that calls the API:
 
       initContainers:
         {{- include "sidecache.sidecar" (dict "image" "registry.example/sidecache:0.1.0" "configMap" "my-sidecache") | nindent 8 }}
