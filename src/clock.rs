@@ -128,7 +128,7 @@ impl FleetClock {
 
     /// Adds a reply of the server. The server read its clock between the request and now, so every quick reply narrows
     /// the bounds. A reply outside of the bounds comes from another server, or its clock was set: it replaces them.
-    pub fn hear(&self, server_time: ServerTime) {
+    pub fn update(&self, server_time: ServerTime) {
         let (sent_at, received_at) =
             (self.clock.unturned(server_time.sent_at), self.clock.unturned(self.clock.instant()));
         let ahead_of = |tick: u64| server_time.server.cast_signed() - tick.cast_signed();
@@ -191,10 +191,10 @@ mod tests {
     const DAY: u64 = 86_400_000;
 
     /// Adds a reply to a request sent `ago` milliseconds ago. The server's time was `server` when the clock started.
-    fn hear(fleet: &FleetClock, server: u64, ago: u64) {
+    fn update(fleet: &FleetClock, server: u64, ago: u64) {
         let now = fleet.clock.instant();
         let sent_at = now.checked_sub(Duration::from_millis(ago)).expect("the machine is older");
-        fleet.hear(ServerTime { server: server + millis(now - fleet.clock.start), sent_at });
+        fleet.update(ServerTime { server: server + millis(now - fleet.clock.start), sent_at });
     }
 
     /// Returns a clock that started ten seconds before `at`.
@@ -211,12 +211,12 @@ mod tests {
     fn fleet_clock_converts_ticks_and_fleet_time_also_before_process_start() {
         let fleet = fleet();
         assert_eq!(fleet.at(fleet.clock.now()), None);
-        hear(&fleet, SERVER, 0);
+        update(&fleet, SERVER, 0);
         let a_day_ago = fleet.tick(SERVER - DAY).expect("known");
         assert!(fleet.clock.now().since(a_day_ago) >= DAY);
         assert!(fleet.at(a_day_ago).is_some_and(|time| (SERVER - DAY - 10_000..=SERVER - DAY).contains(&time)));
         fleet.clock.turn(Duration::from_hours(1));
-        hear(&fleet, SERVER, 0);
+        update(&fleet, SERVER, 0);
         assert!(fleet.now().is_some_and(|now| now >= SERVER + 3_600_000), "turned by hand stays");
     }
 
@@ -225,8 +225,8 @@ mod tests {
         let epoch = Clock::start().start;
         let (writer, reader) = (started(epoch), started(epoch));
         for slow in [900, 0, 400] {
-            hear(&writer, SERVER, slow);
-            hear(&reader, SERVER, slow / 2);
+            update(&writer, SERVER, slow);
+            update(&reader, SERVER, slow / 2);
             let born = writer.clock.now();
             let there = writer.at(born).expect("known");
             let here = reader.tick(there).expect("known");
@@ -238,8 +238,8 @@ mod tests {
     #[test]
     fn reply_outside_the_known_bounds_replaces_the_fleet_time() {
         let fleet = fleet();
-        hear(&fleet, SERVER, 0);
-        hear(&fleet, SERVER - DAY, 0);
+        update(&fleet, SERVER, 0);
+        update(&fleet, SERVER - DAY, 0);
         assert!(fleet.now().is_some_and(|now| (SERVER - DAY..SERVER - DAY + 60_000).contains(&now)));
     }
 }

@@ -123,7 +123,7 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     if !*stop.borrow() {
         print_line(table::render(&before, &after));
         if !args.once {
-            invite(sidecar, admin);
+            print_instructions(sidecar, admin);
             let mut stop = stop;
             let _ = stop.wait_for(|stop| *stop).await;
         }
@@ -134,7 +134,7 @@ pub async fn demo(args: DemoArgs) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn invite(sidecar: SocketAddr, admin: SocketAddr) {
+fn print_instructions(sidecar: SocketAddr, admin: SocketAddr) {
     let token = shop::TOKENS[0];
     print_line("Both keep running. Try, from another terminal:");
     print_line(format!(

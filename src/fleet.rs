@@ -51,8 +51,8 @@ pub struct Fleet {
 impl Fleet {
     /// Leaves the fleet, if the log has all purges of this sidecar within `patience`. A sidecar that does not leave is
     /// missed by the others, which stop trusting what they have stored.
-    pub async fn leave(&self, invalidations: &Invalidations, patience: Duration) {
-        if !invalidations.wait_all_logged(patience).await {
+    pub async fn leave(&self, invalidations: &Invalidations, max_wait: Duration) {
+        if !invalidations.wait_all_logged(max_wait).await {
             let unlogged = invalidations.unlogged();
             tracing::warn!(
                 unlogged,

@@ -155,7 +155,7 @@ impl Redis {
             let time = time.clone();
             let supervise = connection
                 .clone()
-                .supervise(Arc::new(config.clone()), database, move |server_time| time.hear(server_time));
+                .supervise(Arc::new(config.clone()), database, move |server_time| time.update(server_time));
             supervisors.spawn(supervise);
             connection
         };

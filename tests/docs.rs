@@ -214,3 +214,20 @@ fn configuration_reference_matches_the_example() {
     let current = std::fs::read_to_string(&page).unwrap_or_default();
     assert!(current == made, "docs/CONFIGURATION.md differs from config.example.toml: run UPDATE=1 cargo test docs");
 }
+
+/// Every test that the documentation names, as `module::beginning_of_its_name…`, exists.
+#[test]
+fn tests_named_in_the_documentation_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut named = 0;
+    for page in std::fs::read_dir(root.join("docs")).expect("a folder") {
+        let text = std::fs::read_to_string(page.expect("an entry").path()).unwrap_or_default();
+        for name in text.split('`').filter(|code| code.ends_with('…')) {
+            let Some((module, beginning)) = name.trim_end_matches('…').split_once("::") else { continue };
+            let Ok(tests) = std::fs::read_to_string(root.join(format!("tests/{module}.rs"))) else { continue };
+            assert!(tests.contains(&format!("fn {beginning}")), "{name}");
+            named += 1;
+        }
+    }
+    assert!(named > 10, "{named}");
+}

@@ -24,7 +24,7 @@ libfuzzer_sys::fuzz_target!(|input: (Input<'_>, Input<'_>)| {
     let key = |input: &Input<'_>, headers: &HeaderMap| {
         let authority = input.2.filter(|authority| !authority.is_empty());
         let parts = KeyParts { upstream: UpstreamId(1), authority, path: input.0, query: input.1, headers };
-        plan.key(&KeySecret([7; 32]), &parts).ok()
+        plan.cache_key(&KeySecret([7; 32]), &parts).ok()
     };
     let same = |name| a.get_all(&name).iter().eq(b.get_all(&name).iter());
     let (x, y) = (&input.0, &input.1);

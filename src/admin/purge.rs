@@ -96,8 +96,8 @@ pub(super) async fn purge(
         Ok(selected) => selected,
         Err(message) => return bad_request(&message),
     };
-    let strength = if request.soft { PurgeKind::Soft } else { PurgeKind::Hard };
-    let ack = record_purge(&admin.shared(), selectors, strength, wait).await;
+    let kind = if request.soft { PurgeKind::Soft } else { PurgeKind::Hard };
+    let ack = record_purge(&admin.shared(), selectors, kind, wait).await;
     tracing::info!(selectors = purged, id = ack.id, soft = request.soft, "purge accepted: {}", request.summary());
     let mut answer = json!({"purged": purged, "id": ack.id});
     if let Some(logged) = ack.logged {
@@ -123,27 +123,27 @@ struct PurgeAck {
 async fn record_purge(
     shared: &SharedState,
     selectors: Vec<Selector>,
-    strength: PurgeKind,
+    kind: PurgeKind,
     wait: Option<Duration>,
 ) -> PurgeAck {
     let Some(fleet) = &shared.fleet else {
-        let recorded = shared.invalidations.record(selectors, strength, None);
+        let recorded = shared.invalidations.record(selectors, kind, None);
         return PurgeAck { id: recorded.position.0, logged: None, applied: wait.map(|_| (1, Some(1))) };
     };
-    let cleared = if strength == PurgeKind::Hard { selectors.clone() } else { Vec::new() };
+    let cleared = if kind == PurgeKind::Hard { selectors.clone() } else { Vec::new() };
     let name = wait.and_then(|_| getrandom::u64().ok());
-    let mut answers = name.map(|name| fleet.inbox.subscribe(&applied(name)));
-    let recorded = shared.invalidations.record(selectors, strength, name);
+    let mut confirmations = name.map(|name| fleet.inbox.subscribe(&applied(name)));
+    let recorded = shared.invalidations.record(selectors, kind, name);
     let logged = shared.invalidations.wait_logged(recorded.number, fleet.timeout).await;
     fleet.tier.enqueue_scan(&cleared);
-    let applied = match (&mut answers, wait) {
-        (Some(answers), Some(wait)) => {
+    let applied = match (&mut confirmations, wait) {
+        (Some(confirmations), Some(wait)) => {
             let members = fleet.redis.members().await.ok().filter(|_| logged);
             let sidecars = members.map(|members| members.max(fleet.membership.members()).max(1));
             let mut confirmed = HashSet::new();
             let all = async {
                 while sidecars.is_none_or(|sidecars| (confirmed.len() as u64) < sidecars) {
-                    confirmed.insert(answers.next_message().await);
+                    confirmed.insert(confirmations.next_message().await);
                 }
             };
             // A sidecar that has not confirmed by then counts as one that has not applied the purge.

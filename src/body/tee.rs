@@ -23,15 +23,15 @@ struct TeeBody {
 
 /// Returns the same body. When its last byte has passed, calls `hear` with all of it, unless it was larger than `most`
 /// bytes. Until then the copied bytes are taken from `budget`; if it has none left, `hear` is not called.
-pub fn tee(body: Body, most: usize, budget: &Arc<InflightBudget>, hear: impl FnOnce(Bytes) + Send + 'static) -> Body {
-    let hear: Option<OnComplete> = Some(Box::new(hear));
-    let mut body = TeeBody {
-        body,
-        copied: BytesMut::new(),
-        max_bytes: most,
-        held: Some(InflightGuard::new(budget)),
-        on_complete: hear,
-    };
+pub fn tee(
+    body: Body,
+    max_bytes: usize,
+    budget: &Arc<InflightBudget>,
+    on_complete: impl FnOnce(Bytes) + Send + 'static,
+) -> Body {
+    let on_complete: Option<OnComplete> = Some(Box::new(on_complete));
+    let mut body =
+        TeeBody { body, copied: BytesMut::new(), max_bytes, held: Some(InflightGuard::new(budget)), on_complete };
     if body.body.is_end_stream() {
         body.ended();
         return body.body;
@@ -49,9 +49,9 @@ impl TeeBody {
     }
 
     fn ended(&mut self) {
-        if let Some(hear) = self.on_complete.take() {
+        if let Some(on_complete) = self.on_complete.take() {
             // Copy into an allocation of the exact size, because it may be kept for long.
-            hear(Bytes::copy_from_slice(&self.copied));
+            on_complete(Bytes::copy_from_slice(&self.copied));
         }
         self.stop_copying();
     }
@@ -100,11 +100,12 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    async fn heard_of(body: Body, most: usize) -> Option<Bytes> {
+    async fn heard_of(body: Body, max_bytes: usize) -> Option<Bytes> {
         let received = Arc::new(Mutex::new(None));
         let sender = received.clone();
-        let mut body =
-            tee(body, most, &InflightBudget::new(1000), move |all| *sender.lock().expect("no panic") = Some(all));
+        let mut body = tee(body, max_bytes, &InflightBudget::new(1000), move |all| {
+            *sender.lock().expect("no panic") = Some(all);
+        });
         while let Some(Ok(_)) = body.next().await {}
         let mut received = received.lock().expect("no panic");
         received.take()

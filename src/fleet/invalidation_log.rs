@@ -210,7 +210,7 @@ impl InvalidationLog {
         for LogEntry { id, previous, body } in entries {
             let message = (!body.is_empty()).then(|| LogMessage::open(&body, &self.keyring.load()));
             let to_confirm = match &message {
-                Some(Some(LogMessage::Purge(purge))) if purge.answer.is_some() => Some(purge.clone()),
+                Some(Some(LogMessage::Purge(purge))) if purge.confirmation.is_some() => Some(purge.clone()),
                 _ => None,
             };
             forged += u64::from(matches!(message, Some(None)));
@@ -235,7 +235,7 @@ impl InvalidationLog {
 
     /// Confirms to the sidecar that made the purge that it is applied here.
     async fn confirm_applied(self, purge: PurgeMessage) {
-        let message = Bytes::from(format!("{} {}", applied(purge.answer.unwrap_or(0)), self.sidecar_id));
+        let message = Bytes::from(format!("{} {}", applied(purge.confirmation.unwrap_or(0)), self.sidecar_id));
         if purge.from == self.sidecar_id {
             self.inbox.deliver(&message);
         } else if let Err(error) = self.redis.send(&purge.from.to_string(), message).await {

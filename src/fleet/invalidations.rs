@@ -41,11 +41,11 @@ struct FleetState {
     max_unverified: Duration,
     clock: Arc<FleetClock>,
     /// How far the log has this sidecar's purges.
-    wait_logged: watch::Sender<LogProgress>,
+    log_progress: watch::Sender<LogProgress>,
     /// The number of the last purge that waits to be appended to the log.
     waiting: watch::Sender<u64>,
     /// Whether the log has been read to its end.
-    wait_caught_up: watch::Sender<bool>,
+    caught_up: watch::Sender<bool>,
 }
 
 /// Progress of appending own purges to the log.
@@ -95,14 +95,7 @@ impl Invalidations {
         let (logged, waiting, caught_up) =
             (watch::Sender::new(LogProgress::default()), watch::Sender::new(0), watch::Sender::new(false));
         let shared = Invalidations {
-            fleet: Some(FleetState {
-                me,
-                max_unverified,
-                clock,
-                wait_logged: logged,
-                waiting,
-                wait_caught_up: caught_up,
-            }),
+            fleet: Some(FleetState { me, max_unverified, clock, log_progress: logged, waiting, caught_up }),
             ..Invalidations::default()
         };
         shared.mark_verified(now);
@@ -124,15 +117,15 @@ impl Invalidations {
 
     /// Records a purge. It is in effect here when this returns. `answer`: the name under which sidecars confirm that
     /// they have applied it.
-    pub fn record(&self, selectors: Vec<Selector>, strength: PurgeKind, answer: Option<u64>) -> PurgeReceipt {
+    pub fn record(&self, selectors: Vec<Selector>, kind: PurgeKind, confirmation: Option<u64>) -> PurgeReceipt {
         if let Some(successor) = self.successor.get() {
-            successor.record(selectors.clone(), strength, None);
+            successor.record(selectors.clone(), kind, None);
         }
         let mut state = self.write();
-        let position = state.ledger.record(selectors.iter().cloned(), strength);
+        let position = state.ledger.record(selectors.iter().cloned(), kind);
         if let Some(fleet) = &self.fleet {
             let number = state.recorded + 1;
-            let purge = PurgeMessage { from: fleet.me, number, strength, selectors, answer, repeated: None };
+            let purge = PurgeMessage { from: fleet.me, number, kind, selectors, confirmation, repeated: None };
             state.queue(purge, position, fleet.clock.tick_now());
             fleet.waiting.send_replace(number);
         }
@@ -146,7 +139,7 @@ impl Invalidations {
         if self.successor.set(next.clone()).is_ok() {
             let waiting: Vec<PurgeMessage> = self.write().outbox.drain(..).collect();
             for purge in waiting {
-                next.record(purge.selectors, purge.strength, None);
+                next.record(purge.selectors, purge.kind, None);
             }
         }
     }
@@ -246,7 +239,7 @@ impl Invalidations {
                     None if duplicate => state.ledger.position(),
                     None => {
                         let made_at = purge.repeated.map(|time| self.tick_of(time));
-                        state.ledger.record(purge.selectors, Purge { kind: purge.strength, made_at })
+                        state.ledger.record(purge.selectors, Purge { kind: purge.kind, made_at })
                     }
                 }
             }
@@ -289,16 +282,16 @@ impl Invalidations {
     /// Sets whether the log has been read to its end since the last read error.
     pub fn set_caught_up(&self, caught_up: bool) {
         if let Some(fleet) = &self.fleet {
-            fleet.wait_caught_up.send_if_modified(|known| std::mem::replace(known, caught_up) != caught_up);
+            fleet.caught_up.send_if_modified(|known| std::mem::replace(known, caught_up) != caught_up);
         }
     }
 
     /// Waits until the log has been read to its end.
     pub async fn wait_caught_up(&self) {
         if let Some(fleet) = &self.fleet
-            && !*fleet.wait_caught_up.borrow()
+            && !*fleet.caught_up.borrow()
         {
-            let _ = fleet.wait_caught_up.subscribe().wait_for(|caught_up| *caught_up).await;
+            let _ = fleet.caught_up.subscribe().wait_for(|caught_up| *caught_up).await;
         }
     }
 
@@ -322,31 +315,31 @@ impl Invalidations {
             state.outbox.pop_front();
         }
         if let Some(fleet) = &self.fleet {
-            fleet.wait_logged.send_replace(LogProgress { number, unwritable: false });
+            fleet.log_progress.send_replace(LogProgress { number, unwritable: false });
         }
     }
 
     /// Marks the log as unwritable, which ends all waits for it.
     pub fn mark_log_unwritable(&self) {
         if let Some(fleet) = &self.fleet {
-            fleet.wait_logged.send_modify(|logged| logged.unwritable = true);
+            fleet.log_progress.send_modify(|logged| logged.unwritable = true);
         }
     }
 
     /// Waits for at most `patience` until the log has all purges, and returns whether it does.
-    pub async fn wait_all_logged(&self, patience: Duration) -> bool {
+    pub async fn wait_all_logged(&self, max_wait: Duration) -> bool {
         let Some(fleet) = &self.fleet else { return true };
-        let mut logged = fleet.wait_logged.subscribe();
-        tokio::time::timeout(patience, logged.wait_for(|_| self.unlogged() == 0)).await.is_ok()
+        let mut logged = fleet.log_progress.subscribe();
+        tokio::time::timeout(max_wait, logged.wait_for(|_| self.unlogged() == 0)).await.is_ok()
     }
 
     /// Waits for at most `patience` until the log has the purge, and returns whether it does. Returns false at once if
     /// the log can't be written, or if purges are not shared.
-    pub async fn wait_logged(&self, number: u64, patience: Duration) -> bool {
+    pub async fn wait_logged(&self, number: u64, max_wait: Duration) -> bool {
         let Some(fleet) = &self.fleet else { return false };
-        let mut logged = fleet.wait_logged.subscribe();
+        let mut logged = fleet.log_progress.subscribe();
         let decided = logged.wait_for(|logged| logged.number >= number || logged.unwritable);
-        let decided = tokio::time::timeout(patience, decided).await;
+        let decided = tokio::time::timeout(max_wait, decided).await;
         decided.is_ok_and(|logged| logged.is_ok_and(|logged| logged.number >= number))
     }
 

@@ -78,7 +78,7 @@ impl LedgerState {
         self.outbox.retain(|purge| purge.number < first);
         let repeated = self.recent.iter().map(|(purge, made_at)| PurgeMessage {
             repeated: Some(clock.at(*made_at).unwrap_or_default()),
-            answer: None,
+            confirmation: None,
             ..purge.clone()
         });
         self.outbox.extend(repeated);
@@ -103,8 +103,7 @@ impl LedgerState {
     fn collapse_outbox(&mut self) {
         if let Some(last) = self.outbox.pop_back() {
             self.outbox.clear();
-            let everything =
-                PurgeMessage { strength: PurgeKind::Hard, selectors: vec![Selector::Everything], ..last };
+            let everything = PurgeMessage { kind: PurgeKind::Hard, selectors: vec![Selector::Everything], ..last };
             // When it is read back from the log, it has the position of the first purge that it replaces.
             let first = self.unconfirmed.front().map(|(_, position)| *position);
             self.unconfirmed.clear();

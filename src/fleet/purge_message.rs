@@ -37,11 +37,11 @@ pub struct PurgeMessage {
     /// The sequence number of the purge at that sidecar.
     pub number: u64,
     /// Whether the purge is soft or hard.
-    pub strength: PurgeKind,
+    pub kind: PurgeKind,
     /// The selectors of what is purged.
     pub selectors: Vec<Selector>,
     /// The name under which sidecars confirm that they have applied the purge, if a confirmation is wanted.
-    pub answer: Option<u64>,
+    pub confirmation: Option<u64>,
     /// Set if the purge is logged once more, because the log may have lost it: the fleet time at which it was made, in
     /// milliseconds. Entries received since are stale, not gone.
     pub repeated: Option<u64>,
@@ -52,7 +52,7 @@ struct PurgePayload {
     from: u64,
     number: u64,
     hard: bool,
-    answer: Option<u64>,
+    confirmation: Option<u64>,
     selectors: Vec<SelectorPayload>,
 }
 
@@ -125,8 +125,8 @@ impl PurgeMessage {
         let payload = PurgePayload {
             from: self.from.0,
             number: self.number,
-            hard: self.strength == PurgeKind::Hard,
-            answer: self.answer,
+            hard: self.kind == PurgeKind::Hard,
+            confirmation: self.confirmation,
             selectors: self.selectors.iter().map(SelectorPayload::from).collect(),
         };
         let payload = postcard::to_allocvec(&payload).unwrap_or_default();
@@ -160,9 +160,9 @@ impl LogMessage {
             repeated,
             from: SidecarId(payload.from),
             number: payload.number,
-            strength: if payload.hard { PurgeKind::Hard } else { PurgeKind::Soft },
+            kind: if payload.hard { PurgeKind::Hard } else { PurgeKind::Soft },
             selectors: payload.selectors.into_iter().map(Selector::from).collect(),
-            answer: payload.answer,
+            confirmation: payload.confirmation,
         }))
     }
 }
@@ -180,14 +180,14 @@ mod tests {
         let purge = PurgeMessage {
             from: SidecarId(3),
             number: 9,
-            strength: PurgeKind::Soft,
+            kind: PurgeKind::Soft,
             selectors: vec![
                 Selector::tag(scope, "products"),
                 Selector::Matching(matcher(TargetMatch::Prefix("/a".into()))),
                 Selector::Matching(matcher(TargetMatch::Glob(Glob::new("*b*")))),
                 Selector::Everything,
             ],
-            answer: Some(5),
+            confirmation: Some(5),
             repeated: None,
         };
         let sealed = purge.seal(&ring, [1; SALT]);

@@ -82,7 +82,7 @@ impl Redis {
         let sent_at = self.clock.instant();
         let (now, epoch, end, members, oldest, mode): (u64, String, String, u64, u64, Bytes) =
             self.coordination.script(self.command_timeout, BEAT, keys, arguments).await?;
-        self.clock.hear(ServerTime { server: now, sent_at });
+        self.clock.update(ServerTime { server: now, sent_at });
         // The mode shares the connection's read buffer.
         let (oldest, mode) = (Duration::from_millis(oldest), Bytes::copy_from_slice(&mode));
         Ok(BeatReply { now, epoch, end: parse(&end)?, members, oldest, mode })

@@ -38,7 +38,7 @@ pub struct RequestScanner {
     /// Bytes of chunk extensions in the current body.
     extensions: usize,
     /// The last head requested an upgrade: the bytes that follow are held back until the response is known.
-    waits: bool,
+    awaits_upgrade: bool,
     max_head: usize,
 }
 
@@ -81,7 +81,7 @@ impl RequestScanner {
             checked: 0,
             head: RequestHead::default(),
             extensions: 0,
-            waits: false,
+            awaits_upgrade: false,
             max_head,
         }
     }
@@ -92,20 +92,20 @@ impl RequestScanner {
     }
 
     /// Returns true if the last head requested an upgrade and the protocol of the following bytes is not yet known.
-    pub fn waits(&self) -> bool {
-        self.waits
+    pub fn awaits_upgrade(&self) -> bool {
+        self.awaits_upgrade
     }
 
     /// Resumes scanning: the connection stays HTTP/1.1.
-    pub fn go_on(&mut self) {
-        self.waits = false;
+    pub fn resume(&mut self) {
+        self.awaits_upgrade = false;
     }
 
     /// Scans bytes: all that have been received and have not passed.
     pub fn scan(&mut self, bytes: &[u8]) -> ScanResult {
         let mut passed = 0;
         loop {
-            if self.waits {
+            if self.awaits_upgrade {
                 return ScanResult { passed, refused: None };
             }
             let rest = &bytes[passed..];
@@ -143,7 +143,7 @@ impl RequestScanner {
                     Some(length) if length > 0 => FramingState::Length(length),
                     _ => FramingState::Head,
                 };
-                self.waits = head.upgrade && self.state == FramingState::Head;
+                self.awaits_upgrade = head.upgrade && self.state == FramingState::Head;
                 return Ok(Some(end));
             } else {
                 self.head.empty_lines += 1;

@@ -34,9 +34,9 @@ const REFUSED_HEAD: &[u8] = b"~refused~ / HTTP/1.1\r\n\r\n";
 pub(super) struct ConnectionFlags {
     refused: OnceLock<Rejection>,
     lingers: AtomicBool,
-    set_evicted: AtomicBool,
-    set_tunnel: AtomicBool,
-    answered: AtomicBool,
+    evicted: AtomicBool,
+    is_tunnel: AtomicBool,
+    upgrade_declined: AtomicBool,
     /// Informational responses that are to be sent before the final responses.
     pub(super) informational: Arc<InformationalQueue>,
     /// The reading task, which waits until the upgrade has succeeded or failed.
@@ -56,18 +56,18 @@ impl ConnectionFlags {
 
     /// Marks the connection as evicted.
     pub(super) fn set_evicted(&self) {
-        self.set_evicted.store(true, Ordering::Relaxed);
+        self.evicted.store(true, Ordering::Relaxed);
     }
 
     /// Marks the connection as a tunnel: all following bytes belong to another protocol.
     pub(super) fn set_tunnel(&self) {
-        self.set_tunnel.store(true, Ordering::Release);
+        self.is_tunnel.store(true, Ordering::Release);
         self.reader.wake();
     }
 
     /// Records that a request for an upgrade got a response without a switch of protocols.
     pub(super) fn set_no_upgrade(&self) {
-        self.answered.store(true, Ordering::Release);
+        self.upgrade_declined.store(true, Ordering::Release);
         self.reader.wake();
     }
 }
@@ -178,7 +178,7 @@ impl<S> GuardedStream<S> {
 
     fn head_is_partial(&self) -> bool {
         match &self.protocol {
-            Protocol::Http1(scanner) => !self.buffered.is_empty() && !scanner.in_body() && !scanner.waits(),
+            Protocol::Http1(scanner) => !self.buffered.is_empty() && !scanner.in_body() && !scanner.awaits_upgrade(),
             Protocol::Http2(meter) => meter.in_head(),
         }
     }
@@ -226,16 +226,16 @@ impl<S: AsyncRead + Unpin> GuardedStream<S> {
     /// Passes no bytes while the response to an upgrade request is pending, and all bytes after a 101.
     fn poll_upgrade_pending(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Option<Poll<io::Result<()>>> {
         let Protocol::Http1(scanner) = &mut self.protocol else { return None };
-        if !scanner.waits() || self.passed > 0 {
+        if !scanner.awaits_upgrade() || self.passed > 0 {
             return None;
         }
         self.flags.reader.register(cx.waker());
-        if self.flags.answered.swap(false, Ordering::Acquire) {
-            scanner.go_on();
+        if self.flags.upgrade_declined.swap(false, Ordering::Acquire) {
+            scanner.resume();
             self.unscanned = !self.buffered.is_empty();
             return None;
         }
-        let tunnel = self.flags.set_tunnel.load(Ordering::Acquire);
+        let tunnel = self.flags.is_tunnel.load(Ordering::Acquire);
         match (tunnel, self.buffered.is_empty()) {
             (true, true) => Some(Pin::new(&mut self.stream).poll_read(cx, buf)),
             (true, false) => {
@@ -321,7 +321,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let leaves = this.flags.set_evicted.load(Ordering::Relaxed);
+        let leaves = this.flags.evicted.load(Ordering::Relaxed);
         if let Some(lingering) = &mut this.lingering {
             return lingering.poll(&mut this.stream, leaves, cx).map(Ok);
         }

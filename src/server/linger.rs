@@ -25,13 +25,13 @@ pub(super) struct LingeringClose {
     until: Instant,
     left: usize,
     /// True if the connection is closed at once when its slot is needed.
-    yields: bool,
+    evictable: bool,
 }
 
 impl LingeringClose {
     /// Returns a lingering close after a response.
     pub(super) fn answered() -> LingeringClose {
-        LingeringClose { yields: true, ..Self::for_at_most(ANSWERED_TIMEOUT) }
+        LingeringClose { evictable: true, ..Self::for_at_most(ANSWERED_TIMEOUT) }
     }
 
     /// Returns a lingering close after a refusal.
@@ -44,7 +44,7 @@ impl LingeringClose {
             pause: Box::pin(sleep(MAX_PAUSE)),
             until: Instant::now() + limit,
             left: MAX_BYTES,
-            yields: false,
+            evictable: false,
         }
     }
 
@@ -54,7 +54,7 @@ impl LingeringClose {
         S: AsyncRead + Unpin,
     {
         let mut space = [0; 16 << 10];
-        while self.left > 0 && !(wanted && self.yields) {
+        while self.left > 0 && !(wanted && self.evictable) {
             let mut came = ReadBuf::new(&mut space);
             match Pin::new(&mut *stream).poll_read(cx, &mut came) {
                 Poll::Ready(Ok(())) if !came.filled().is_empty() => {

@@ -148,7 +148,7 @@ impl RecordCodec {
         entry: &Entry,
         received_at: u64,
         seen: LogId,
-        place: &str,
+        redis_key: &str,
         salt: [u8; SALT],
     ) -> Option<Vec<u8>> {
         let meta = Meta {
@@ -174,14 +174,14 @@ impl RecordCodec {
             (entry.body.len() as u64 > self.compress_above).then(|| self.compression.compress(&entry.body)).flatten();
         let flags = if packed.is_some() { self.compression.number() } else { 0 };
         let body = &RecordBody { stored: packed.as_deref().unwrap_or(&entry.body), size: entry.body.len() };
-        self.encode(flags, meta, body, place, salt)
+        self.encode(flags, meta, body, redis_key, salt)
     }
 
     /// Encodes a vary marker for the Redis key `place`.
-    pub fn encode_vary_marker(&self, vary: &[HeaderName], place: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
+    pub fn encode_vary_marker(&self, vary: &[HeaderName], redis_key: &str, salt: [u8; SALT]) -> Option<Vec<u8>> {
         let names: Vec<&str> = vary.iter().map(HeaderName::as_str).collect();
         let meta = postcard::to_allocvec(&names).ok()?;
-        self.encode(VARY_MARKER, meta, &RecordBody { stored: &[], size: 0 }, place, salt)
+        self.encode(VARY_MARKER, meta, &RecordBody { stored: &[], size: 0 }, redis_key, salt)
     }
 
     /// Returns the maximum size of a record, in bytes.
@@ -194,7 +194,7 @@ impl RecordCodec {
         flags: u8,
         mut meta: Vec<u8>,
         body: &RecordBody<'_>,
-        place: &str,
+        redis_key: &str,
         salt: [u8; SALT],
     ) -> Option<Vec<u8>> {
         let &RecordBody { stored: body, size } = body;
@@ -207,7 +207,7 @@ impl RecordCodec {
             record.extend_from_slice(&u32::try_from(length).ok()?.to_be_bytes());
         }
         if self.encrypt {
-            let aad = associated_data(&record, place);
+            let aad = associated_data(&record, redis_key);
             let mut body = body.to_vec();
             self.keyring.encrypt(id, &salt, 0, &aad, &mut meta).ok()?;
             self.keyring.encrypt(id, &salt, 1, &aad, &mut body).ok()?;
@@ -216,14 +216,14 @@ impl RecordCodec {
         } else {
             record.extend_from_slice(&meta);
             record.extend_from_slice(body);
-            let tag = self.keyring.mac(id, &salt, place.as_bytes(), &[&record]).ok()?;
+            let tag = self.keyring.mac(id, &salt, redis_key.as_bytes(), &[&record]).ok()?;
             record.extend_from_slice(&tag);
         }
         Some(record)
     }
 
     /// Verifies and decodes a record that was read from the Redis key `place`.
-    pub fn decode(&self, record: &[u8], place: &str) -> Result<Record, RecordError> {
+    pub fn decode(&self, record: &[u8], redis_key: &str) -> Result<Record, RecordError> {
         let head = FixedHeader::read(record)?;
         let parts = record.get(HEADER_BYTES..).ok_or(RecordError::Forged)?;
         if head.size as u64 > self.max_body {
@@ -232,7 +232,7 @@ impl RecordCodec {
         let (meta, rest) = parts.split_at_checked(head.meta).ok_or(RecordError::Forged)?;
         let (body, tag) = rest.split_at_checked(head.body).ok_or(RecordError::Forged)?;
         if head.encrypted() {
-            let aad = associated_data(&record[..HEADER_BYTES], place);
+            let aad = associated_data(&record[..HEADER_BYTES], redis_key);
             if !tag.is_empty() {
                 return Err(RecordError::Forged);
             }
@@ -245,13 +245,13 @@ impl RecordCodec {
             return Err(RecordError::Forged);
         }
         let sealed = &record[..record.len() - tag.len()];
-        self.keyring.verify(head.id, &head.salt, place.as_bytes(), &[sealed], tag)?;
+        self.keyring.verify(head.id, &head.salt, redis_key.as_bytes(), &[sealed], tag)?;
         read(&head, meta, body)
     }
 
     /// Reads the address from the first bytes of a record under the Redis key `place`, for scans. It is not verified
     /// unless encrypted. Returns `None` if the record is no response, or needs more bytes than these ([`meta_end`]).
-    pub fn read_header(&self, record: &[u8], place: &str) -> Option<RecordHeader> {
+    pub fn read_header(&self, record: &[u8], redis_key: &str) -> Option<RecordHeader> {
         let head = FixedHeader::read(record).ok().filter(|head| head.flags & VARY_MARKER == 0)?;
         let meta = record.get(HEADER_BYTES..)?;
         let read = |meta: &[u8]| {
@@ -261,7 +261,7 @@ impl RecordCodec {
         if !head.encrypted() {
             return read(meta);
         }
-        let aad = associated_data(&record[..HEADER_BYTES], place);
+        let aad = associated_data(&record[..HEADER_BYTES], redis_key);
         read(&self.keyring.decrypt(head.id, &head.salt, 0, &aad, meta.get(..head.meta)?).ok()?)
     }
 }
@@ -272,8 +272,8 @@ pub fn meta_end(record: &[u8]) -> Option<usize> {
 }
 
 /// Returns the associated data of both encrypted parts: the fixed header and the Redis key.
-fn associated_data(head: &[u8], place: &str) -> Vec<u8> {
-    [head, place.as_bytes()].concat()
+fn associated_data(head: &[u8], redis_key: &str) -> Vec<u8> {
+    [head, redis_key.as_bytes()].concat()
 }
 
 /// The fixed header: the first 36 bytes.

@@ -32,7 +32,7 @@ pub struct UpstreamMetrics {
     /// 429 responses that no client saw, because the request was retried.
     absorbed: AtomicU64,
     /// Results of shadow mode, by rule.
-    record_shadow: Mutex<BTreeMap<(Box<str>, ShadowResult), u64>>,
+    shadow_results: Mutex<BTreeMap<(Box<str>, ShadowResult), u64>>,
     wrong_hit_logged_at: AtomicU64,
     /// Responses by rule, including rules of earlier configurations.
     by_rule: Mutex<BTreeMap<Box<str>, Arc<OutcomeCounters>>>,
@@ -63,14 +63,14 @@ impl UpstreamMetrics {
 
     /// Counts a result of shadow mode under a rule.
     pub fn record_shadow(&self, rule: &str, shown: ShadowResult) {
-        let mut rehearsed = self.record_shadow.lock().unwrap_or_else(PoisonError::into_inner);
-        *rehearsed.entry((rule.into(), shown)).or_default() += 1;
+        let mut results = self.shadow_results.lock().unwrap_or_else(PoisonError::into_inner);
+        *results.entry((rule.into(), shown)).or_default() += 1;
     }
 
     /// Returns the results of shadow mode: rule, result, count.
     pub fn shadow_results(&self) -> Vec<(Box<str>, ShadowResult, u64)> {
-        let rehearsed = self.record_shadow.lock().unwrap_or_else(PoisonError::into_inner);
-        rehearsed.iter().map(|((rule, shown), count)| (rule.clone(), *shown, *count)).collect()
+        let results = self.shadow_results.lock().unwrap_or_else(PoisonError::into_inner);
+        results.iter().map(|((rule, shown), count)| (rule.clone(), *shown, *count)).collect()
     }
 
     /// Returns true at most once per second, to limit log lines about wrong hits.

@@ -45,7 +45,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Keep-alive of an HTTP/2 connection with open streams: PING interval, and timeout for its acknowledgement.
 const PING_EVERY: Duration = Duration::from_secs(20);
-const PING_ANSWER: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The pooled client of one upstream.
 pub struct PooledClient {
@@ -66,7 +66,7 @@ impl std::fmt::Debug for PooledClient {
 impl PooledClient {
     /// Returns the client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &ClientSettings, clock: Clock) -> Result<PooledClient, String> {
-        let terms = ConnectorLimits {
+        let limits = ConnectorLimits {
             connect_timeout: config.timeouts.connect,
             // Shorter than the caller's timeout, so that the caller learns that nothing was sent and may retry.
             slot_timeout: config.timeouts.first_byte.mul_f64(0.9),
@@ -77,30 +77,30 @@ impl PooledClient {
         // Loading the system's certificates takes one to two megabytes.
         let speaks_tls = !matches!(&config.origin, Origin::Fixed { scheme, .. } if *scheme == Scheme::HTTP);
         let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
-        Ok(Self::client(config.timeouts, tls?, &terms, config.pool, clock))
+        Ok(Self::client(config.timeouts, tls?, &limits, config.pool, clock))
     }
 
     /// Returns a client without pool limits, for any other purpose. Fails if certificates can't be read.
     pub fn plain(timeouts: Timeouts, clock: Clock) -> Result<PooledClient, String> {
         let pool = PoolLimits { connections: UNLIMITED, idle: UNLIMITED, max_age: Duration::from_hours(1) };
-        let terms = ConnectorLimits {
+        let limits = ConnectorLimits {
             connect_timeout: timeouts.connect,
             slot_timeout: timeouts.connect,
             max_connections: UNLIMITED,
             http2: false,
             refuse_local: false,
         };
-        Ok(Self::client(timeouts, tls::client_config(&ClientTls::default())?, &terms, pool, clock))
+        Ok(Self::client(timeouts, tls::client_config(&ClientTls::default())?, &limits, pool, clock))
     }
 
     fn client(
         timeouts: Timeouts,
         tls: ClientConfig,
-        terms: &ConnectorLimits,
+        limits: &ConnectorLimits,
         pool: PoolLimits,
         clock: Clock,
     ) -> PooledClient {
-        let connector = Connector::new(terms, tls, clock.clone());
+        let connector = Connector::new(limits, tls, clock.clone());
         let client = Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
@@ -111,7 +111,7 @@ impl PooledClient {
             .http1_max_buf_size(MAX_HEAD)
             .set_host(false)
             .http2_keep_alive_interval(PING_EVERY)
-            .http2_keep_alive_timeout(PING_ANSWER)
+            .http2_keep_alive_timeout(PING_TIMEOUT)
             .build(connector);
         PooledClient { client, header_cases: HeaderCases::default(), timeouts, max_age: pool.max_age, clock }
     }
@@ -119,13 +119,13 @@ impl PooledClient {
     async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
         let connection = capture_connection(&mut request);
         let may_be_stored = request.extensions_mut().remove::<RecordHeaderCase>().is_some();
-        if let Some(heard) = request.extensions_mut().remove::<InformationalSender>() {
+        if let Some(informational) = request.extensions_mut().remove::<InformationalSender>() {
             on_informational(&mut request, move |interim| {
-                heard.send_informational(interim.status(), interim.headers());
+                informational.send_informational(interim.status(), interim.headers());
             });
         }
         let head_only = request.method() == http::Method::HEAD;
-        let asked_upgrade = request.headers().contains_key(UPGRADE);
+        let wants_upgrade = request.headers().contains_key(UPGRADE);
         let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;
         let mut response = match answer {
             Ok(Ok(response)) => response,
@@ -138,7 +138,7 @@ impl PooledClient {
         };
         let monitor = response.extensions_mut().remove::<Arc<ResponseMonitor>>();
         response.extensions_mut().remove::<HttpInfo>();
-        if asked_upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        if wants_upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS {
             let tunnel = tunnel(hyper::upgrade::on(&mut response));
             let mut response = response.map(|_nothing| Body::Empty);
             response.extensions_mut().insert(tunnel);
@@ -205,7 +205,7 @@ fn malformed(response: &Response<Incoming>) -> Option<&'static str> {
 fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
-    let (mut malformed, mut client, mut timed_out, mut crowded) = (false, None, false, false);
+    let (mut malformed, mut client, mut timed_out, mut no_slot) = (false, None, false, false);
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
@@ -215,11 +215,11 @@ fn send_error(error: &ClientError) -> SendError {
         malformed |=
             io.and_then(std::io::Error::get_ref).and_then(|why| why.downcast_ref::<FramingError>()).is_some();
         timed_out |= io.is_some_and(|io| io.kind() == ErrorKind::TimedOut);
-        crowded |= cause.is::<NoFreeConnection>();
+        no_slot |= cause.is::<NoFreeConnection>();
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
     }
-    timed_out |= crowded || message.contains(CONNECT_TIMED_OUT);
+    timed_out |= no_slot || message.contains(CONNECT_TIMED_OUT);
     let failure = match (malformed, timed_out) {
         (true, _) => Failure::Malformed,
         (false, true) => Failure::Timeout,
@@ -237,7 +237,7 @@ fn send_error(error: &ClientError) -> SendError {
     } else {
         RetrySafety::Otherwise
     };
-    SendError { failure, retry_safety: ended, client, unreachable: error.is_connect() && !crowded, message }
+    SendError { failure, retry_safety: ended, client, unreachable: error.is_connect() && !no_slot, message }
 }
 
 /// A response body that fails if it exceeds the idle timeout, ends early, or is followed by what looks like another
@@ -269,7 +269,7 @@ impl HttpBody for IdleTimeoutBody {
                 Poll::Ready(match next {
                     Some(Ok(frame)) => Some(Ok(frame)),
                     Some(Err(_)) => Some(Err(BodyError::Upstream(Failure::Connect))),
-                    None if self.overrun() == Some(TrailingData::Answer) => {
+                    None if self.overrun() == Some(TrailingData::SecondResponse) => {
                         Some(Err(BodyError::Upstream(Failure::Malformed)))
                     }
                     None => None,
@@ -284,7 +284,7 @@ impl HttpBody for IdleTimeoutBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream() && self.overrun() != Some(TrailingData::Answer)
+        self.body.is_end_stream() && self.overrun() != Some(TrailingData::SecondResponse)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -97,8 +97,8 @@ impl Connector {
             secure.enable_http1().wrap_connector(tcp)
         };
         let places = Arc::new(HostConnections { max_connections: terms.max_connections, hosts: Mutex::default() });
-        let ConnectorLimits { connect_timeout: limit, slot_timeout: patience, http2, .. } = *terms;
-        Connector { secure, connect_timeout: limit, http2, slot_timeout: patience, connections: places, clock }
+        let ConnectorLimits { connect_timeout: limit, slot_timeout, http2, .. } = *terms;
+        Connector { secure, connect_timeout: limit, http2, slot_timeout, connections: places, clock }
     }
 }
 
@@ -122,11 +122,11 @@ impl Service<Uri> for Connector {
 
     fn call(&mut self, uri: Uri) -> Self::Future {
         let (mut secure, places) = (self.secure.clone(), self.connections.clone());
-        let (limit, patience, clock, may_http2) =
+        let (limit, slot_timeout, clock, may_http2) =
             (self.connect_timeout, self.slot_timeout, self.clock.clone(), self.http2);
         Box::pin(async move {
             // If a connection becomes idle during this wait, the request uses that one instead.
-            let place = timeout(patience, places.semaphore_of(&uri).acquire_owned())
+            let place = timeout(slot_timeout, places.semaphore_of(&uri).acquire_owned())
                 .await
                 .map_err(|_| NoFreeConnection)??;
             let connecting = secure.call(uri);

@@ -51,9 +51,9 @@ struct MonitorState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TrailingData {
     /// Meaningless bytes, not part of the response (RFC 9112 §6.3).
-    Junk,
+    Excess,
     /// Bytes that look like another response: possibly response smuggling.
-    Answer,
+    SecondResponse,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +156,8 @@ impl ResponseMonitor {
                     let rest = &bytes[usize::try_from(taken).unwrap_or(bytes.len())..];
                     if !rest.is_empty() {
                         let answer = rest.starts_with(b"HTTP/") || b"HTTP/".starts_with(rest);
-                        heard.trailing_data = Some(if answer { TrailingData::Answer } else { TrailingData::Junk });
+                        heard.trailing_data =
+                            Some(if answer { TrailingData::SecondResponse } else { TrailingData::Excess });
                     }
                     return Ok(all - rest.len());
                 }
@@ -347,13 +348,13 @@ mod tests {
         let monitor = monitor();
         let head = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n";
         assert_eq!(monitor.on_read(&[&head[..], b"abcd"].concat()).ok(), Some(head.len() + 3));
-        assert_eq!(monitor.trailing_data(), Some(TrailingData::Junk));
+        assert_eq!(monitor.trailing_data(), Some(TrailingData::Excess));
         assert_eq!(monitor.on_read(b"more").ok(), Some(0));
         for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
             let monitor = ResponseMonitor::new(Tick(0), true);
             assert_eq!(monitor.on_read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
             assert_eq!(monitor.on_read(smuggled).ok(), Some(0));
-            assert_eq!(monitor.trailing_data(), Some(TrailingData::Answer));
+            assert_eq!(monitor.trailing_data(), Some(TrailingData::SecondResponse));
         }
     }
 
@@ -396,7 +397,7 @@ mod tests {
         assert_eq!(monitor.trailing_data(), None);
         monitor.on_write(GET);
         assert_eq!(monitor.on_read(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxx").ok(), Some(39));
-        assert_eq!(monitor.trailing_data(), Some(TrailingData::Junk));
+        assert_eq!(monitor.trailing_data(), Some(TrailingData::Excess));
     }
 
     #[tokio::test(start_paused = true)]

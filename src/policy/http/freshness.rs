@@ -52,7 +52,12 @@ impl RequestDirectives {
 }
 
 /// Decides how an entry may be used for a request.
-pub fn evaluate(entry: &Entry, invalidation: InvalidationState, demands: &RequestDirectives, now: Tick) -> Verdict {
+pub fn evaluate(
+    entry: &Entry,
+    invalidation: InvalidationState,
+    directives: &RequestDirectives,
+    now: Tick,
+) -> Verdict {
     if invalidation == InvalidationState::Gone || entry.expired(now) {
         return Verdict::Gone;
     }
@@ -66,20 +71,20 @@ pub fn evaluate(entry: &Entry, invalidation: InvalidationState, demands: &Reques
     } else {
         Verdict::Stale
     };
-    match &demands.0 {
-        Some(demands) => with_directives(by_age, entry, demands, left, now),
+    match &directives.0 {
+        Some(directives) => with_directives(by_age, entry, directives, left, now),
         None => by_age,
     }
 }
 
-fn with_directives(by_age: Verdict, entry: &Entry, demands: &CacheControl, left: i64, now: Tick) -> Verdict {
+fn with_directives(by_age: Verdict, entry: &Entry, directives: &CacheControl, left: i64, now: Tick) -> Verdict {
     let seconds_left = left.div_euclid(1000);
-    let too_old = demands.max_age.is_some_and(|max| entry.age(now) > max || max == 0);
-    let too_soon = demands.min_fresh.is_some_and(|min| seconds_left < i64::try_from(min).unwrap_or(i64::MAX));
-    if demands.no_cache || too_old || too_soon {
+    let too_old = directives.max_age.is_some_and(|max| entry.age(now) > max || max == 0);
+    let too_soon = directives.min_fresh.is_some_and(|min| seconds_left < i64::try_from(min).unwrap_or(i64::MAX));
+    if directives.no_cache || too_old || too_soon {
         return Verdict::Refused;
     }
-    let tolerated = demands.max_stale.is_some_and(|max| left <= 0 && within(max.saturating_mul(1000), left));
+    let tolerated = directives.max_stale.is_some_and(|max| left <= 0 && within(max.saturating_mul(1000), left));
     if by_age == Verdict::Stale && tolerated && !entry.lifetimes.always_validate && entry.lifetimes.disconnected > 0 {
         return Verdict::WhileRevalidate;
     }
@@ -139,7 +144,7 @@ mod tests {
         }
     }
 
-    fn demands(value: &'static str) -> RequestDirectives {
+    fn directives(value: &'static str) -> RequestDirectives {
         let headers = HeaderMap::from_iter([(CACHE_CONTROL, HeaderValue::from_static(value))]);
         RequestDirectives(Some(Box::new(CacheControl::of_request(&headers))))
     }
@@ -184,7 +189,7 @@ mod tests {
         ];
         for (directive, at, expected) in table {
             assert_eq!(
-                evaluate(&entry, InvalidationState::Valid, &demands(directive), Tick(at)),
+                evaluate(&entry, InvalidationState::Valid, &directives(directive), Tick(at)),
                 expected,
                 "{directive} {at}"
             );

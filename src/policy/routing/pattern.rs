@@ -193,14 +193,14 @@ impl fmt::Display for PathPattern {
 /// no backtracking is needed.
 pub(super) fn match_pieces<'p>(pieces: &[PatternPiece], text: &'p str, captures: &mut Captures<'p>) -> bool {
     let depth = captures.len();
-    let matched = walk(pieces, text, captures).is_some();
+    let matched = match_from(pieces, text, captures).is_some();
     if !matched {
         captures.truncate(depth);
     }
     matched
 }
 
-fn walk<'p>(pieces: &[PatternPiece], text: &'p str, captures: &mut Captures<'p>) -> Option<()> {
+fn match_from<'p>(pieces: &[PatternPiece], text: &'p str, captures: &mut Captures<'p>) -> Option<()> {
     let mut rest = text;
     // The wildcard whose end is not yet known; its text begins where `rest` does.
     let mut open: Option<&PatternPiece> = None;

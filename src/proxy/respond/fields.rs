@@ -1,4 +1,4 @@
-//! The texts that go with every answer: written on the stack, on the shortest way.
+//! Formatting of `Cache-Status` and `Server-Timing`, without heap allocation.
 
 use std::io::Write;
 use std::time::Duration;
@@ -8,10 +8,10 @@ use smallvec::SmallVec;
 
 use crate::policy::outcome::Outcome;
 
-/// A field value in the making, on the stack.
+/// A field value that is being formatted, on the stack.
 pub(super) type FieldValue = SmallVec<[u8; 128]>;
 
-/// Who took the time: RFC-less, but as browsers and tools read `Server-TimingLabel`.
+/// The `Server-Timing` metrics of a response (W3C Server Timing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TimingLabel {
     Cache,
@@ -19,25 +19,26 @@ pub(super) enum TimingLabel {
 }
 
 impl TimingLabel {
+    /// Returns the field value, with durations in milliseconds.
     pub(super) fn text(self, elapsed: Duration) -> FieldValue {
         let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        let mut cache_status = FieldValue::new();
-        cache_status.extend_from_slice(match self {
+        let mut value = FieldValue::new();
+        value.extend_from_slice(match self {
             TimingLabel::Cache => b"cache;dur=",
             TimingLabel::Upstream => b"cache;dur=0, upstream;dur=",
         });
         let mut digits = itoa::Buffer::new();
-        cache_status.extend_from_slice(digits.format(micros / 1000).as_bytes());
+        value.extend_from_slice(digits.format(micros / 1000).as_bytes());
         // Three digits: those of a thousand more, without the first.
         let thousandths = digits.format(1000 + micros % 1000);
-        cache_status.push(b'.');
-        cache_status.extend_from_slice(&thousandths.as_bytes()[1..]);
-        cache_status
+        value.push(b'.');
+        value.extend_from_slice(&thousandths.as_bytes()[1..]);
+        value
     }
 }
 
-/// The `Cache-Status` of what is stored. Of a hit, on the shortest way: the machinery of `write!` costs as much as the
-/// look-up.
+/// Returns the `Cache-Status` of a stored response. That of a hit is formatted without `write!`, which costs as much as
+/// the lookup.
 pub(super) fn stored_cache_status(outcome: &Outcome, key_name: &str) -> FieldValue {
     let mut cache_status = FieldValue::new();
     if let Outcome::Hit { ttl } = outcome {
@@ -52,14 +53,14 @@ pub(super) fn stored_cache_status(outcome: &Outcome, key_name: &str) -> FieldVal
     cache_status
 }
 
-/// The `Cache-Status` of everything else.
+/// Returns the `Cache-Status` of any other response.
 pub(super) fn cache_status(outcome: &Outcome) -> FieldValue {
     let mut cache_status = FieldValue::new();
     let _ = write!(cache_status, "{outcome}");
     cache_status
 }
 
-/// Appends a line, or fills the place that was made for it.
+/// Replaces an empty placeholder value, or appends a field line.
 pub(super) fn append_field(headers: &mut HeaderMap, name: HeaderName, value: &FieldValue) {
     let Ok(value) = HeaderValue::from_bytes(value) else { return };
     match headers.get_mut(&name) {

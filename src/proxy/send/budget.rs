@@ -1,5 +1,5 @@
-//! Who may ask the upstream now, and who waits. A bucket for each credential (or host): requests take their turn
-//! one behind the other, at the configured pace; and while the upstream has said `Retry-After`, nobody's comes.
+//! The budget of upstream requests: a token bucket for each credential or host. Requests wait in order of arrival for
+//! the configured rate, and while `Retry-After` closes the bucket.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
@@ -18,17 +18,17 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::policy::millis;
 use crate::policy::resilience::budget::{Budget, BudgetScope, RequestRate};
 
-/// So many buckets are kept; then those that nobody needs are let go.
+/// Maximum number of buckets. Beyond it, unused ones are evicted.
 const MAX_BUCKETS: usize = 10_000;
 
-/// The buckets before one upstream.
+/// The buckets of one upstream.
 #[derive(Debug)]
 pub struct Budgets {
     budget: Option<Budget>,
     buckets: Mutex<HashMap<u64, Arc<TokenBucket>>>,
     hasher: RandomState,
     clock: GovernorClock,
-    /// Until when some bucket is closed, in milliseconds by the clock; 0: none ever was.
+    /// The tick until which at least one bucket is closed, in milliseconds. 0: none ever was.
     closed_until: AtomicU64,
 }
 
@@ -39,7 +39,7 @@ pub struct TokenBucket {
     /// First come, first served: tokio's semaphore is fair.
     turn: Semaphore,
     waiting: AtomicU32,
-    /// When it was last asked for, in milliseconds by the clock.
+    /// The tick of the last use, in milliseconds.
     used: AtomicU64,
     closed: Mutex<Option<Instant>>,
     clock: GovernorClock,
@@ -47,24 +47,24 @@ pub struct TokenBucket {
 
 type Limiter = RateLimiter<NotKeyed, InMemoryState, GovernorClock, NoOpMiddleware<Duration>>;
 
-/// How the buckets before an upstream are.
+/// The state of the buckets of an upstream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BudgetState {
-    /// Requests a second that each lets pass, if it is paced.
+    /// The rate of each bucket, in requests per second. `None`: no rate is configured.
     pub per_second: Option<f64>,
-    /// How many there are.
+    /// The number of buckets.
     pub buckets: usize,
-    /// Requests that wait for their turn.
+    /// The number of requests that wait.
     pub waiting: u32,
-    /// For how long those are closed that are.
+    /// The remaining times of the closed buckets.
     pub closed: Vec<Duration>,
 }
 
-/// There is no turn in time; there may be one after so long.
+/// The request would wait for longer than `max_wait`. Holds the expected wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BudgetExceeded(pub Duration);
 
-/// Tokio's time, for governor.
+/// Tokio's clock, for governor.
 #[derive(Debug, Clone, Copy)]
 struct GovernorClock(Instant);
 
@@ -77,12 +77,12 @@ impl Clock for GovernorClock {
 }
 
 impl Budgets {
-    /// As configured.
+    /// Returns the configured budget.
     pub fn budget(&self) -> Option<Budget> {
         self.budget
     }
 
-    /// For people.
+    /// Returns the state for the admin API.
     pub fn state(&self) -> BudgetState {
         let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = buckets.values().map(|bucket| bucket.waiting.load(Ordering::Relaxed)).sum();
@@ -92,18 +92,18 @@ impl Budgets {
         BudgetState { per_second, buckets: buckets.len(), waiting, closed }
     }
 
-    /// With this budget; without one nobody waits.
+    /// Creates the buckets of a budget. Without one, no request waits.
     pub fn new(budget: Option<Budget>) -> Budgets {
         let (buckets, hasher) = (Mutex::default(), RandomState::new());
         Budgets { budget, buckets, hasher, clock: GovernorClock(Instant::now()), closed_until: AtomicU64::new(0) }
     }
 
-    /// The longest that anybody waits for a turn.
+    /// Returns the maximum wait of a request.
     pub fn max_wait(&self) -> Duration {
         self.budget.map_or(Duration::ZERO, |budget| budget.max_wait)
     }
 
-    /// The bucket, if it can be in anybody's way now: it is paced, or some bucket is closed.
+    /// Returns the bucket of a request if it may delay the request now: it has a rate, or a bucket is closed.
     pub fn limiting(&self, bucket: impl FnOnce() -> Option<Arc<TokenBucket>>) -> Option<Arc<TokenBucket>> {
         let paced = self.budget?.pace.is_some();
         let until = self.closed_until.load(Ordering::Relaxed);
@@ -111,13 +111,13 @@ impl Budgets {
         if paced || closed { bucket() } else { None }
     }
 
-    /// The upstream wants to hear nothing from this bucket for so long.
+    /// Closes the bucket for this time (`Retry-After`).
     pub fn close(&self, bucket: &TokenBucket, wait: Duration) {
         bucket.close(wait);
         self.closed_until.fetch_max(millis(self.clock.now() + wait) + 1, Ordering::Relaxed);
     }
 
-    /// The bucket of a request to `host`, in which `is_credential` tells the credentials.
+    /// Returns the bucket of a request to `host`. `is_credential`: whether a header field is a credential.
     pub fn bucket(
         &self,
         host: &str,
@@ -144,7 +144,7 @@ impl Budgets {
         Some(bucket.clone())
     }
 
-    /// Makes room: those that would be as good as new go first, and if that is not enough, the closed ones too.
+    /// Evicts unused full buckets; if that is not enough, closed ones too.
     fn evict_buckets(&self, buckets: &mut HashMap<u64, Arc<TokenBucket>>) {
         let now = millis(self.clock.now());
         let in_use = |bucket: &Arc<TokenBucket>| Arc::strong_count(bucket) > 1;
@@ -180,20 +180,20 @@ impl TokenBucket {
         self.closed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long the upstream still wants to hear nothing.
+    /// Returns the remaining time for which the bucket is closed.
     pub fn closed_for(&self) -> Option<Duration> {
         let until = (*self.closed())?;
         Some(until.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
     }
 
-    /// The upstream wants to hear nothing for so long.
+    /// Closes the bucket for this time.
     fn close(&self, wait: Duration) {
         let until = Instant::now() + wait;
         let mut closed = self.closed();
         *closed = Some(closed.map_or(until, |earlier| earlier.max(until)));
     }
 
-    /// Waits for a turn, but no longer than `max_wait`; if that is plainly not enough, not at all.
+    /// Waits until the request may be sent, at most for `max_wait`. Fails at once if that can't be enough.
     pub async fn admit(&self, max_wait: Duration) -> Result<(), BudgetExceeded> {
         let expected = self.expected();
         if expected > max_wait {
@@ -220,7 +220,7 @@ impl TokenBucket {
         Ok(())
     }
 
-    /// How long a request that comes now is going to wait: what is left of a pause, and those before it.
+    /// Returns the expected wait of a new request: the rest of the closed time, and the requests before it.
     fn expected(&self) -> Duration {
         let before = self.waiting.load(Ordering::Relaxed);
         let queue = self.pace.as_ref().map_or(Duration::ZERO, |(pace, _)| pace.every.saturating_mul(before));
@@ -228,7 +228,7 @@ impl TokenBucket {
     }
 }
 
-/// Counts one who waits, for as long as it does.
+/// Counts a waiting request until it is dropped.
 struct WaitingCount<'a>(&'a AtomicU32);
 
 impl<'a> WaitingCount<'a> {
