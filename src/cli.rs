@@ -68,7 +68,7 @@ struct RunArgs {
     /// The configuration file [default: ./sidecache.toml, if it is there]
     #[arg(long, env = "SIDECACHE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The API to stand in front of; with it no file is needed
+    /// URL of the upstream; no configuration file is needed then
     #[arg(long, env = "SIDECACHE_UPSTREAM", value_name = "URL")]
     upstream: Option<String>,
     /// Where applications connect to [default: 127.0.0.1:18080]
@@ -114,7 +114,7 @@ struct WarmArgs {
     /// The sidecar's address [default: its first upstream's listener, from the admin API]
     #[arg(long, value_name = "URL")]
     to: Option<String>,
-    /// A request header, as in 'X-Shopify-Access-Token: …': what is stored is for those who send the same
+    /// A request header, as in 'X-Shopify-Access-Token: …': stored responses are shared only by requests with the same value
     #[arg(short = 'H', long, value_name = "NAME: VALUE")]
     header: Vec<String>,
     /// Number of concurrent requests
@@ -181,7 +181,7 @@ struct InitArgs {
     /// Where to write it; a file that exists is left alone
     #[arg(long, value_name = "FILE", default_value = "sidecache.toml")]
     config: PathBuf,
-    /// The API to stand in front of
+    /// URL of the upstream
     #[arg(long, value_name = "URL", default_value = "https://my-shop.myshopify.com")]
     upstream: String,
     /// generic or shopify [default: by the upstream's host]

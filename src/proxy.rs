@@ -141,7 +141,7 @@ impl Proxy {
         let misses = self.misses.clone();
         if !only_if_cached {
             Handled::later(misses.run(context))
-        } else if misses.fetcher.fleet.is_enabled() {
+        } else if misses.fleet_lookup.is_enabled() {
             Handled::later(misses.run_only_if_cached(context))
         } else {
             Handled::Now(self.responder.not_cached(&context.response()))

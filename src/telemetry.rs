@@ -77,8 +77,8 @@ impl Telemetry {
     }
 
     /// Counts a finished upstream request. `failure` is `None` if it succeeded.
-    pub fn upstream(&self, failure: Option<Failure>, took: Duration) {
-        self.counters.upstream(failure, took);
+    pub fn upstream(&self, failure: Option<Failure>) {
+        self.counters.upstream(failure);
     }
 
     /// Counts a 429 response of the upstream.

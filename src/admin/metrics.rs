@@ -129,7 +129,7 @@ impl ScrapeCollector {
                 (of, count)
             })
             .collect();
-        counter(to, "requests", "Requests answered, by outcome", &series)?;
+        counter(to, "requests", "Responses sent, by outcome", &series)?;
         histogram(to, "request_duration_seconds", "Time to the response head", &took)?;
         counter(to, "coalesced", "Requests that shared a fetch", &vec![(Vec::new(), collapsed)])?;
         let shown: Vec<_> = proxies
@@ -187,7 +187,7 @@ impl ScrapeCollector {
         let Some(fleet) = &shared.fleet else { return Ok(()) };
         let state = fleet.redis.state();
         let up = state.trouble.is_none() && state.connections.values().all(|connection| connection.connected);
-        gauge(to, "redis_up", "1: Redis answers", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
+        gauge(to, "redis_up", "1: Redis responds", &vec![(Vec::new(), f64::from(u8::from(up)))])?;
         let took: Vec<_> = fleet.redis.latencies().into_iter().collect();
         let series = took.iter().map(|(name, took)| (vec![("connection", (*name).to_owned())], *took)).collect();
         histogram(to, "redis_duration_seconds", "Duration of Redis commands", &series)?;

@@ -192,7 +192,7 @@ async fn follow_mode(fleet: Arc<Fleet>, shared: Arc<SharedState>) {
             } else {
                 let mode = set.map_or("none", |set| set.mode.token());
                 let hidden = shared.mode.state(shared.clock.now()).source == ModeSource::Local;
-                warn!(mode, hidden_by_the_one_set_here = hidden, "the mode of the fleet changed");
+                warn!(mode, overridden_locally = hidden, "the mode of the fleet changed");
             }
             before = stored;
         }

@@ -57,7 +57,7 @@ impl<'s> Assembly<'s> {
         let (clock, telemetry, fleet) = (&shared.clock, &shared.telemetry, &shared.fleet);
         let (mode, key_secret) = (shared.mode.clone(), shared.key_secret.clone());
         let (memory, invalidations) = (shared.memory.clone(), shared.invalidations.clone());
-        let lookup = Arc::new(Lookup { memory: memory.clone(), invalidations: invalidations.clone() });
+        let lookup = Arc::new(Lookup { memory, invalidations });
         Assembly {
             responder: Arc::new(Responder {
                 upstream: upstream.clone(),
@@ -74,8 +74,7 @@ impl<'s> Assembly<'s> {
             fleet_lookup: Arc::new(FleetLookup {
                 upstream: upstream.clone(),
                 clock: clock.clone(),
-                memory,
-                invalidations,
+                lookup: lookup.clone(),
                 fleet: fleet.clone(),
             }),
             store: Arc::new(ResponseStore {
@@ -96,7 +95,8 @@ impl<'s> Assembly<'s> {
         Arc::new(Fetcher {
             upstream: self.upstream.clone(),
             clock: self.shared.clock.clone(),
-            fleet: self.fleet_lookup.clone(),
+            lookup: self.lookup.clone(),
+            fleet_lookup: self.fleet_lookup.clone(),
             sender: self.sender.clone(),
             store: self.store.clone(),
             incomplete: self.shared.incomplete.clone(),
@@ -108,12 +108,15 @@ impl<'s> Assembly<'s> {
 
     fn misses(&self, fetcher: Arc<Fetcher>) -> Arc<MissHandler> {
         let fallback = Arc::new(Fallback {
+            upstream: self.upstream.clone(),
             lookup: self.lookup.clone(),
             responder: self.responder.clone(),
             has_fleet: self.shared.fleet.is_some(),
         });
         Arc::new(MissHandler {
+            upstream: self.upstream.clone(),
             lookup: self.lookup.clone(),
+            fleet_lookup: self.fleet_lookup.clone(),
             coalescer: self.shared.coalescer.clone(),
             fetcher,
             fallback,
@@ -124,6 +127,7 @@ impl<'s> Assembly<'s> {
 
     fn refresher(&self, fetcher: Arc<Fetcher>) -> Arc<Refresher> {
         Arc::new(Refresher {
+            upstream: self.upstream.clone(),
             admission: self.admission.clone(),
             lookup: self.lookup.clone(),
             coalescer: self.shared.coalescer.clone(),
@@ -137,11 +141,14 @@ impl<'s> Assembly<'s> {
         let (inflight, max_entry_bytes) = (&self.shared.inflight, self.shared.max_entry_bytes);
         Arc::new(PassThrough {
             writer: Arc::new(Writer {
+                upstream: self.upstream.clone(),
                 sender: self.sender.clone(),
-                fleet: self.fleet_lookup.clone(),
+                invalidations: self.shared.invalidations.clone(),
+                fleet: self.shared.fleet.clone(),
                 telemetry: self.shared.telemetry.clone(),
             }),
             opportunistic: Arc::new(OpportunisticStore {
+                upstream: self.upstream.clone(),
                 admission: self.admission.clone(),
                 store: self.store.clone(),
                 incomplete: self.shared.incomplete.clone(),
@@ -156,6 +163,8 @@ impl<'s> Assembly<'s> {
                 inflight: inflight.clone(),
                 max_entry_bytes,
             }),
+            upstream: self.upstream.clone(),
+            clock: self.shared.clock.clone(),
             sender: self.sender.clone(),
             responder: self.responder.clone(),
             invalidations: self.shared.invalidations.clone(),

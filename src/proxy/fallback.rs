@@ -13,10 +13,12 @@ use crate::body::Body;
 use crate::policy::entry::Entry;
 use crate::policy::http::freshness::stale_on_failure;
 use crate::policy::outcome::{Failure, FetchSummary, Outcome};
+use crate::proxy::upstream_state::UpstreamState;
 
 /// Picks the best response after a failure.
 #[derive(Debug)]
 pub(crate) struct Fallback {
+    pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) lookup: Arc<Lookup>,
     pub(crate) responder: Arc<Responder>,
     /// Whether a fleet's store may have filled memory while a request waited.
@@ -53,7 +55,7 @@ impl Fallback {
     pub(crate) fn stale_while_throttled(&self, context: &MissContext) -> Option<Response<Body>> {
         let entry = context.miss.stale.as_ref()?;
         let request = &context.request;
-        self.responder.upstream.budget_closed_for(&request.destination, &request.parts.headers)?;
+        self.upstream.budget_closed_for(&request.destination, &request.parts.headers)?;
         let now = context.exchange.now;
         let state = self.lookup.invalidations.state_of(entry, now);
         let reason = stale_on_failure(entry, state, Failure::Throttled, now)?;

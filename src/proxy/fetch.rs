@@ -28,6 +28,7 @@ use crate::policy::http::request_view::RequestView;
 use crate::policy::http::storage::{ResponseView, StorePlan, decide, failure_vary, initial_age};
 use crate::policy::http::vary::Variant;
 use crate::policy::outcome::{Failure, NotStored};
+use crate::proxy::lookup::Lookup;
 use crate::proxy::send::Sender;
 use crate::proxy::upstream_state::UpstreamState;
 use crate::store::IncompleteResponses;
@@ -42,7 +43,8 @@ use store::{ResponseStore, UpstreamResponse, declared_length, stored_head};
 pub(crate) struct Fetcher {
     pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) clock: Clock,
-    pub(crate) fleet: Arc<FleetLookup>,
+    pub(crate) lookup: Arc<Lookup>,
+    pub(crate) fleet_lookup: Arc<FleetLookup>,
     pub(crate) sender: Arc<Sender>,
     pub(crate) store: Arc<ResponseStore>,
     pub(crate) incomplete: Arc<IncompleteResponses>,
@@ -71,12 +73,12 @@ impl Fetcher {
     /// Runs a fetch until the response is stored, delivered, or known not to arrive.
     async fn run(self: Arc<Self>, mut leader: Leader, mut spec: FetchSpec) {
         let by = Instant::now() + self.upstream.timeouts.fetch;
-        match self.fleet.find_or_claim(&mut leader, &mut spec, by).await {
+        match self.fleet_lookup.find_or_claim(&mut leader, &mut spec, by).await {
             LeaseOutcome::Found(entry) => return leader.complete(FetchResult::FoundInFleet(entry)),
             LeaseOutcome::Fetch(lease) => *spec.lease() = lease,
         }
         // A purge from here on is later than this fetch.
-        spec.position = self.fleet.invalidations.position();
+        spec.position = self.lookup.invalidations.position();
         let sending = self.send(&spec);
         let attempt = if spec.request.parts.method == Method::HEAD {
             // The response can't be stored: without a client it is not needed.
@@ -165,7 +167,7 @@ impl Fetcher {
         match compare_head(&headers, stored.body.len(), response.response.headers()) {
             HeadComparison::Unknown => {}
             // A stale entry will be validated.
-            HeadComparison::Another if self.store.lookup.is_servable(stored, self.clock.now()) => {
+            HeadComparison::Another if self.lookup.is_servable(stored, self.clock.now()) => {
                 self.store.remove_stored(spec);
             }
             HeadComparison::Another => {}

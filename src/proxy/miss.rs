@@ -19,6 +19,8 @@ use crate::policy::entry::Entry;
 use crate::policy::http::freshness::{RequestDirectives, Verdict, evaluate};
 use crate::policy::outcome::{Failure, FetchSummary, ForwardReason, NotStored, Outcome, StaleReason};
 use crate::policy::routing::cache_key::CacheKey;
+use crate::proxy::fetch::fleet::FleetLookup;
+use crate::proxy::upstream_state::UpstreamState;
 use crate::telemetry::{Telemetry, spans};
 
 /// A fetch can be lost, or turn out to be for another variant, this often.
@@ -27,7 +29,9 @@ const MAX_JOINS: usize = 4;
 /// Answers cache misses.
 #[derive(Debug)]
 pub(crate) struct MissHandler {
+    pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) lookup: Arc<Lookup>,
+    pub(crate) fleet_lookup: Arc<FleetLookup>,
     pub(crate) coalescer: Arc<Coalescer>,
     pub(crate) fetcher: Arc<Fetcher>,
     pub(crate) fallback: Arc<Fallback>,
@@ -127,7 +131,7 @@ impl MissHandler {
 
     /// Answers a request from what the fleet has stored, without asking the upstream.
     pub(crate) async fn find_in_fleet(&self, context: &MissContext) -> Option<Response<Body>> {
-        let entry = self.fetcher.fleet.find(&context.request).await?;
+        let entry = self.fleet_lookup.find(&context.request).await?;
         self.respond_found(context, &entry)
     }
 
@@ -140,7 +144,7 @@ impl MissHandler {
     /// Joins the fetch for a key, as its leader if none is running.
     fn join(&self, context: &MissContext, join: &JoinState) -> MissStep {
         let CacheRequest { parts, destination, rule, .. } = &context.request;
-        let resource = self.fetcher.upstream.resource_id(destination, &parts.uri, rule);
+        let resource = self.upstream.resource_id(destination, &parts.uri, rule);
         let position = self.lookup.invalidations.position();
         let (leader, follower) = if join.unshared {
             self.coalescer.start_unshared()
@@ -165,7 +169,7 @@ impl MissHandler {
         deadline: Instant,
     ) -> Option<Response<Body>> {
         leader.set_runs_in_request(true);
-        let looking = self.fetcher.fleet.look_up_first(&mut leader, &mut spec);
+        let looking = self.fleet_lookup.look_up_first(&mut leader, &mut spec);
         let found = timeout_at(deadline, looking).await.ok().flatten();
         leader.set_runs_in_request(false);
         if let Some(entry) = found {

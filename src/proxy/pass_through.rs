@@ -16,11 +16,13 @@ use super::shadow::Shadow;
 use super::upstream_state::Destination;
 use super::write::Writer;
 use crate::body::Body;
+use crate::clock::Clock;
 use crate::fleet::invalidations::Invalidations;
 use crate::policy::http::hop_by_hop::strip_hop_by_hop;
 use crate::policy::invalidation::ledger::Position;
 use crate::policy::outcome::{BypassReason, Failure, FetchSummary, Outcome};
 use crate::policy::routing::router::Route;
+use crate::proxy::upstream_state::UpstreamState;
 use crate::upstream::{RecordHeaderCase, SendError};
 
 /// Relays requests and responses.
@@ -31,6 +33,8 @@ pub(crate) struct PassThrough {
     pub(crate) opportunistic: Arc<OpportunisticStore>,
     pub(crate) shadow: Arc<Shadow>,
     pub(crate) responder: Arc<Responder>,
+    pub(crate) upstream: Arc<UpstreamState>,
+    pub(crate) clock: Clock,
     pub(crate) invalidations: Arc<Invalidations>,
 }
 
@@ -54,7 +58,7 @@ impl PassThrough {
         let request = UpstreamRequest { parts: &parts, destination: &destination };
         let position = self.invalidations.position();
         let sent = self.send(&parts, &destination, body, (reason, looked_up.is_some(), &exchange)).await;
-        let took = self.sender.clock.instant().saturating_duration_since(sent.sent_at);
+        let took = self.clock.instant().saturating_duration_since(sent.sent_at);
         let context = ResponseContext::new(&*parts, None, &exchange);
         match sent.response {
             Ok(mut response) => {
@@ -118,7 +122,7 @@ impl PassThrough {
 
     /// Returns true if a rule allows the request to change the protocol.
     fn may_upgrade(&self, parts: &Parts) -> bool {
-        let router = &self.sender.upstream.router;
+        let router = &self.upstream.router;
         let route = router.route(&parts.method, parts.uri.path(), parts.uri.query(), &parts.headers);
         matches!(route, Route::Bypass(BypassReason::Upgrade))
     }

@@ -29,11 +29,13 @@ use crate::policy::entry::Entry;
 use crate::policy::http::freshness::RequestDirectives;
 use crate::policy::routing::rule::Rule;
 use crate::policy::routing::target::{client_authority, target};
+use crate::proxy::upstream_state::UpstreamState;
 use crate::store::record::random_salt;
 
 /// Starts background refreshes.
 #[derive(Debug)]
 pub(crate) struct Refresher {
+    pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) lookup: Arc<Lookup>,
     pub(crate) coalescer: Arc<Coalescer>,
@@ -85,7 +87,7 @@ impl Refresher {
         let mut headers = request.headers().clone();
         headers.remove(HOST);
         let refresh = RefreshRequest {
-            upstream: self.admission.upstream.id.0,
+            upstream: self.upstream.id.0,
             host: client_authority(request.uri(), request.headers()).unwrap_or_default().to_owned(),
             target: target(request.uri()).to_owned(),
             headers,
@@ -105,7 +107,7 @@ impl Refresher {
     pub(crate) fn refresh(&self, served: ServedEntry<'_>, ahead: bool) {
         let ServedEntry { request, destination, key, entry, .. } = served;
         let headers = request.headers();
-        if self.fetcher.upstream.budget_closed_for(destination, headers).is_some() {
+        if self.upstream.budget_closed_for(destination, headers).is_some() {
             // The next request after the pause refreshes it.
             return;
         }
@@ -118,7 +120,7 @@ impl Refresher {
         };
         let joined = self.coalescer.join(&fetch_key, &entry.resource, position, refreshed);
         if let Ok(JoinResult::Lead(leader, _no_follower)) = joined {
-            let upstream = &self.fetcher.upstream;
+            let upstream = &self.upstream;
             // The resource is that of the current rule, whose tags may differ from those that the entry has.
             let spec = if ahead {
                 let (entry, known) = (Some(entry.clone()), entry.received_at);
@@ -139,7 +141,7 @@ impl Refresher {
         if let Ok(host) = HeaderValue::from_str(&refresh.host) {
             request.headers_mut().insert(HOST, host);
         }
-        let upstream = &self.admission.upstream;
+        let upstream = &self.upstream;
         let Ok(destination) = upstream.locate(request.uri(), request.headers()) else { return };
         let Ok(admitted) = self.admission.admit(&request, &destination, self.clock.now()) else { return };
         let Some(known) = fleet.redis.clock().tick(refresh.received_at) else { return };

@@ -219,7 +219,7 @@ impl Sender {
 
     /// Counts the end of a request to the upstream. Logs the first failure, and the first success after it.
     fn record(&self, failure: Option<Failure>, took: Duration, result: &str) {
-        self.telemetry.upstream(failure, took);
+        self.telemetry.upstream(failure);
         self.upstream.metrics.record_upstream(failure, took);
         let (upstream, cause) = (&*self.upstream.name, failure.map_or("", Failure::cause));
         match self.upstream.health.record(failure, self.clock.now()) {

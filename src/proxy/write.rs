@@ -7,25 +7,29 @@ use http::request::Parts;
 use http::{Method, Response, Uri};
 use tracing::Instrument;
 
-use super::fetch::fleet::FleetLookup;
 use super::send::{Attempt, Sender, UpstreamRequest};
 use super::upstream_state::{Destination, rule_tags};
 use crate::body::Body;
-use crate::fleet::invalidations::PurgeReceipt;
+use crate::fleet::Fleet;
+use crate::fleet::invalidations::{Invalidations, PurgeReceipt};
 use crate::policy::invalidation::ledger::{Position, PurgeKind, Selector};
 use crate::policy::invalidation::tag::TagScope;
 use crate::policy::outcome::Failure;
 use crate::policy::resilience::retry::RetrySafety;
 use crate::policy::routing::router::Route;
 use crate::policy::routing::target::target;
+use crate::proxy::upstream_state::UpstreamState;
 use crate::telemetry::Telemetry;
 use crate::upstream::SendError;
 
 /// Sends writes, and invalidates.
 #[derive(Debug)]
 pub(crate) struct Writer {
+    pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) sender: Arc<Sender>,
-    pub(crate) fleet: Arc<FleetLookup>,
+    pub(crate) invalidations: Arc<Invalidations>,
+    /// `None` without `[redis]`.
+    pub(crate) fleet: Option<Arc<Fleet>>,
     pub(crate) telemetry: Arc<Telemetry>,
 }
 
@@ -39,7 +43,7 @@ impl Writer {
         let writer = self.clone();
         let write = async move {
             let request = UpstreamRequest { parts: &parts, destination: &destination };
-            let before = writer.fleet.invalidations.position();
+            let before = writer.invalidations.position();
             let mut attempt = writer.sender.send_now(request, body, &|_| {}).await;
             let may_have_changed = match &attempt.response {
                 Ok(response) => response.status().is_success() || response.status().is_redirection(),
@@ -57,10 +61,12 @@ impl Writer {
     }
 
     async fn after_write(&self, request: UpstreamRequest<'_>, before: Position, attempt: &mut Attempt) {
-        let seen = self.fleet.invalidations.position();
+        let seen = self.invalidations.position();
         let undisturbed = self.is_cacheable_and_unpurged(request, before);
         let receipt = self.invalidate(request, attempt.response.as_ref().ok().map(Response::headers));
-        self.fleet.wait_logged(receipt).await;
+        if let Some(fleet) = &self.fleet {
+            self.invalidations.wait_logged(receipt.number, fleet.timeout).await;
+        }
         if let Ok(response) = &mut attempt.response
             && undisturbed
             && receipt.position.0 == seen.0 + 1
@@ -71,11 +77,11 @@ impl Writer {
 
     /// Returns true if a GET of the same URL could be answered from the cache, and has not been purged since `then`.
     fn is_cacheable_and_unpurged(&self, request: UpstreamRequest<'_>, then: Position) -> bool {
-        let (upstream, uri) = (&self.sender.upstream, &request.parts.uri);
+        let (upstream, uri) = (&self.upstream, &request.parts.uri);
         match upstream.router.route(&Method::GET, uri.path(), uri.query(), &request.parts.headers) {
             Route::Cache(rule) if request.parts.method == Method::POST => {
                 let resource = upstream.resource_id(request.destination, uri, rule);
-                !self.fleet.invalidations.purged_since(&resource, then)
+                !self.invalidations.purged_since(&resource, then)
             }
             Route::Cache(_) | Route::Bypass(_) => false,
         }
@@ -85,7 +91,7 @@ impl Writer {
     /// query; and the tags of the rules that cache the target (RFC 9111 §4.4).
     fn invalidate(&self, request: UpstreamRequest<'_>, response: Option<&HeaderMap>) -> PurgeReceipt {
         let UpstreamRequest { parts, destination } = request;
-        let upstream = &self.sender.upstream;
+        let upstream = &self.upstream;
         let scope = TagScope { upstream: upstream.id, authority: destination.key_authority.as_deref() };
         let named = [LOCATION, CONTENT_LOCATION].into_iter().filter_map(|name| {
             let target = named_target(destination, response?.get(name)?)?;
@@ -99,7 +105,7 @@ impl Writer {
             .chain(tags.iter().map(|tag| Selector::tag(scope, tag)))
             .collect();
         self.telemetry.written();
-        self.fleet.invalidations.record(selectors, PurgeKind::Hard, None)
+        self.invalidations.record(selectors, PurgeKind::Hard, None)
     }
 }
 

@@ -83,7 +83,7 @@ impl Counters {
         latencies.add(took);
     }
 
-    pub(super) fn upstream(&self, failure: Option<Failure>, _took: Duration) {
+    pub(super) fn upstream(&self, failure: Option<Failure>) {
         let counter = if failure.is_none() { &self.upstream_ok } else { &self.upstream_failed };
         counter.fetch_add(1, Relaxed);
     }

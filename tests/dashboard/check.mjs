@@ -106,7 +106,7 @@ await page.locator('#mode', { hasText: /^mode normal$/ }).waitFor()
 
 // Shadow mode.
 page.once('dialog', dialog => dialog.accept())
-await page.getByRole('button', { name: 'Rehearse' }).click()
+await page.getByRole('button', { name: 'Shadow mode' }).click()
 await page.getByText('mode shadow, set by hand for another 30 min').waitFor()
 await page.locator('#shadow td').nth(3).waitFor()
 await page.screenshot({ path: join(screenshots, 'shadow.png'), fullPage: true })

@@ -14,7 +14,6 @@ use super::coalesce::{FetchResult, Leader};
 use super::spec::{FetchSpec, FleetUse};
 use crate::clock::Clock;
 use crate::fleet::Fleet;
-use crate::fleet::invalidations::{Invalidations, PurgeReceipt};
 use crate::fleet::lease::{self, ClaimResult, Lease, LeaseMessage, claim, subject};
 use crate::policy::Tick;
 use crate::policy::entry::{Entry, EntryState};
@@ -27,8 +26,8 @@ use crate::policy::invalidation::tag::{TagScope, subjects};
 use crate::policy::packed_head::PackedHead;
 use crate::policy::routing::cache_key::KeyName;
 use crate::proxy::exchange::CacheRequest;
+use crate::proxy::lookup::Lookup;
 use crate::proxy::upstream_state::{UpstreamState, rule_tags};
-use crate::store::Memory;
 use crate::store::record::{RecordAddress, StoredResponse};
 use crate::store::redis_tier::{RecordKey, TierRecord};
 use crate::telemetry::spans;
@@ -44,8 +43,7 @@ const RECEIVED_TOLERANCE: Duration = Duration::from_millis(250);
 pub(crate) struct FleetLookup {
     pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) clock: Clock,
-    pub(crate) memory: Arc<Memory>,
-    pub(crate) invalidations: Arc<Invalidations>,
+    pub(crate) lookup: Arc<Lookup>,
     /// `None` without `[redis]`: lookups find nothing, and everybody may fetch.
     pub(crate) fleet: Option<Arc<Fleet>>,
 }
@@ -158,7 +156,7 @@ impl FleetLookup {
         let mut messages = fleet.inbox.subscribe(&subject(&name));
         let (mut instead_of, mut waited) = (None, false);
         loop {
-            let seen = self.invalidations.log_position().unwrap_or_default();
+            let seen = self.lookup.invalidations.log_position().unwrap_or_default();
             match claim(&fleet.redis, &name, fleet.sidecar_id, seen, instead_of.take().as_ref()).await {
                 Err(error) => {
                     debug!(%error, "lease not available: fetching without one");
@@ -205,14 +203,14 @@ impl FleetLookup {
     /// Returns true if a purge names the resource of a fetch whose sidecar had read the log up to `seen`.
     fn is_outdated(&self, spec: &FetchSpec, seen: LogId) -> bool {
         // A sidecar that has read further than this one has missed nothing that is known here.
-        Some(seen) <= self.invalidations.log_position()
-            && self.invalidations.purged_since(&spec.resource, self.invalidations.position_of(seen))
+        Some(seen) <= self.lookup.invalidations.log_position()
+            && self.lookup.invalidations.purged_since(&spec.resource, self.lookup.invalidations.position_of(seen))
     }
 
     /// Looks up a record, and keeps in memory what is found.
     async fn look_up(&self, fleet: &Fleet, record: &RecordKey, request: &CacheRequest) -> TierLookup {
         // Until the log has been read, it is not known which purges a record has missed.
-        let caught_up = timeout(fleet.timeout, self.invalidations.wait_caught_up());
+        let caught_up = timeout(fleet.timeout, self.lookup.invalidations.wait_caught_up());
         if !fleet.redis.is_usable() || caught_up.await.is_err() {
             return TierLookup::Unavailable;
         }
@@ -230,13 +228,13 @@ impl FleetLookup {
             Some(other) => return TierLookup::Nothing(Some(other.variant.names())),
             None => return TierLookup::Nothing(None),
         };
-        let state = self.invalidations.state_of(&entry, now);
+        let state = self.lookup.invalidations.state_of(&entry, now);
         let verdict = evaluate(&entry, state, &RequestDirectives::default(), now);
         let newer = |known: &Arc<Entry>| known.received_at > entry.received_at.plus(RECEIVED_TOLERANCE);
-        let known = self.memory.get(&request.key);
+        let known = self.lookup.memory.get(&request.key);
         let has_newer = known.is_some_and(|known| known.select(headers).is_some_and(newer));
         if verdict != Verdict::Gone && !has_newer {
-            self.memory.put(&request.key, entry.clone());
+            self.lookup.memory.put(&request.key, entry.clone());
         }
         match verdict {
             Verdict::Fresh => TierLookup::Fresh(entry),
@@ -276,7 +274,7 @@ impl FleetLookup {
         let resource = self.resource_of_record(request, address, &tags);
         let name = &request.rule.name;
         let rule = if *rule == **name { name.clone() } else { rule.into() };
-        let position = self.invalidations.position_of(seen);
+        let position = self.lookup.invalidations.position_of(seen);
         let entry = Entry {
             head: PackedHead::new(status, &headers, case, links),
             body,
@@ -291,7 +289,7 @@ impl FleetLookup {
             owns_shape: true,
             state: EntryState::valid_at(position),
         };
-        Some(self.memory.intern(entry))
+        Some(self.lookup.memory.intern(entry))
     }
 
     /// The record may be of another target with the same key: one that differs in parameters that are not keyed.
@@ -310,13 +308,6 @@ impl FleetLookup {
     pub(crate) async fn find(&self, request: &CacheRequest) -> Option<Arc<Entry>> {
         let fleet = self.fleet.as_ref()?;
         self.look_up(fleet, &fleet.tier.record_key(&request.key), request).await.servable()
-    }
-
-    /// Waits until a purge is in the fleet's log, at most for the fleet's timeout.
-    pub(crate) async fn wait_logged(&self, receipt: PurgeReceipt) {
-        if let Some(fleet) = &self.fleet {
-            self.invalidations.wait_logged(receipt.number, fleet.timeout).await;
-        }
     }
 }
 

@@ -68,7 +68,7 @@ impl Fetcher {
             return None;
         }
         let first_part = self.incomplete.take(&spec.request.key)?;
-        let fresh = self.store.lookup.is_fresh(&first_part.start, self.clock.now());
+        let fresh = self.lookup.is_fresh(&first_part.start, self.clock.now());
         (fresh && first_part.start.variant.selected_by(&spec.request.parts.headers)).then_some(first_part)
     }
 }

@@ -24,6 +24,7 @@ use crate::policy::routing::target::target;
 use crate::proxy::admission::Admission;
 use crate::proxy::exchange::{CacheRequest, Exchange};
 use crate::proxy::send::UpstreamRequest;
+use crate::proxy::upstream_state::UpstreamState;
 use crate::proxy::write::named_target;
 use crate::store::IncompleteResponses;
 
@@ -33,6 +34,7 @@ const MAX_OPPORTUNISTIC_BYTES: u64 = 256 << 10;
 /// Stores responses that were passed through.
 #[derive(Debug)]
 pub(crate) struct OpportunisticStore {
+    pub(crate) upstream: Arc<UpstreamState>,
     pub(crate) admission: Arc<Admission>,
     pub(crate) store: Arc<ResponseStore>,
     pub(crate) incomplete: Arc<IncompleteResponses>,
@@ -75,8 +77,7 @@ impl OpportunisticStore {
     /// Returns the specification of a GET of the same URL, if its response could be stored under the upstream's headers.
     fn spec(&self, request: UpstreamRequest<'_>, position: Position) -> Option<FetchSpec> {
         let (uri, headers) = (&request.parts.uri, &request.parts.headers);
-        let Route::Cache(rule) = self.admission.upstream.router.route(&Method::GET, uri.path(), uri.query(), headers)
-        else {
+        let Route::Cache(rule) = self.upstream.router.route(&Method::GET, uri.path(), uri.query(), headers) else {
             return None;
         };
         let excluded = RequestDirectives::from_request(rule, headers).no_store() || rule.reject_empty.is_some();
@@ -86,7 +87,7 @@ impl OpportunisticStore {
         let key = self.admission.cache_key(RequestView::from(request.parts), request.destination, rule).ok()?;
         let parts = get_of(request.parts);
         let request = CacheRequest { parts, destination: request.destination.clone(), rule: rule.clone(), key };
-        Some(FetchSpec::for_copy(&self.admission.upstream, request, position))
+        Some(FetchSpec::for_copy(&self.upstream, request, position))
     }
 
     fn store(
