@@ -89,9 +89,8 @@ impl Clock {
 /// Returns the time since the machine was started, with the time that it was suspended (`CLOCK_BOOTTIME`).
 #[cfg(target_os = "linux")]
 fn boottime() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0));
-    Duration::new(seconds, nanos)
+    let time = nix::time::ClockId::CLOCK_BOOTTIME.now();
+    time.map_or(Duration::ZERO, Duration::from)
 }
 
 /// Other systems have no such clock: a suspension goes unnoticed.

@@ -23,6 +23,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::clock::{Clock, FleetClock};
@@ -125,6 +126,8 @@ pub struct Redis {
     /// `{prefix}:1`, with literal braces (a hash tag): one slot.
     coordination_prefix: Box<str>,
     command_timeout: Duration,
+    /// Limits the reads of the rest of a large value.
+    large_reads: Semaphore,
     log_throttle: Arc<LogThrottle>,
     clock: Arc<FleetClock>,
     /// The server's address, for messages.
@@ -187,6 +190,7 @@ impl Redis {
             worker,
             coordination_prefix: coordinates,
             command_timeout: config.command_timeout,
+            large_reads: Semaphore::new(records::MAX_LARGE_READS),
             log_throttle,
             clock: time.clone(),
             place: config.topology.to_string(),

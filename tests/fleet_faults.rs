@@ -326,3 +326,18 @@ async fn full_ledger_makes_only_its_own_upstream_unverified() {
         assert_eq!(answer.status, 200);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_record_is_read_in_parts() {
+    let redis = Redis::start();
+    let body: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let served = body.clone();
+    let origin = Origin::start(move |_| Reply::fresh(3600, served.clone())).await;
+    let table = redis.patient_table() + "compress = \"off\"\n";
+    let (one, other) = (member(&origin, &table).await, member(&origin, &table).await);
+    assert_eq!(one.get("/large").await.body, body);
+    one.written().await;
+    let answer = other.get("/large").await;
+    assert!(answer.is_hit() && answer.body == body, "{}", answer.cache_status());
+    assert_eq!(origin.count(), 1);
+}

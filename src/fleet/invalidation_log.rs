@@ -23,7 +23,7 @@ use super::purge_message::{LogMessage, PurgeMessage};
 use crate::clock::Clock;
 use crate::policy::invalidation::log_position::{LogGap, LogId};
 use crate::policy::millis;
-use crate::redis::{Beat, LogEntry, Redis, RedisError};
+use crate::redis::{Beat, LogEntry, Redis, RedisError, RedisErrorKind};
 use crate::store::authentication::Keyring;
 use crate::store::record::random_salt;
 
@@ -140,11 +140,19 @@ impl InvalidationLog {
         Ok(())
     }
 
-    /// Reads and applies all existing entries.
+    /// Reads and applies all existing entries, fewer at a time after a missed deadline: the connection may be slow.
     async fn catch_up(&self) -> Result<(), FollowError> {
+        let mut size = BATCH_SIZE;
         loop {
-            let entries = self.redis.log_after(self.invalidations.log_position(), BATCH_SIZE).await?;
-            let done = (entries.len() as u64) < BATCH_SIZE;
+            let entries = match self.redis.log_after(self.invalidations.log_position(), size).await {
+                Err(error) if error.why == RedisErrorKind::Silent && size > 1 => {
+                    size /= 4;
+                    self.redis.follower_connected().await;
+                    continue;
+                }
+                entries => entries?,
+            };
+            let done = (entries.len() as u64) < size;
             self.apply(entries)?;
             if done {
                 return Ok(());

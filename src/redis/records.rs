@@ -13,6 +13,14 @@ use super::{RecordClass, Redis, RedisError};
 /// Keys visited in one step of a scan (COUNT).
 const SCAN_COUNT: u32 = 500;
 
+/// Maximum number of concurrent reads of the rest of a large value.
+pub(super) const MAX_LARGE_READS: usize = 2;
+
+/// Returns the time by which a value of this size extends a deadline: a millisecond per 10,000 bytes.
+fn transfer_time(bytes: usize) -> Duration {
+    Duration::from_millis(bytes as u64 / 10_000)
+}
+
 /// The position of a scan.
 #[derive(Debug, Clone, Default)]
 pub struct ScanCursor {
@@ -30,16 +38,29 @@ impl Redis {
         self.pair(class).reader.run(self.command_timeout, command).await
     }
 
+    /// Returns `bytes` bytes of a value from `start` on, or fewer at its end. Only [`MAX_LARGE_READS`] of these run at
+    /// the same time, so that their replies delay other replies little.
+    pub async fn read_range(
+        &self,
+        class: RecordClass,
+        key: &str,
+        start: usize,
+        bytes: usize,
+    ) -> Result<Bytes, RedisError> {
+        let _permit = self.large_reads.acquire().await;
+        let last = start + bytes.saturating_sub(1);
+        let command = |client: TimedClient| async move { client.getrange(key, start, last).await };
+        self.pair(class).reader.run(self.command_timeout + transfer_time(bytes), command).await
+    }
+
     /// Sets a value that expires after `ttl`.
     pub async fn write(&self, class: RecordClass, key: &str, value: Bytes, ttl: Duration) -> Result<(), RedisError> {
-        let size = value.len() as u64;
+        let deadline = self.command_timeout + transfer_time(value.len());
         let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX).max(1);
         let command = |client: TimedClient| async move {
             client.set::<(), _, _>(key, value, Some(Expiration::PX(ttl)), None, false).await
         };
-        // A large value takes longer: one more millisecond per 10,000 bytes.
-        let more = Duration::from_millis(size / 10_000);
-        self.pair(class).writer.run(self.command_timeout + more, command).await
+        self.pair(class).writer.run(deadline, command).await
     }
 
     /// Removes a key if its value still begins with `start`. Returns true if it was removed.

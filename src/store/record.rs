@@ -266,6 +266,12 @@ impl RecordCodec {
     }
 }
 
+/// Returns the length of a record, from its first bytes. 0 if they are no record.
+pub fn record_length(record: &[u8]) -> usize {
+    FixedHeader::read(record)
+        .map_or(0, |head| HEADER_BYTES + head.meta + head.body + if head.encrypted() { 0 } else { TAG })
+}
+
 /// Returns the offset of the end of the meta part, from the first bytes of a record.
 pub fn meta_end(record: &[u8]) -> Option<usize> {
     FixedHeader::read(record).ok().map(|head| HEADER_BYTES + head.meta)

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use http::header::{HeaderMap, HeaderName};
 use tracing::debug;
 
 use super::compression::Compression;
-use super::record::{HEADER_BYTES, Record, RecordCodec, RecordError, StoredResponse};
+use super::record::{HEADER_BYTES, Record, RecordCodec, RecordError, StoredResponse, record_length};
 use super::record_store::RecordStore;
 use super::scan::ScanQueue;
 use super::write_behind::{PendingWrite, QueueTask, WriteBehindQueue};
@@ -26,6 +27,9 @@ use crate::redis::{Redis, RedisError};
 
 /// Added to the retention time of a record to give its TTL.
 const TTL_MARGIN: Duration = Duration::from_mins(1);
+
+/// Size of one read of a record, in bytes.
+const READ_SIZE: usize = 256 << 10;
 
 /// Maximum retention time of a record in Redis, without `TTL_MARGIN`.
 const MAX_TTL: Duration = Duration::from_hours(31 * 24);
@@ -165,8 +169,7 @@ impl RedisTier {
             self.counts.hits.fetch_add(1, Relaxed);
             return Ok(Some(KeyContents::Found(TierRecord::Waiting(entry))));
         }
-        let most = self.records.codec().max_record_bytes();
-        let read = self.records.redis.read_start(place.class, key, most).await.inspect_err(|_| {
+        let read = self.read_whole(place, key).await.inspect_err(|_| {
             self.counts.errors.fetch_add(1, Relaxed);
         })?;
         let Some(bytes) = Some(read).filter(|bytes| !bytes.is_empty()) else { return Ok(None) };
@@ -186,6 +189,26 @@ impl RedisTier {
                 Ok(None)
             }
         }
+    }
+
+    /// Reads a record: a small one by one command, a large one in parts, between which other replies have their turn.
+    async fn read_whole(&self, place: &RecordKey, key: &str) -> Result<Bytes, RedisError> {
+        let first = self.records.redis.read_start(place.class, key, READ_SIZE).await?;
+        let length = record_length(&first).min(self.records.codec().max_record_bytes());
+        if first.len() < READ_SIZE || length <= first.len() {
+            return Ok(first);
+        }
+        let mut whole = BytesMut::with_capacity(length);
+        whole.extend_from_slice(&first);
+        while whole.len() < length {
+            let rest = READ_SIZE.min(length - whole.len());
+            let part = self.records.redis.read_range(place.class, key, whole.len(), rest).await?;
+            if part.is_empty() {
+                break;
+            }
+            whole.extend_from_slice(&part);
+        }
+        Ok(whole.freeze())
     }
 
     /// Queues an entry to be written. The receiver resolves when it is written, and fails when it will not be.
