@@ -14,6 +14,8 @@ mod harness;
 mod invalidation;
 #[path = "fleet/outage.rs"]
 mod outage;
+#[path = "fleet/scale.rs"]
+mod scale;
 #[path = "../tests/support/redis.rs"]
 #[allow(dead_code)]
 mod server;
@@ -66,6 +68,9 @@ fn main() {
         }
         if chosen("cpu") {
             cost::cpu().await;
+        }
+        if chosen("scale") {
+            scale::scale().await;
         }
         if chosen("restart") {
             cost::restart().await;

@@ -84,6 +84,12 @@ impl Redis {
         keys
     }
 
+    /// The ID of its process.
+    #[allow(dead_code)] // a benchmark needs it
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(pid(&self.child), signal).expect("our own process");
     }
