@@ -11,6 +11,8 @@ pub mod lease;
 mod ledger_state;
 pub mod membership;
 pub mod mode_message;
+#[cfg(test)]
+mod model;
 pub mod purge_message;
 pub mod refresh_queue;
 

@@ -300,12 +300,17 @@ impl Invalidations {
         loop {
             let Some(fleet) = &self.fleet else { return std::future::pending().await };
             let mut waiting = fleet.waiting.subscribe();
-            let purges: Vec<PurgeMessage> = self.read().outbox.iter().take(count).cloned().collect();
+            let purges = self.unlogged_purges(count);
             if !purges.is_empty() {
                 return purges;
             }
             let _ = waiting.changed().await;
         }
+    }
+
+    /// Returns the oldest purges that the log does not have, at most `count`.
+    pub(super) fn unlogged_purges(&self, count: usize) -> Vec<PurgeMessage> {
+        self.read().outbox.iter().take(count).cloned().collect()
     }
 
     /// Removes the purges up to `number` from the outbox: the log has them.
