@@ -1,5 +1,6 @@
 //! Redis topologies: TLS, Unix socket, Sentinel and Cluster, including failover.
 
+use nix::sys::signal::Signal;
 use redis::Commands;
 
 use crate::support::redis::{Cluster, Sentinels, cli, folder};
@@ -162,6 +163,36 @@ async fn entries_and_purges_are_shared_before_and_after_sentinel_failover() {
     assert!(group.servers[1].info("replication").contains("role:master"), "the replica was promoted");
     together_again(&one, &other, "sentinel").await;
     works(&one, &other, &origin, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sentinels_that_are_silent_or_have_a_password_do_not_keep_a_sidecar_from_redis() {
+    let group = Sentinels::start();
+    let origin = origin().await;
+    // The first one of the list accepts connections and does not reply.
+    group.sentinels[0].signal(Signal::SIGSTOP);
+    let one = member(&origin, &group.table()).await;
+    one.settled().await;
+    group.sentinels[0].signal(Signal::SIGCONT);
+    for sentinel in &group.sentinels {
+        cli(&["-p", &sentinel.port.to_string(), "CONFIG", "SET", "requirepass", "of-sentinels"]);
+        cli(&[
+            "-p",
+            &sentinel.port.to_string(),
+            "-a",
+            "of-sentinels",
+            "SENTINEL",
+            "CONFIG",
+            "SET",
+            "sentinel-pass",
+            "of-sentinels",
+        ]);
+    }
+    let file = folder("sentinel-password").join("password");
+    std::fs::write(&file, "of-sentinels").expect("a writable folder");
+    let table = group.table() + &format!("sentinel_password = {{ file = \"{}\" }}\n", file.display());
+    let other = member(&origin, &table).await;
+    other.settled().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -145,6 +145,8 @@ fn redis(redis: &RedisConfig, tier: &RedisTierConfig) -> Value {
         "tls": redis.tls.is_some(),
         "username": redis.username,
         "password": redis.password.as_ref().map(|_| "set"),
+        "sentinel_username": redis.sentinel_username,
+        "sentinel_password": redis.sentinel_password.as_ref().map(|_| "set"),
         "key_prefix": &*redis.key_prefix,
         "command_timeout": duration(redis.command_timeout),
         "compress_above": size(tier.compress_above),

@@ -152,6 +152,8 @@ pub(super) struct Redis {
     pub(super) url: Option<Spanned<String>>,
     pub(super) username: Option<String>,
     pub(super) password: Option<Spanned<SecretRef>>,
+    pub(super) sentinel_username: Option<String>,
+    pub(super) sentinel_password: Option<Spanned<SecretRef>>,
     pub(super) tls: Tls,
     pub(super) databases: Option<Spanned<Databases>>,
     pub(super) key_prefix: Option<Spanned<String>>,

@@ -26,6 +26,14 @@ impl Validator<'_> {
         if let Some(reference) = &given.password {
             self.secret(reference.get_ref(), &reference.span());
         }
+        let sentinel_password =
+            given.sentinel_password.as_ref().map(|password| self.secret_source(password.get_ref()));
+        if let Some(reference) = &given.sentinel_password {
+            self.secret(reference.get_ref(), &reference.span());
+            if !matches!(topology, RedisTopology::Sentinel { .. }) {
+                self.fault(&reference.span(), "redis.sentinel_password needs a url with redis-sentinel://");
+            }
+        }
         let tls_given = given.tls.ca.is_some() || given.tls.cert.is_some() || given.tls.key.is_some();
         if tls_given && !encrypted {
             self.fault(&url.span(), "redis.tls needs rediss://: write rediss://, or leave tls out");
@@ -42,6 +50,8 @@ impl Validator<'_> {
             tls: encrypted.then_some(tls),
             username: given.username.clone(),
             password,
+            sentinel_username: given.sentinel_username.clone(),
+            sentinel_password,
             databases,
             key_prefix: key_prefix.into(),
             command_timeout: given.command_timeout.map_or(Duration::from_millis(100), |d| d.0),

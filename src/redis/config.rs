@@ -17,6 +17,10 @@ pub struct RedisConfig {
     pub username: Option<String>,
     /// Source of the password, read again for each connection.
     pub password: Option<SecretSource>,
+    /// ACL user of the Sentinels, if they have one of their own.
+    pub sentinel_username: Option<String>,
+    /// Source of the password of the Sentinels, read again for each connection.
+    pub sentinel_password: Option<SecretSource>,
     /// Logical databases.
     pub databases: RedisDatabases,
     /// Prefix of every key.

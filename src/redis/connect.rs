@@ -110,6 +110,8 @@ async fn wait_connected(client: &Client) {
 fn client_config(config: &RedisConfig, database: u8) -> Result<Config, String> {
     let password = config.password.as_ref().map(SecretSource::read).transpose()?;
     let password = password.map(|secret| secret.reveal().to_owned());
+    let sentinel_password = config.sentinel_password.as_ref().map(SecretSource::read).transpose()?;
+    let sentinel_password = sentinel_password.map(|secret| secret.reveal().to_owned());
     let tls = match &config.tls {
         None => None,
         Some(tls) => Some(TlsConfig::from(TlsConnector::from(tls::client_config(tls)?))),
@@ -125,8 +127,8 @@ fn client_config(config: &RedisConfig, database: u8) -> Result<Config, String> {
         RedisTopology::Sentinel { nodes, service } => ServerConfig::Sentinel {
             hosts: servers(nodes),
             service_name: service.clone(),
-            username: None,
-            password: None,
+            username: config.sentinel_username.clone(),
+            password: sentinel_password,
         },
     };
     Ok(Config {
