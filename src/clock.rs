@@ -45,13 +45,18 @@ impl Clock {
     /// Returns the current instant, for measuring durations.
     #[allow(clippy::disallowed_methods)]
     pub fn instant(&self) -> Instant {
-        let now = Instant::now();
+        Instant::now()
+    }
+
+    /// Returns the current instant and its tick. Notices if the machine was suspended.
+    pub fn instant_and_tick(&self) -> (Instant, Tick) {
+        let now = self.instant();
         let passed = millis((self.boottime)().saturating_sub(self.boot_start));
         let suspended = passed.saturating_sub(millis(now.saturating_duration_since(self.start)));
         if suspended > self.suspended.load(Ordering::Relaxed) + MIN_SUSPENSION {
             self.suspended.fetch_max(suspended, Ordering::Relaxed);
         }
-        now
+        (now, self.tick(now))
     }
 
     /// Returns the tick of an instant.
@@ -66,7 +71,7 @@ impl Clock {
 
     /// Returns the current tick.
     pub fn now(&self) -> Tick {
-        self.tick(self.instant())
+        self.instant_and_tick().1
     }
 
     /// Returns the wall time, for `Date`, `Age` and `Expires` of received responses.

@@ -27,8 +27,8 @@ pub(crate) struct Exchange {
 impl Exchange {
     /// Starts now.
     pub(crate) fn begin(clock: &Clock) -> Exchange {
-        let begun = clock.instant();
-        Exchange { clock: clock.clone(), begun, now: clock.tick(begun) }
+        let (begun, now) = clock.instant_and_tick();
+        Exchange { clock: clock.clone(), begun, now }
     }
 
     /// Returns the time since the request arrived.
