@@ -18,7 +18,7 @@ use sidecache::policy::outcome::Outcome;
 use sidecache::policy::routing::cache_key::{KeyParts, KeySecret};
 use sidecache::proxy::{Handled, Proxy, SharedState};
 use sidecache::server::framing::RequestScanner;
-use sidecache::telemetry::AnsweredRequest;
+use sidecache::telemetry::CompletedRequest;
 use sidecache::upstream::{Sending, UpstreamClient};
 
 const HEAD: &[u8] =
@@ -113,11 +113,11 @@ fn parts(criterion: &mut Criterion) {
     let took = Duration::from_micros(12);
     criterion.bench_function("metrics of a hit: outcome, latency, rule", |b| {
         b.iter(|| {
-            proxy.upstream.metrics.record_answer(black_box(&outcome), took);
+            proxy.upstream.metrics.record_response(black_box(&outcome), took);
             rule.counters.count(black_box(&outcome));
         });
     });
-    let answered = AnsweredRequest {
+    let answered = CompletedRequest {
         upstream: &proxy.upstream.name,
         rule: Some(&rule),
         request: (&example).into(),

@@ -32,7 +32,7 @@ const HINT_AFTER: u64 = 20;
 
 /// A request and its response, as logged.
 #[derive(Debug, Clone, Copy)]
-pub struct AnsweredRequest<'a> {
+pub struct CompletedRequest<'a> {
     /// The name of the upstream.
     pub upstream: &'a Arc<str>,
     /// The rule that matched the request.
@@ -64,7 +64,7 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// Records a response. Writes at most one log line; none for a hit unless the filter enables debug lines.
-    pub fn record(&self, outcome: &Outcome, answered: &AnsweredRequest<'_>) {
+    pub fn record(&self, outcome: &Outcome, answered: &CompletedRequest<'_>) {
         self.counters.answered(outcome, answered.took);
         self.request_log.add(outcome, answered);
         let level = level(outcome);
@@ -143,8 +143,8 @@ impl Telemetry {
     }
 }
 
-fn log(level: Level, outcome: &Outcome, answered: &AnsweredRequest<'_>) {
-    let AnsweredRequest { upstream, rule, request, status, took, request_id, .. } = *answered;
+fn log(level: Level, outcome: &Outcome, answered: &CompletedRequest<'_>) {
+    let CompletedRequest { upstream, rule, request, status, took, request_id, .. } = *answered;
     let upstream: &str = upstream;
     let (method, path) = (request.method.as_str(), request.uri.path());
     let (outcome_label, detail) = (outcome.label(), outcome.detail().unwrap_or(""));

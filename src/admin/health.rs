@@ -84,7 +84,8 @@ pub(super) async fn health(State(admin): State<Arc<Admin>>) -> Json<Value> {
 fn redis_component(shared: &SharedState) -> Value {
     let Some(fleet) = &shared.fleet else { return json!({ "status": "off" }) };
     let state = fleet.redis.state();
-    let well = state.connections.values().all(|connection| connection.connected && connection.breaker == "closed");
+    let connected = state.connections.values().all(|connection| connection.connected);
+    let open = state.connections.iter().find(|(_, connection)| connection.breaker == "open").map(|(name, _)| *name);
     let refused = fleet.membership.error();
     let (max_unverified, oldest) = (shared.invalidations.max_unverified(), fleet.membership.oldest());
     let silent = oldest.filter(|oldest| Some(*oldest) > max_unverified).map(|oldest| {
@@ -94,7 +95,11 @@ fn redis_component(shared: &SharedState) -> Value {
         (Some(error), _) if error.why == RedisErrorKind::Refused => ("degraded", Some(error.explained())),
         (_, Some(trouble)) => ("down", Some(trouble)),
         (Some(error), None) => ("degraded", Some(error.explained())),
-        (None, None) if !well => ("connecting", Some(format!("no connection to {} yet", state.place))),
+        (None, None) if !connected => ("connecting", Some(format!("no connection to {} yet", state.place))),
+        (None, None) if open.is_some() => (
+            "down",
+            open.map(|name| format!("no reply in time: the circuit breaker of the connection {name} is open")),
+        ),
         (None, None) if silent.is_some() => ("degraded", silent),
         (None, None) => ("ok", None),
     };

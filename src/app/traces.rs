@@ -39,10 +39,13 @@ pub type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 
 /// Starts the export. Returns `None` if the environment does not configure it.
 pub fn start() -> Result<Option<(Traces, Listener)>, String> {
-    let said = |name: &str| std::env::var(name).unwrap_or_default();
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let named = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-    let wanted = named.iter().any(|name| !said(name).is_empty()) || said("OTEL_TRACES_EXPORTER") == "otlp";
-    if !wanted || said("OTEL_TRACES_EXPORTER") == "none" || said("OTEL_SDK_DISABLED").eq_ignore_ascii_case("true") {
+    let wanted = named.iter().any(|name| !variable(name).is_empty()) || variable("OTEL_TRACES_EXPORTER") == "otlp";
+    if !wanted
+        || variable("OTEL_TRACES_EXPORTER") == "none"
+        || variable("OTEL_SDK_DISABLED").eq_ignore_ascii_case("true")
+    {
         return Ok(None);
     }
     let timeouts =
@@ -52,7 +55,7 @@ pub fn start() -> Result<Option<(Traces, Listener)>, String> {
     let exporter = SpanExporter::builder().with_http().with_http_client(sender).build();
     let exporter = exporter.map_err(|error| format!("traces: {error}"))?;
     let mut resource = Resource::builder();
-    if said("OTEL_SERVICE_NAME").is_empty() && !said("OTEL_RESOURCE_ATTRIBUTES").contains("service.name") {
+    if variable("OTEL_SERVICE_NAME").is_empty() && !variable("OTEL_RESOURCE_ATTRIBUTES").contains("service.name") {
         resource = resource.with_service_name("sidecache");
     }
     let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build();

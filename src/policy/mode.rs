@@ -125,7 +125,7 @@ impl ModeSwitch {
 
     /// Returns the effective mode. Costs at most three atomic loads.
     pub fn mode(&self, now: Tick) -> Mode {
-        self.in_force(now).map_or(Mode::Normal, |said| said.0)
+        self.in_force(now).map_or(Mode::Normal, |packed| packed.0)
     }
 
     /// Returns the effective mode, its source and the time until it expires.
@@ -152,13 +152,13 @@ impl ModeSlot {
     }
 
     fn get(&self, now: Tick) -> Option<(Mode, ModeSource, u64)> {
-        let said = self.0.load(Ordering::Relaxed);
-        if said == 0 {
+        let packed = self.0.load(Ordering::Relaxed);
+        if packed == 0 {
             return None;
         }
-        let until = said >> 5;
-        let mode = *Mode::ALL.get(usize::try_from((said & 3) - 1).unwrap_or(0))?;
-        let source = *ModeSource::ALL.get(usize::try_from(said >> 2 & 7).unwrap_or(0))?;
+        let until = packed >> 5;
+        let mode = *Mode::ALL.get(usize::try_from((packed & 3) - 1).unwrap_or(0))?;
+        let source = *ModeSource::ALL.get(usize::try_from(packed >> 2 & 7).unwrap_or(0))?;
         (now.0 < until).then_some((mode, source, until))
     }
 }

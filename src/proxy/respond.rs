@@ -25,7 +25,7 @@ use crate::policy::outcome::{FetchSummary, Outcome, StaleReason};
 use crate::policy::packed_head::PackedHead;
 use crate::policy::routing::rule::FallbackPayload;
 use crate::policy::routing::target::client_authority;
-use crate::telemetry::{AnsweredRequest, Telemetry};
+use crate::telemetry::{CompletedRequest, Telemetry};
 use error::RequestId;
 use fields::{FieldValue, TimingLabel, append_field, cache_status, stored_cache_status};
 
@@ -177,7 +177,7 @@ impl Responder {
         let headers = response.headers_mut();
         append_field(headers, CACHE_STATUS, cache_status);
         append_field(headers, SERVER_TIMING, &timing.text(elapsed));
-        let answered = AnsweredRequest {
+        let answered = CompletedRequest {
             upstream: &self.upstream.name,
             rule,
             request,
@@ -188,7 +188,7 @@ impl Responder {
             identity: (timing == TimingLabel::Upstream).then(|| self.upstream.identity(request)),
         };
         self.telemetry.record(outcome, &answered);
-        self.upstream.metrics.record_answer(outcome, elapsed);
+        self.upstream.metrics.record_response(outcome, elapsed);
         rule.map_or(&self.upstream.metrics.no_rule, |rule| &rule.counters).count(outcome);
         response
     }

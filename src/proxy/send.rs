@@ -223,8 +223,8 @@ impl Sender {
         self.upstream.metrics.record_upstream(failure, took);
         let (upstream, cause) = (&*self.upstream.name, failure.map_or("", Failure::cause));
         match self.upstream.health.record(failure, self.clock.now()) {
-            HealthTransition::Fails => warn!(upstream, cause, "the upstream fails: {result}"),
-            HealthTransition::IsBack => info!(upstream, "the upstream responds again"),
+            HealthTransition::Failing => warn!(upstream, cause, "the upstream fails: {result}"),
+            HealthTransition::Recovered => info!(upstream, "the upstream responds again"),
             HealthTransition::None => debug!(upstream, cause, result, "request to the upstream ended"),
         }
     }

@@ -60,7 +60,7 @@ pub struct RecordCodec {
 #[derive(Debug)]
 pub enum Record {
     /// A stored response.
-    Answer(Box<StoredResponse>),
+    Response(Box<StoredResponse>),
     /// Responses are stored under keys made with these request headers.
     VaryMarker(Vec<HeaderName>),
 }
@@ -344,7 +344,7 @@ fn read(head: &FixedHeader, meta: &[u8], body: &[u8]) -> Result<Record, RecordEr
         let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| RecordError::Forged)?;
         headers.append(name, HeaderValue::from_bytes(value).map_err(|_| RecordError::Forged)?);
     }
-    Ok(Record::Answer(Box::new(StoredResponse {
+    Ok(Record::Response(Box::new(StoredResponse {
         address: meta.start.address.into(),
         status: StatusCode::from_u16(meta.status).map_err(|_| RecordError::Forged)?,
         headers,
@@ -401,7 +401,7 @@ mod tests {
 
     fn encode_response(codec: &RecordCodec, record: &[u8]) -> StoredResponse {
         match codec.decode(record, PLACE) {
-            Ok(Record::Answer(answer)) => *answer,
+            Ok(Record::Response(answer)) => *answer,
             other => panic!("{other:?}"),
         }
     }

@@ -94,7 +94,7 @@ pub enum TierRecord {
     /// No record of this variant. The request headers that the resource varies by, if a vary marker shows them.
     Absent(Option<Vec<HeaderName>>),
     /// A record from Redis.
-    Answer(Box<StoredResponse>),
+    Stored(Box<StoredResponse>),
     /// An entry that still waits to be written.
     Waiting(Arc<Entry>),
 }
@@ -174,9 +174,9 @@ impl RedisTier {
         })?;
         let Some(bytes) = Some(read).filter(|bytes| !bytes.is_empty()) else { return Ok(None) };
         match self.records.codec().decode(&bytes, key) {
-            Ok(Record::Answer(answer)) => {
+            Ok(Record::Response(answer)) => {
                 self.counts.hits.fetch_add(1, Relaxed);
-                Ok(Some(KeyContents::Found(TierRecord::Answer(answer))))
+                Ok(Some(KeyContents::Found(TierRecord::Stored(answer))))
             }
             Ok(Record::VaryMarker(names)) => Ok(Some(KeyContents::VaryMarker(names))),
             Err(RecordError::NotForUs) => Ok(None),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use http::{Method, StatusCode};
 use serde::Serialize;
 
-use super::AnsweredRequest;
+use super::CompletedRequest;
 use crate::policy::Tick;
 use crate::policy::outcome::{Failure, Outcome};
 
@@ -84,7 +84,7 @@ impl Default for RequestLog {
 }
 
 impl RequestLog {
-    pub(super) fn add(&self, outcome: &Outcome, answered: &AnsweredRequest<'_>) {
+    pub(super) fn add(&self, outcome: &Outcome, answered: &CompletedRequest<'_>) {
         let number = self.next.fetch_add(1, Relaxed);
         let at = usize::try_from(number).unwrap_or(0) % KEPT;
         let Some(Ok(mut slot)) = self.slots.get(at).map(Mutex::try_lock) else { return };
@@ -151,7 +151,7 @@ mod tests {
         for n in 0..KEPT + 5 {
             let uri: Uri = format!("/{n}?secret=1").parse().expect("a URI");
             let request = RequestView { method: &Method::GET, uri: &uri, headers: &headers };
-            let answered = AnsweredRequest {
+            let answered = CompletedRequest {
                 upstream: &upstream,
                 rule: None,
                 request,

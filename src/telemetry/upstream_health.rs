@@ -28,9 +28,9 @@ pub enum HealthTransition {
     /// No change.
     None,
     /// The first failure after a success.
-    Fails,
+    Failing,
     /// The first success after a failure.
-    IsBack,
+    Recovered,
 }
 
 /// The health of an upstream as reported by `/health`.
@@ -66,8 +66,8 @@ impl PassiveHealth {
             }
         }
         match (before, last.in_a_row) {
-            (0, 1..) => HealthTransition::Fails,
-            (1.., 0) => HealthTransition::IsBack,
+            (0, 1..) => HealthTransition::Failing,
+            (1.., 0) => HealthTransition::Recovered,
             (_, _) => HealthTransition::None,
         }
     }

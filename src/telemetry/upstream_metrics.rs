@@ -40,7 +40,7 @@ pub struct UpstreamMetrics {
 
 impl UpstreamMetrics {
     /// Records the time to the response head, by outcome.
-    pub fn record_answer(&self, outcome: &Outcome, took: Duration) {
+    pub fn record_response(&self, outcome: &Outcome, took: Duration) {
         if let Some(latencies) = outcome_index(outcome).and_then(|index| self.durations.get(index)) {
             latencies.add(took);
         }

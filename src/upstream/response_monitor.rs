@@ -37,9 +37,9 @@ struct MonitorState {
     phase: ResponsePhase,
     head: Vec<u8>,
     /// Number of final response heads so far.
-    answers: u64,
+    responses: u64,
     /// Whether bytes of the current response have been received.
-    answering: bool,
+    response_started: bool,
     trailing_data: Option<TrailingData>,
     /// Whether the reader has read the last response to its end.
     finished: bool,
@@ -119,7 +119,7 @@ impl ResponseMonitor {
     /// Returns true if the connection has served a response before, but no byte of the current one was received.
     pub(super) fn died_idle(&self) -> bool {
         let heard = self.lock();
-        heard.answers > 0 && !heard.answering
+        heard.responses > 0 && !heard.response_started
     }
 
     /// Observes written bytes: a request, or the rest of one whose response has already started.
@@ -131,7 +131,7 @@ impl ResponseMonitor {
         if matches!(heard.phase, ResponsePhase::Body(_)) && begins_request(bytes) {
             heard.phase = ResponsePhase::Head;
             heard.head.clear();
-            heard.answering = false;
+            heard.response_started = false;
             heard.finished = false;
         }
     }
@@ -146,7 +146,7 @@ impl ResponseMonitor {
         if heard.trailing_data.is_some() {
             return Ok(0);
         }
-        heard.answering |= !bytes.is_empty();
+        heard.response_started |= !bytes.is_empty();
         while !bytes.is_empty() {
             match heard.phase {
                 ResponsePhase::Body(None) | ResponsePhase::Tunnel => return Ok(all),
@@ -188,7 +188,7 @@ impl MonitorState {
             // Informational response: the final head follows (RFC 9110 §15.2).
             Some([b'1', ..]) => self.head.clear(),
             _ => {
-                self.answers += 1;
+                self.responses += 1;
                 self.phase = ResponsePhase::Body(content_length(&self.head));
                 self.keep_alive = keep_alive(&self.head);
                 if let Some(error) = framing_error(self.head.starts_with(b"HTTP/1.0"), head_fields(&self.head)) {

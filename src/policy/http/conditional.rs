@@ -68,9 +68,9 @@ pub fn strip_content_fields(headers: &mut HeaderMap) {
 
 /// Returns true if a 304 is about another representation than the stored one: both have strong validators, which differ
 /// (RFC 9111 §4.3.4).
-pub fn is_other_representation(stored: &HeaderMap, answered: &HeaderMap) -> bool {
+pub fn is_other_representation(stored: &HeaderMap, received: &HeaderMap) -> bool {
     let strong = |headers: &HeaderMap| headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")).cloned();
-    matches!((strong(stored), strong(answered)), (Some(ours), Some(theirs)) if ours != theirs)
+    matches!((strong(stored), strong(received)), (Some(ours), Some(theirs)) if ours != theirs)
 }
 
 /// The result of comparing the response to a HEAD request with a stored response (RFC 9111 §4.3.5).
@@ -85,15 +85,17 @@ pub enum HeadComparison {
 }
 
 /// Compares the response to a HEAD request with a stored response whose body has `length` bytes.
-pub fn compare_head(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> HeadComparison {
-    let said = [ETAG, LAST_MODIFIED].into_iter().filter_map(|name| Some((answered.get(&name)?, stored.get(&name))));
+pub fn compare_head(stored: &HeaderMap, length: usize, received: &HeaderMap) -> HeadComparison {
+    let validators =
+        [ETAG, LAST_MODIFIED].into_iter().filter_map(|name| Some((received.get(&name)?, stored.get(&name))));
     let (mut same, mut another) = (false, false);
-    for (theirs, ours) in said {
+    for (theirs, ours) in validators {
         same |= ours == Some(theirs);
         another |= ours != Some(theirs);
     }
     // Many origins respond to HEAD with Content-Length: 0, so a different length alone proves nothing.
-    let as_long = answered.get(CONTENT_LENGTH).is_none_or(|said| said.as_bytes() == length.to_string().as_bytes());
+    let as_long =
+        received.get(CONTENT_LENGTH).is_none_or(|stated| stated.as_bytes() == length.to_string().as_bytes());
     match (same, another) {
         (_, true) => HeadComparison::Another,
         (true, false) if as_long => HeadComparison::Same,
@@ -103,14 +105,14 @@ pub fn compare_head(stored: &HeaderMap, length: usize, answered: &HeaderMap) -> 
 
 /// Returns the stored head updated by the upstream's 304: the 304's fields replace the stored ones, except those that
 /// describe the stored body (RFC 9111 §3.2).
-pub fn freshen_head(stored: &HeaderMap, answered: &HeaderMap) -> HeaderMap {
+pub fn freshen_head(stored: &HeaderMap, received: &HeaderMap) -> HeaderMap {
     const KEPT: [HeaderName; 4] =
         [CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_RANGE, HeaderName::from_static("content-md5")];
     let mut merged = stored.clone();
     merged.remove(DATE);
-    for name in answered.keys().filter(|name| !KEPT.contains(name)) {
+    for name in received.keys().filter(|name| !KEPT.contains(name)) {
         merged.remove(name);
-        for value in answered.get_all(name) {
+        for value in received.get_all(name) {
             merged.append(name, value.clone());
         }
     }
@@ -176,8 +178,8 @@ mod tests {
             (&[("etag", "\"2\"")], HeadComparison::Another),
             (&[("etag", "\"1\""), ("last-modified", "Fri, 20 Nov 2026 12:00:01 GMT")], HeadComparison::Another),
         ];
-        for (answered, expected) in table {
-            assert_eq!(compare_head(&stored, 4, &map(answered)), *expected, "{answered:?}");
+        for (received, expected) in table {
+            assert_eq!(compare_head(&stored, 4, &map(received)), *expected, "{received:?}");
         }
     }
 

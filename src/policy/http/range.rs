@@ -28,7 +28,7 @@ pub enum RangeSelection {
     /// Several parts: 206 with `multipart/byteranges`.
     Several(Vec<Range<usize>>),
     /// No range is satisfiable: 416.
-    Nowhere,
+    Unsatisfiable,
 }
 
 /// Returns true if this is a range request: a GET with `Range`.
@@ -51,7 +51,7 @@ pub fn select_range(
     let Some(ranges) = parse(range.as_bytes(), length) else { return RangeSelection::Whole };
     let requested: usize = ranges.iter().map(Range::len).sum();
     match &ranges[..] {
-        [] => RangeSelection::Nowhere,
+        [] => RangeSelection::Unsatisfiable,
         [one] => RangeSelection::One(one.clone()),
         // Overlapping ranges that add up to more than the response only cost work.
         _ if ranges.len() > MAX_RANGES || requested > length.min(MAX_MULTIPART_BYTES) => RangeSelection::Whole,
@@ -174,8 +174,8 @@ mod tests {
             ("bytes=-3", RangeSelection::One(7..10)),
             ("bytes=-30", RangeSelection::One(0..10)),
             ("bytes=0-99999999999999999999", RangeSelection::One(0..10)),
-            ("bytes=10-", RangeSelection::Nowhere),
-            ("bytes=-0", RangeSelection::Nowhere),
+            ("bytes=10-", RangeSelection::Unsatisfiable),
+            ("bytes=-0", RangeSelection::Unsatisfiable),
             ("bytes=0-0, 20-30", RangeSelection::One(0..1)),
             ("bytes=0-1, -2", RangeSelection::Several(vec![0..2, 8..10])),
             ("bytes=0-8, 1-9", RangeSelection::Whole),
@@ -218,7 +218,7 @@ mod tests {
         #[test]
         fn selected_ranges_are_within_the_body(value in "bytes=[0-9, -]{0,20}", length in 0usize..40) {
             match select_range(&map(&[("range", &value)]), &stored(), length, || SystemTime::UNIX_EPOCH) {
-                RangeSelection::Whole | RangeSelection::Nowhere => {}
+                RangeSelection::Whole | RangeSelection::Unsatisfiable => {}
                 RangeSelection::One(range) => prop_assert!(range.start < range.end && range.end <= length),
                 RangeSelection::Several(ranges) => {
                     prop_assert!(ranges.iter().all(|range| range.start < range.end && range.end <= length));

@@ -220,7 +220,7 @@ impl FleetLookup {
             Err(_counted) => return TierLookup::Unavailable,
             Ok(TierRecord::Absent(vary)) => return TierLookup::Nothing(vary),
             Ok(TierRecord::Waiting(entry)) => Some(entry),
-            Ok(TierRecord::Answer(stored)) => self.entry_from_record(fleet, record, request, *stored).await,
+            Ok(TierRecord::Stored(stored)) => self.entry_from_record(fleet, record, request, *stored).await,
         };
         let now = self.clock.now();
         let entry = match found {

@@ -31,7 +31,7 @@ pub(super) fn apply(
             let Some(body) = multipart(&entry.head, &entry.body, &ranges, &boundary) else { return };
             (StatusCode::PARTIAL_CONTENT, body, CONTENT_TYPE, format!("multipart/byteranges; boundary={boundary}"))
         }
-        RangeSelection::Nowhere => {
+        RangeSelection::Unsatisfiable => {
             // These fields describe the whole representation.
             for name in [CACHE_CONTROL, EXPIRES, CONTENT_TYPE, CONTENT_ENCODING] {
                 response.headers_mut().remove(name);
