@@ -51,6 +51,9 @@ fn main() {
         if chosen("cold") {
             cold().await;
         }
+        if chosen("variants") {
+            scale::variants().await;
+        }
         if chosen("outage") {
             outage::outage("killed for 3 s").await;
             outage::outage("stopped for 3 s").await;

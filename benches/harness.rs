@@ -253,13 +253,18 @@ impl Conn {
         self.send("GET", target, "").await
     }
 
+    /// Sends a GET with one more header line.
+    pub(crate) async fn get_with(&mut self, target: &str, line: &str) -> Option<Got> {
+        let request = format!("GET {target} HTTP/1.1\r\nHost: {}\r\n{line}\r\n\r\n", self.address);
+        tokio::time::timeout(Duration::from_mins(1), self.exchange_bytes(&request)).await.ok()?
+    }
+
     /// Sends a request and reads the response. Returns `None` if the connection ends, or after a timeout of one minute.
     pub(crate) async fn send(&mut self, method: &str, target: &str, body: &str) -> Option<Got> {
         tokio::time::timeout(Duration::from_mins(1), self.exchange(method, target, body)).await.ok()?
     }
 
     async fn exchange(&mut self, method: &str, target: &str, body: &str) -> Option<Got> {
-        let begun = Instant::now();
         let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
         let request = format!(
             "{method} {target} HTTP/1.1\r\nHost: {}\r\n{kind}Content-Length: {}\r\n\r\n{body}",
@@ -267,6 +272,11 @@ impl Conn {
             body.len()
         );
         let request = if body.is_empty() { request.replace("Content-Length: 0\r\n", "") } else { request };
+        self.exchange_bytes(&request).await
+    }
+
+    async fn exchange_bytes(&mut self, request: &str) -> Option<Got> {
+        let begun = Instant::now();
         self.stream.write_all(request.as_bytes()).await.ok()?;
         let end = loop {
             if let Some(at) = self.buffer.windows(4).position(|w| w == b"\r\n\r\n") {

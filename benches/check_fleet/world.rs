@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::chaos::{Chaos, Mood};
-use crate::harness::{Conn, Got, Program};
+use crate::harness::{Conn, Got, Program, ms, quantile};
 use crate::oracle::{Change, MAX_UNVERIFIED, Oracle, ProcessId};
 use crate::schedule::{Fault, Kind, Random, Schedule};
 use crate::server::Redis;
@@ -39,6 +39,7 @@ struct World {
     started: AtomicU64,
     counts: Counts,
     violations: Mutex<Vec<String>>,
+    hit_times: Mutex<Vec<Duration>>,
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +102,7 @@ impl World {
             started: AtomicU64::new(0),
             counts: Counts::default(),
             violations: Mutex::default(),
+            hit_times: Mutex::default(),
         };
         for sidecar in 0..sidecars {
             world.launch(sidecar).await;
@@ -175,6 +177,9 @@ impl World {
             let version: u64 = String::from_utf8_lossy(&got.body).parse().expect("a version");
             self.counts.reads.fetch_add(1, Ordering::Relaxed);
             self.counts.hits.fetch_add(u64::from(got.is_hit()), Ordering::Relaxed);
+            if got.is_hit() {
+                self.hit_times.lock().expect("no panic").push(got.took);
+            }
             if let Some(floor) = floor.filter(|floor| version < floor.version) {
                 let cache_status = got.head.lines().find(|line| line.starts_with("cache-status")).unwrap_or_default();
                 self.violation(format!(
@@ -290,9 +295,10 @@ impl World {
     fn report(&self) -> Report {
         let counts = &self.counts;
         let text = format!(
-            "{} reads ({} hits), {} writes and purges ({} confirmed by all, {} not logged at once), {} faults",
+            "{} reads ({} hits, p99 {}), {} writes and purges ({} confirmed by all, {} not logged at once), {} faults",
             counts.reads.load(Ordering::Relaxed),
             counts.hits.load(Ordering::Relaxed),
+            ms(quantile(self.hit_times.lock().expect("no panic").clone(), 0.99)),
             counts.changes.load(Ordering::Relaxed),
             counts.confirmed.load(Ordering::Relaxed),
             counts.unlogged.load(Ordering::Relaxed),

@@ -64,6 +64,42 @@ pub(crate) async fn scale() {
     }
 }
 
+/// Measures 20 variants of a cold URL, requested at once, without Redis and with it.
+pub(crate) async fn variants() {
+    const UPSTREAM: Duration = Duration::from_millis(50);
+    for with_redis in [false, true] {
+        let redis = Redis::start();
+        let tables = if with_redis { redis.table() } else { String::new() };
+        let (upstream, count) = origin(UPSTREAM, "Cache-Control: max-age=3600\r\nVary: X-Variant\r\n", 1024).await;
+        let sidecar = Program::sidecar(upstream, "", &tables);
+        if with_redis {
+            joined(&sidecar).await;
+        }
+        let (api, mut times, mut failed) = (sidecar.api(), Vec::new(), 0);
+        for round in 0..25 {
+            let mut requests = JoinSet::new();
+            for variant in 0..20 {
+                requests.spawn(async move {
+                    let mut client = Conn::open(api).await?;
+                    client.get_with(&format!("/{round}"), &format!("X-Variant: {variant}")).await
+                });
+            }
+            for got in requests.join_all().await {
+                failed += usize::from(got.as_ref().is_none_or(|got| got.status != 200));
+                times.extend(got.map(|got| got.took));
+            }
+        }
+        let with = if with_redis { "with Redis" } else { "without Redis" };
+        // The first response shows which headers select a variant; the other variants are fetched after it.
+        let target = ms(UPSTREAM * 2 + Duration::from_millis(20));
+        let (p50, p99) = (quantile(times.clone(), 0.5), quantile(times, 0.99));
+        row(&format!("20 variants of a cold URL at once, {with}: p50"), "", &ms(p50));
+        row("  p99: two upstream requests, one after the other, + 20 ms", &format!("≤ {target}"), &ms(p99));
+        row("  failed", "0", &failed.to_string());
+        row("  upstream requests", "500", &count.load(Ordering::SeqCst).to_string());
+    }
+}
+
 /// Returns the number of commands that clients sent: scripts and reads, without what scripts call.
 fn client_commands(redis: &Redis) -> u64 {
     let stats: String = redis::cmd("INFO").arg("commandstats").query(&mut redis.observer()).expect("a reply");
