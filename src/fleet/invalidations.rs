@@ -1,4 +1,4 @@
-//! Local and fleet-wide invalidations: a lock around the [`Ledger`] and [`LogPositions`], and two atomics read on hits.
+//! Local and fleet-wide invalidations: a lock around the ledger and the log positions, and two atomics read on hits.
 //!
 //! A purge made here takes effect when it is recorded, and stays in the outbox until the log has it. Purges of other
 //! sidecars arrive through the log ([`super::invalidation_log`]). An entry is trusted for `max_unverified` after the last

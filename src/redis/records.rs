@@ -38,7 +38,7 @@ impl Redis {
         self.pair(class).reader.run(self.command_timeout, command).await
     }
 
-    /// Returns `bytes` bytes of a value from `start` on, or fewer at its end. Only [`MAX_LARGE_READS`] of these run at
+    /// Returns `bytes` bytes of a value from `start` on, or fewer at its end. Only two of these run at
     /// the same time, so that their replies delay other replies little.
     pub async fn read_range(
         &self,
