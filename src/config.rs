@@ -4,6 +4,7 @@
 //! [`Config`], or errors that name file, line, column and what to write. The types here do not depend on serde, and
 //! their values need no further validation.
 
+mod credential_headers;
 mod effective;
 mod error;
 mod file;
@@ -21,7 +22,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::HeaderName;
 use http::uri::Scheme;
 
 use crate::policy::client_limits::ClientLimits;
@@ -42,6 +42,7 @@ use crate::tls::ClientTls;
 use crate::tls::ServerTls;
 use crate::upstream::{ClientSettings, PoolLimits, Timeouts};
 
+pub use credential_headers::default_credential_headers;
 pub use effective::effective_json;
 pub use error::ConfigError;
 pub use validate::{from_text, load};
@@ -168,23 +169,4 @@ pub struct AdminConfig {
     pub listen: SocketAddr,
     /// The bearer token; `None`: no authentication, on loopback only.
     pub token: Option<Secret>,
-}
-
-/// Returns the header fields that carry credentials, unless `security.credential_headers` says otherwise.
-pub fn default_credential_headers() -> Vec<HeaderName> {
-    [
-        "authorization",
-        "cookie",
-        "x-api-key",
-        "api-key",
-        "apikey",
-        "x-auth-token",
-        "x-access-token",
-        "private-token",
-        "x-shopify-access-token",
-        "x-shopify-storefront-access-token",
-        "shopify-storefront-private-token",
-    ]
-    .map(HeaderName::from_static)
-    .to_vec()
 }

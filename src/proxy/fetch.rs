@@ -1,10 +1,10 @@
 //! The fetch task of a cache key: sends the request upstream, decides whether the response may be stored, and delivers
 //! it to all waiting requests.
 
+pub(crate) mod attempt;
 pub(crate) mod body;
 pub mod coalesce;
 pub(crate) mod fleet;
-pub(crate) mod incomplete;
 pub(crate) mod opportunistic;
 pub(crate) mod spec;
 pub(crate) mod store;

@@ -1,4 +1,5 @@
-//! Sending a fetch's request: for the missing part only, if the first part of the response is stored (RFC 9111 §3.4).
+//! The attempts of a fetch: its request, for the missing part only if the first part of the response is stored (RFC 9111
+//! §3.4), and a second one where a 304 or 206 is of another representation.
 
 use std::sync::Arc;
 
