@@ -278,14 +278,7 @@ impl Conn {
     async fn exchange_bytes(&mut self, request: &str) -> Option<Got> {
         let begun = Instant::now();
         self.stream.write_all(request.as_bytes()).await.ok()?;
-        let end = loop {
-            if let Some(at) = self.buffer.windows(4).position(|w| w == b"\r\n\r\n") {
-                break at + 4;
-            }
-            if self.stream.read_buf(&mut self.buffer).await.ok()? == 0 {
-                return None;
-            }
-        };
+        let end = read_head(&mut self.stream, &mut self.buffer).await?;
         let head = String::from_utf8_lossy(&self.buffer[..end]).to_ascii_lowercase();
         self.buffer.drain(..end);
         let status = head.split(' ').nth(1)?.parse().ok()?;
@@ -297,6 +290,18 @@ impl Conn {
         }
         let body = self.buffer.drain(..length).collect();
         Some(Got { status, head, body, took: begun.elapsed() })
+    }
+}
+
+/// Reads until the buffer has a whole head, and returns its length. `None` if the connection ends.
+pub(crate) async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<usize> {
+    loop {
+        if let Some(at) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+            return Some(at + 4);
+        }
+        if stream.read_buf(buffer).await.ok()? == 0 {
+            return None;
+        }
     }
 }
 
@@ -312,14 +317,7 @@ pub(crate) async fn origin(delay: Duration, head: &'static str, size: usize) -> 
             tokio::spawn(async move {
                 let mut buffer = Vec::new();
                 loop {
-                    let end = loop {
-                        if let Some(at) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
-                            break at + 4;
-                        }
-                        if !stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
-                            return;
-                        }
-                    };
+                    let Some(end) = read_head(&mut stream, &mut buffer).await else { return };
                     let target = String::from_utf8_lossy(&buffer[..end]).split(' ').nth(1).unwrap_or("/").to_owned();
                     buffer.drain(..end);
                     let size = if target.starts_with("/large") { 16 << 20 } else { size };

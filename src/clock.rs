@@ -24,10 +24,17 @@ pub struct Clock {
     /// A clock that runs on while the machine is suspended, unlike [`Instant`].
     boottime: fn() -> Duration,
     boot_start: Duration,
-    /// Milliseconds for which the machine was suspended since the start.
-    suspended: Arc<AtomicU64>,
-    /// Milliseconds by which it was turned forward: always zero outside of tests.
-    turned: Arc<AtomicU64>,
+    /// Shared by all clones. One allocation: every request clones the clock.
+    adjustments: Arc<Adjustments>,
+}
+
+/// What is added to the time since the start, in milliseconds.
+#[derive(Debug, Default)]
+struct Adjustments {
+    /// The time for which the machine was suspended.
+    suspended: AtomicU64,
+    /// The time by which the clock was turned forward: always zero outside of tests.
+    turned: AtomicU64,
 }
 
 impl Clock {
@@ -39,7 +46,7 @@ impl Clock {
     #[allow(clippy::disallowed_methods)] // the clock is the only place that reads the time
     fn start_with(boottime: fn() -> Duration) -> Clock {
         let (start, boot_start) = (Instant::now(), boottime());
-        Clock { start, boottime, boot_start, suspended: Arc::default(), turned: Arc::default() }
+        Clock { start, boottime, boot_start, adjustments: Arc::default() }
     }
 
     /// Returns the current instant, for measuring durations.
@@ -53,19 +60,19 @@ impl Clock {
         let now = self.instant();
         let passed = millis((self.boottime)().saturating_sub(self.boot_start));
         let suspended = passed.saturating_sub(millis(now.saturating_duration_since(self.start)));
-        if suspended > self.suspended.load(Ordering::Relaxed) + MIN_SUSPENSION {
-            self.suspended.fetch_max(suspended, Ordering::Relaxed);
+        if suspended > self.adjustments.suspended.load(Ordering::Relaxed) + MIN_SUSPENSION {
+            self.adjustments.suspended.fetch_max(suspended, Ordering::Relaxed);
         }
         (now, self.tick(now))
     }
 
     /// Returns the tick of an instant.
     pub fn tick(&self, at: Instant) -> Tick {
-        Tick(self.unturned(at) + self.turned.load(Ordering::Relaxed))
+        Tick(self.unturned(at) + self.adjustments.turned.load(Ordering::Relaxed))
     }
 
     fn unturned(&self, at: Instant) -> u64 {
-        let suspended = self.suspended.load(Ordering::Relaxed);
+        let suspended = self.adjustments.suspended.load(Ordering::Relaxed);
         START_TICK + millis(at.saturating_duration_since(self.start)) + suspended
     }
 
@@ -77,7 +84,7 @@ impl Clock {
     /// Returns the wall time, for `Date`, `Age` and `Expires` of received responses.
     #[allow(clippy::disallowed_methods)]
     pub fn wall(&self) -> SystemTime {
-        SystemTime::now() + Duration::from_millis(self.turned.load(Ordering::Relaxed))
+        SystemTime::now() + Duration::from_millis(self.adjustments.turned.load(Ordering::Relaxed))
     }
 
     /// Returns the time since the clock was started.
@@ -87,7 +94,7 @@ impl Clock {
 
     /// Turns the clock forward, for all its clones.
     pub fn turn(&self, by: Duration) {
-        self.turned.fetch_add(millis(by), Ordering::Relaxed);
+        self.adjustments.turned.fetch_add(millis(by), Ordering::Relaxed);
     }
 }
 

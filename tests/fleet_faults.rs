@@ -43,6 +43,11 @@ async fn serves(sidecar: &Sidecar, target: &str, version: &str) {
     soon("a response with the version", async { while sidecar.get(target).await.text() != version {} }).await;
 }
 
+/// Returns the number of entries in the invalidation log.
+fn log_length(redis: &Redis) -> usize {
+    redis.observer().xlen("{sidecache}:1:log").expect("a reply")
+}
+
 fn redis_of(health: &serde_json::Value) -> &serde_json::Value {
     &health["components"]["redis"]
 }
@@ -111,8 +116,7 @@ async fn sidecar_cut_off_from_redis_ends_the_trust_of_the_others_until_it_is_bac
     one.settled().await;
     other.settled().await;
     soon("entries are verified again", async { while !other.get("/a").await.is_hit() {} }).await;
-    let entries: usize = redis.observer().xlen("{sidecache}:1:log").expect("a reply");
-    assert_eq!(entries, 2, "the reset that began the log, and one purge");
+    assert_eq!(log_length(&redis), 2, "the reset that began the log, and one purge");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,16 +132,11 @@ async fn purge_whose_reply_is_lost_is_logged_once() {
         // The commands reach Redis, and the replies do not come back.
         chaos.set(Mood::NoReplies);
         one.purge(r#"{"tags":["all"]}"#).await;
-        until("the purge is sent", || {
-            let entries: usize = redis.observer().xlen("{sidecache}:1:log").ok()?;
-            (entries > round).then_some(())
-        })
-        .await;
+        until("the purge is sent", || (log_length(&redis) > round).then_some(())).await;
         chaos.set(Mood::Fine);
         until("the purge is confirmed", || (one.shared.invalidations.unlogged() == 0).then_some(())).await;
     }
-    let entries: usize = redis.observer().xlen("{sidecache}:1:log").expect("a reply");
-    assert_eq!(entries, 7, "the reset that began the log, and six purges");
+    assert_eq!(log_length(&redis), 7, "the reset that began the log, and six purges");
     other.level_with(&redis).await;
 }
 
@@ -250,11 +249,7 @@ async fn purge_logged_once_more_keeps_what_was_fetched_after_it() {
     let fetched = other.get("/a").await.text();
     command(&redis, "DEL {sidecache}:1:log");
     one.settled().await;
-    until("the purge is logged once more", || {
-        let entries: usize = redis.observer().xlen("{sidecache}:1:log").ok()?;
-        (entries > 1).then_some(())
-    })
-    .await;
+    until("the purge is logged once more", || (log_length(&redis) > 1).then_some(())).await;
     other.settled().await;
     other.level_with(&redis).await;
     down.store(1, Ordering::SeqCst);

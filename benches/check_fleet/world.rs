@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::chaos::{Chaos, Mood};
-use crate::harness::{Conn, Got, Program, ms, quantile};
+use crate::harness::{Conn, Got, Program, ms, quantile, read_head};
 use crate::oracle::{Change, MAX_UNVERIFIED, Oracle, ProcessId};
 use crate::schedule::{Fault, Kind, Random, Schedule};
 use crate::server::Redis;
@@ -336,14 +336,7 @@ async fn origin() -> (SocketAddr, Arc<[AtomicU64; RESOURCES]>) {
                 let mut buffer = Vec::new();
                 let mut number = 0u64;
                 loop {
-                    let end = loop {
-                        if let Some(at) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
-                            break at + 4;
-                        }
-                        if !stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
-                            return;
-                        }
-                    };
+                    let Some(end) = read_head(&mut stream, &mut buffer).await else { return };
                     let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
                     let is_write = head.starts_with("PUT");
                     // A PUT has a body of one byte.

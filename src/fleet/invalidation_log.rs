@@ -118,7 +118,7 @@ impl InvalidationLog {
                 if self.membership.take_log_truncated() {
                     return Err(FollowError::Broken);
                 }
-                if self.membership.clock_went_back() {
+                if self.membership.take_clock_went_back() {
                     *inbox = LogId::default();
                 }
                 self.wait_for_entries(inbox).await?;

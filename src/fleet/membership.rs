@@ -56,31 +56,8 @@ impl Membership {
     /// Records the reply to a heartbeat sent at `now`, when the log had been read up to `read`. Returns the tick until
     /// which the log is known to be complete.
     pub fn update(&self, reply: &BeatReply, now: Tick, read: Option<LogId>) -> Tick {
-        let complete_until = self.update_state(reply, now);
-        self.state().log_truncated |= Some(reply.end) < read;
+        let complete_until = self.state().update(reply, now, read);
         self.replies.send_replace(Some(reply.clone()));
-        complete_until
-    }
-
-    fn update_state(&self, reply: &BeatReply, now: Tick) -> Tick {
-        let mut state = self.state();
-        if let Some(last) = state.last.take() {
-            state.clock_went_back = reply.now < last.now;
-            if reply.epoch != last.epoch {
-                state.broken = None;
-                let known = state.expected.map_or(last.members, |(members, _)| members.max(last.members));
-                state.expected = Some((known, now.plus(FORGET_AFTER)));
-            }
-        }
-        state.expected = state.expected.filter(|(members, until)| reply.members < *members && now < *until);
-        state.error = None;
-        state.last = Some(reply.clone());
-        let complete_until = match state.expected {
-            // The time of the sidecars that are not back yet is unknown.
-            Some((_, until)) => Tick(until.0.saturating_sub(millis(FORGET_AFTER))),
-            None => Tick(now.0.saturating_sub(millis(reply.oldest))),
-        };
-        state.proof = Some(Proof { end: reply.end, complete_until });
         complete_until
     }
 
@@ -110,9 +87,9 @@ impl Membership {
         self.state().broken.clone().unwrap_or_default()
     }
 
-    /// Returns true if the server's clock went back between the last two heartbeats.
-    pub fn clock_went_back(&self) -> bool {
-        self.state().clock_went_back
+    /// Returns true, once, if the server's clock went back between two heartbeats.
+    pub fn take_clock_went_back(&self) -> bool {
+        std::mem::take(&mut self.state().clock_went_back)
     }
 
     /// Records why a command for the log failed.
@@ -143,6 +120,30 @@ impl Membership {
     }
 }
 
+impl State {
+    fn update(&mut self, reply: &BeatReply, now: Tick, read: Option<LogId>) -> Tick {
+        if let Some(last) = self.last.take() {
+            self.clock_went_back |= reply.now < last.now;
+            if reply.epoch != last.epoch {
+                self.broken = None;
+                let known = self.expected.map_or(last.members, |(members, _)| members.max(last.members));
+                self.expected = Some((known, now.plus(FORGET_AFTER)));
+            }
+        }
+        self.expected = self.expected.filter(|(members, until)| reply.members < *members && now < *until);
+        self.log_truncated |= Some(reply.end) < read;
+        self.error = None;
+        self.last = Some(reply.clone());
+        let complete_until = match self.expected {
+            // The time of the sidecars that are not back yet is unknown.
+            Some((_, until)) => Tick(until.0.saturating_sub(millis(FORGET_AFTER))),
+            None => Tick(now.0.saturating_sub(millis(reply.oldest))),
+        };
+        self.proof = Some(Proof { end: reply.end, complete_until });
+        complete_until
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,9 +164,9 @@ mod tests {
             Tick(4_600),
             "one is silent"
         );
-        assert!(!membership.clock_went_back());
+        assert!(!membership.take_clock_went_back());
         membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500), None);
-        assert!(membership.clock_went_back());
+        assert!(membership.take_clock_went_back() && !membership.take_clock_went_back());
     }
 
     #[test]
