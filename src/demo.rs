@@ -138,7 +138,7 @@ fn print_instructions(sidecar: SocketAddr, admin: SocketAddr) {
     let token = shop::TOKENS[0];
     print_line("Both keep running. Try, from another terminal:");
     print_line(format!(
-        "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=3'"
+        "  curl -i -H 'X-Shopify-Access-Token: {token}' 'http://{sidecar}/admin/api/2026-07/products.json?limit=50'"
     ));
     print_line(format!("  http://{admin}/ in a browser: the dashboard"));
     print_line(format!("  curl -s http://{admin}/health"));
