@@ -168,14 +168,19 @@ async fn measure_event_loop_lag(active: Arc<ActiveConfig>) {
     }
 }
 
-/// Periodically removes the entries that are past all of their windows or were hard-purged, forever.
+/// Removes the entries that are past all of their windows or were hard-purged, periodically and when the ledger is
+/// nearly full, forever.
 async fn sweep(active: Arc<ActiveConfig>) {
     let mut every = tokio::time::interval(SWEEP_INTERVAL);
     loop {
-        every.tick().await;
+        let invalidations = active.shared().invalidations.clone();
+        tokio::select! {
+            _ = every.tick() => {}
+            () = invalidations.wait_nearly_full() => {}
+        }
         let shared = active.shared();
         let now = shared.clock.now();
         let gone = |entry: &Entry| shared.invalidations.state_of(entry, now) == InvalidationState::Gone;
-        shared.memory.sweep(|entry| !entry.expired(now) && !gone(entry));
+        shared.memory.sweep(|entry| !entry.expired(now) && !gone(entry)).await;
     }
 }

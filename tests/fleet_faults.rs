@@ -233,6 +233,31 @@ async fn purge_that_waits_counts_sidecars_that_an_emptied_redis_has_forgotten() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sidecar_started_after_redis_was_emptied_does_not_trust_while_an_earlier_one_is_cut_off() {
+    let redis = Redis::start();
+    let (origin, version) = versioned().await;
+    let chaos = Chaos::before(redis.address()).await;
+    let one = member(&origin, &(redis.table() + UNVERIFIED)).await;
+    let other = member(&origin, &(chaos.table() + UNVERIFIED)).await;
+    one.settled().await;
+    chaos.set(Mood::Refuses);
+    other.lost_redis().await;
+    command(&redis, "FLUSHALL");
+    let late = member(&origin, &(redis.table() + UNVERIFIED)).await;
+    let counted = async { while get(late.admin, "/health", &[]).await.json()["status"] != "degraded" {} };
+    soon("the sidecar that is cut off is missed", counted).await;
+    assert_eq!(late.get("/a").await.text(), "0");
+    version.store(1, Ordering::SeqCst);
+    other.purge(r#"{"tags":["all"]}"#).await;
+    serves(&late, "/a", "1").await;
+    chaos.set(Mood::Fine);
+    other.settled().await;
+    soon("entries are verified again", async { while !late.get("/a").await.is_hit() {} }).await;
+    let healthy = async { while get(late.admin, "/health", &[]).await.json()["status"] != "ok" {} };
+    soon("health is ok", healthy).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn purge_logged_once_more_keeps_what_was_fetched_after_it() {
     let redis = Redis::start();
     let down = Arc::new(AtomicUsize::new(0));

@@ -87,6 +87,8 @@ impl Collector for ScrapeCollector {
         gauge(to, "bytes_limit", "Limit of bytes in memory (memory.max_bytes)", &limit)?;
         counter(to, "evictions", "Entries evicted to make room", &vec![(Vec::new(), usage.evicted)])?;
         counter(to, "expirations", "Entries removed after expiry", &vec![(Vec::new(), usage.swept)])?;
+        let help = "Overflows of the invalidation ledger, which made entries unverified";
+        counter(to, "ledger_overflows", help, &vec![(Vec::new(), shared.invalidations.overflows())])?;
         self.redis(to)?;
         let taken = f64::from(u8::from(self.0.reload.reloads().error.is_none()));
         let help = "1: the last configuration reload succeeded";

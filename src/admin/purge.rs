@@ -139,7 +139,7 @@ async fn record_purge(
     let applied = match (&mut confirmations, wait) {
         (Some(confirmations), Some(wait)) => {
             let members = fleet.redis.members().await.ok().filter(|_| logged);
-            let sidecars = members.map(|members| members.max(fleet.membership.members()).max(1));
+            let sidecars = members.map(|members| members.max(fleet.membership.known().1).max(1));
             let mut confirmed = HashSet::new();
             let all = async {
                 while sidecars.is_none_or(|sidecars| (confirmed.len() as u64) < sidecars) {

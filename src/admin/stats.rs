@@ -30,6 +30,7 @@ pub(super) async fn stats(State(admin): State<Arc<Admin>>) -> Json<Value> {
         "rules": rules(&admin),
         "rehearsals": shadow_results(&admin),
         "memory": shared.memory.usage(),
+        "ledger_overflows": shared.invalidations.overflows(),
         "inflight": { "fetches": shared.coalescer.running(), "bytes": shared.inflight.held() },
     }))
 }

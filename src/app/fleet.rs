@@ -106,7 +106,7 @@ pub(super) fn build(
         shares_refreshes: works,
         timeout: redis.command_timeout,
     };
-    let invalidations = Invalidations::shared(me, config.memory.max_unverified, fleet_clock, clock.now());
+    let invalidations = Invalidations::shared(me, config.memory.max_unverified, fleet_clock);
     Ok(FleetParts {
         fleet: Arc::new(fleet),
         invalidations: Arc::new(invalidations),

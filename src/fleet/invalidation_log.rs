@@ -181,13 +181,15 @@ impl InvalidationLog {
         let (now, read) = (self.clock.now(), self.invalidations.log_position());
         let reset = Bytes::from(LogMessage::seal_reset(&self.keyring.load(), random_salt()));
         let broken = self.membership.broken_epoch();
+        let (epoch, members) = self.membership.known();
         let beat = Beat {
             me: &self.sidecar_id.to_string(),
-            all_logged: self.invalidations.unlogged() == 0,
+            unlogged_for: self.invalidations.unlogged_for(now),
             broken: &broken,
             reset: &reset,
             nonce: getrandom::u64().unwrap_or(0),
             forget_after: super::membership::FORGET_AFTER,
+            known: (&epoch, members),
         };
         let reply = self.redis.beat(beat).await?;
         self.membership.update(&reply, now, read);
@@ -260,7 +262,7 @@ impl InvalidationLog {
             let seal =
                 |purge: PurgeMessage| (purge.number, Bytes::from(purge.seal(&self.keyring.load(), random_salt())));
             match self.redis.append(&me, purges.into_iter().map(seal).collect()).await {
-                Ok(_id) => self.invalidations.mark_logged(last),
+                Ok(end) => self.invalidations.mark_logged(last, end),
                 Err(error) => {
                     self.invalidations.mark_log_unwritable();
                     self.membership.set_error(error.clone());

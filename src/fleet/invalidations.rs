@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tracing::warn;
 
 use super::SidecarId;
 use super::ledger_state::LedgerState;
@@ -29,6 +30,8 @@ pub struct Invalidations {
     /// The tick until which every entry is trusted.
     trusted_until: AtomicU64,
     state: RwLock<LedgerState>,
+    /// Notified when the ledger becomes nearly full.
+    nearly_full: Notify,
     fleet: Option<FleetState>,
     /// The instance that replaced this one at a configuration reload.
     successor: OnceLock<Arc<Invalidations>>,
@@ -38,6 +41,7 @@ pub struct Invalidations {
 #[derive(Debug)]
 struct FleetState {
     me: SidecarId,
+    started: Tick,
     max_unverified: Duration,
     clock: Arc<FleetClock>,
     /// How far the log has this sidecar's purges.
@@ -84,22 +88,22 @@ impl Default for Invalidations {
         let epoch = AtomicU64::new(state.ledger.position().0);
         let state = RwLock::new(state);
         let (trusted_until, successor) = (AtomicU64::new(u64::MAX), OnceLock::new());
-        Invalidations { epoch, trusted_until, state, fleet: None, successor }
+        Invalidations { epoch, trusted_until, state, nearly_full: Notify::new(), fleet: None, successor }
     }
 }
 
 impl Invalidations {
-    /// Returns the invalidations of a sidecar in a fleet. Every entry is trusted until `now` + `max_unverified`; after
-    /// that, trust depends on the log.
-    pub fn shared(me: SidecarId, max_unverified: Duration, clock: Arc<FleetClock>, now: Tick) -> Invalidations {
-        let (logged, waiting, caught_up) =
+    /// Returns the invalidations of a sidecar in a fleet that starts now. Until the first proof that the log is complete,
+    /// an entry is trusted for `max_unverified` after it was received.
+    pub fn shared(me: SidecarId, max_unverified: Duration, clock: Arc<FleetClock>) -> Invalidations {
+        let (log_progress, waiting, caught_up) =
             (watch::Sender::new(LogProgress::default()), watch::Sender::new(0), watch::Sender::new(false));
-        let shared = Invalidations {
-            fleet: Some(FleetState { me, max_unverified, clock, log_progress: logged, waiting, caught_up }),
+        let started = clock.tick_now();
+        Invalidations {
+            trusted_until: AtomicU64::new(0),
+            fleet: Some(FleetState { me, started, max_unverified, clock, log_progress, waiting, caught_up }),
             ..Invalidations::default()
-        };
-        shared.mark_verified(now);
-        shared
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, LedgerState> {
@@ -122,7 +126,7 @@ impl Invalidations {
             successor.record(selectors.clone(), kind, None);
         }
         let mut state = self.write();
-        let position = state.ledger.record(selectors.iter().cloned(), kind);
+        let position = self.add(&mut state, selectors.iter().cloned(), kind.into());
         if let Some(fleet) = &self.fleet {
             let number = state.recorded + 1;
             let purge = PurgeMessage { from: fleet.me, number, kind, selectors, confirmation, repeated: None };
@@ -131,6 +135,26 @@ impl Invalidations {
         }
         self.epoch.store(position.0, Ordering::Release);
         PurgeReceipt { position, number: state.recorded }
+    }
+
+    /// Records a purge in the ledger. Returns its position.
+    fn add(&self, state: &mut LedgerState, what: impl IntoIterator<Item = Selector>, purge: Purge) -> Position {
+        let (before, overflows) = (state.ledger.is_nearly_full(), state.ledger.overflows());
+        let position = state.ledger.record(what, purge);
+        if state.ledger.is_nearly_full() && !before {
+            self.nearly_full.notify_one();
+        }
+        if state.ledger.overflows() > overflows {
+            warn!(
+                "the invalidation ledger was full: older entries not used since are validated before they are served"
+            );
+        }
+        position
+    }
+
+    /// Waits until the ledger becomes nearly full: entries that are checked now are not affected when it drops purges.
+    pub async fn wait_nearly_full(&self) {
+        self.nearly_full.notified().await;
     }
 
     /// Makes `next` the successor, possibly with another Redis. Purges by requests still in progress are recorded there
@@ -147,13 +171,12 @@ impl Invalidations {
     /// Returns the invalidation state of an entry. Compares two numbers, unless something was purged since the entry's
     /// last lookup, or the log has not been read for too long.
     pub fn state_of(&self, entry: &Entry, now: Tick) -> InvalidationState {
-        let epoch = self.position();
-        let known = entry.cached_state(epoch).unwrap_or_else(|| {
-            let state = self.read();
-            let found = state.ledger.state_of(&entry.resource, entry.position, entry.received_at);
-            entry.cache_state(state.ledger.position(), found);
-            found
-        });
+        let (checked, mut known) = entry.last_check();
+        if checked != self.position() {
+            let ledger = &self.read().ledger;
+            known = known.max(ledger.state_since(&entry.resource, entry.position, entry.received_at, checked));
+            entry.cache_state(ledger.position(), known);
+        }
         if now.0 > self.trusted_until.load(Ordering::Relaxed) {
             known.max(self.state_while_unverified(entry, now))
         } else {
@@ -239,13 +262,15 @@ impl Invalidations {
                     None if duplicate => state.ledger.position(),
                     None => {
                         let made_at = purge.repeated.map(|time| self.tick_of(time));
-                        state.ledger.record(purge.selectors, Purge { kind: purge.kind, made_at })
+                        self.add(&mut state, purge.selectors, Purge { kind: purge.kind, made_at })
                     }
                 }
             }
         };
         self.epoch.store(state.ledger.position().0, Ordering::Release);
-        state.chain.extend(previous, id, at)
+        state.chain.extend(previous, id, at)?;
+        state.confirm();
+        Ok(())
     }
 
     /// Returns the earliest tick of a fleet time.
@@ -274,7 +299,8 @@ impl Invalidations {
         self.fleet.as_ref().map(|fleet| fleet.max_unverified)
     }
 
-    /// Returns how often the ledger was full.
+    /// Returns how often the ledger was full, so that entries that had not been compared with its older purges became
+    /// unverified.
     pub fn overflows(&self) -> u64 {
         self.read().ledger.overflows()
     }
@@ -313,9 +339,10 @@ impl Invalidations {
         self.read().outbox.iter().take(count).cloned().collect()
     }
 
-    /// Removes the purges up to `number` from the outbox: the log has them.
-    pub fn mark_logged(&self, number: u64) {
+    /// Removes the purges up to `number` from the outbox: the log, which ends with the entry `end`, has them.
+    pub fn mark_logged(&self, number: u64, end: LogId) {
         let mut state = self.write();
+        state.set_logged(number, end);
         while state.outbox.front().is_some_and(|purge| purge.number <= number) {
             state.outbox.pop_front();
         }
@@ -348,15 +375,23 @@ impl Invalidations {
         decided.is_ok_and(|logged| logged.is_ok_and(|logged| logged.number >= number))
     }
 
+    /// Returns the maximum time since the log had all purges: zero if it has them, else the time since the start.
+    pub fn unlogged_for(&self, now: Tick) -> Duration {
+        match &self.fleet {
+            Some(fleet) if self.unlogged() > 0 => Duration::from_millis(now.since(fleet.started).max(1)),
+            Some(_) | None => Duration::ZERO,
+        }
+    }
+
     /// Returns the number of purges that the log does not have yet.
     pub fn unlogged(&self) -> usize {
         self.read().outbox.len()
     }
 
-    /// Returns the milliseconds since the log was last known to be read to its end, or `None` if purges are not shared.
+    /// Returns the milliseconds since the log was last known to be read to its end, or since the start, or `None` if purges are not shared.
     pub fn lag(&self, now: Tick) -> Option<u64> {
         let fleet = self.fleet.as_ref()?;
         let trusted = self.trusted_until.load(Ordering::Relaxed);
-        Some(now.since(Tick(trusted.saturating_sub(millis(fleet.max_unverified)))))
+        Some(now.since(Tick(trusted.saturating_sub(millis(fleet.max_unverified))).max(fleet.started)))
     }
 }

@@ -7,7 +7,7 @@ use super::purge_message::PurgeMessage;
 use crate::clock::FleetClock;
 use crate::policy::Tick;
 use crate::policy::invalidation::ledger::{Ledger, Position, PurgeKind, Selector};
-use crate::policy::invalidation::log_position::LogPositions;
+use crate::policy::invalidation::log_position::{LogId, LogPositions};
 
 /// Capacity of the ledger: subjects and URL matchers.
 const MAX_SUBJECTS: usize = 100_000;
@@ -38,6 +38,8 @@ pub(super) struct LedgerState {
     pub(super) last_numbers: HashMap<SidecarId, u64>,
     /// Own purges that the log does not have yet.
     pub(super) outbox: VecDeque<PurgeMessage>,
+    /// Ends of the log, and the number of the last own purge that it had then, until it is read up to there.
+    pub(super) logged: VecDeque<(LogId, u64)>,
     /// Number of purges made by this sidecar.
     pub(super) recorded: u64,
 }
@@ -51,6 +53,7 @@ impl Default for LedgerState {
             recent: VecDeque::new(),
             last_numbers: HashMap::new(),
             outbox: VecDeque::new(),
+            logged: VecDeque::new(),
             recorded: 0,
         }
     }
@@ -82,10 +85,21 @@ impl LedgerState {
             ..purge.clone()
         });
         self.outbox.extend(repeated);
-        // Those that were read back already are appended only if the log lost them, and then read back as duplicates.
-        let read = self.outbox.front().and_then(|purge| self.last_numbers.get(&purge.from)).copied().unwrap_or(0);
-        let unread = self.outbox.iter().filter(|purge| purge.number > read);
-        self.unconfirmed = unread.map(|purge| (purge.number, at)).collect();
+        self.unconfirmed = self.outbox.iter().map(|purge| (purge.number, at)).collect();
+        self.logged.clear();
+    }
+
+    /// Notes that the log, when it ended with the entry `end`, had the own purges up to `number`.
+    pub(super) fn set_logged(&mut self, number: u64, end: LogId) {
+        self.logged.push_back((end, number));
+        self.confirm();
+    }
+
+    /// Confirms the own purges that the part of the log that was read had, also those that it no longer keeps.
+    pub(super) fn confirm(&mut self) {
+        while let Some((_, number)) = self.logged.pop_front_if(|(end, _)| Some(*end) <= self.chain.last()) {
+            self.unconfirmed.retain(|(unconfirmed, _)| *unconfirmed > number);
+        }
     }
 
     /// Notes that a purge was read. Returns true if it had been read before.

@@ -42,8 +42,6 @@ struct State {
     clock_went_back: bool,
     /// The epoch in which this sidecar found the log broken.
     broken: Option<String>,
-    /// Sidecars that a Redis which lost its data has not heard of since, and until when they are expected.
-    expected: Option<(u64, Tick)>,
     /// Why the last command for the log failed. `None` after a successful heartbeat.
     error: Option<RedisError>,
 }
@@ -102,11 +100,10 @@ impl Membership {
         self.state().error.clone()
     }
 
-    /// Returns the number of sidecars at the last heartbeat, with those that a Redis which lost its data has forgotten.
-    pub fn members(&self) -> u64 {
-        let state = self.state();
-        let expected = state.expected.map_or(0, |(members, _)| members);
-        state.last.as_ref().map_or(0, |last| last.members).max(expected)
+    /// Returns the epoch at the last heartbeat, and the number of sidecars with those that a Redis which lost its data
+    /// has forgotten. An empty text and 0 before the first.
+    pub fn known(&self) -> (String, u64) {
+        self.state().last.as_ref().map(|last| (last.epoch.clone(), last.members)).unwrap_or_default()
     }
 
     /// Returns the server's time at the last heartbeat, in milliseconds, and the last log entry at that time.
@@ -126,19 +123,12 @@ impl State {
             self.clock_went_back |= reply.now < last.now;
             if reply.epoch != last.epoch {
                 self.broken = None;
-                let known = self.expected.map_or(last.members, |(members, _)| members.max(last.members));
-                self.expected = Some((known, now.plus(FORGET_AFTER)));
             }
         }
-        self.expected = self.expected.filter(|(members, until)| reply.members < *members && now < *until);
         self.log_truncated |= Some(reply.end) < read;
         self.error = None;
         self.last = Some(reply.clone());
-        let complete_until = match self.expected {
-            // The time of the sidecars that are not back yet is unknown.
-            Some((_, until)) => Tick(until.0.saturating_sub(millis(FORGET_AFTER))),
-            None => Tick(now.0.saturating_sub(millis(reply.oldest))),
-        };
+        let complete_until = Tick(now.0.saturating_sub(millis(reply.oldest)));
         self.proof = Some(Proof { end: reply.end, complete_until });
         complete_until
     }
@@ -167,24 +157,6 @@ mod tests {
         assert!(!membership.take_clock_went_back());
         membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500), None);
         assert!(membership.take_clock_went_back() && !membership.take_clock_went_back());
-    }
-
-    #[test]
-    fn sidecars_unknown_to_an_emptied_redis_are_expected_back() {
-        let membership = Membership::default();
-        membership.update(&reply(1_000, "a 1", 3, 0), Tick(1_000), None);
-        assert_eq!(membership.update(&reply(2_000, "a 2", 1, 0), Tick(2_000), None), Tick(2_000));
-        assert_eq!(
-            (membership.update(&reply(3_000, "a 2", 2, 0), Tick(3_000), None), membership.members()),
-            (Tick(2_000), 3)
-        );
-        assert_eq!(
-            (membership.update(&reply(4_000, "a 2", 3, 0), Tick(4_000), None), membership.members()),
-            (Tick(4_000), 3)
-        );
-        membership.update(&reply(5_000, "a 3", 1, 0), Tick(5_000), None);
-        let later = Tick(5_001 + millis(FORGET_AFTER));
-        assert_eq!(membership.update(&reply(6_000, "a 3", 1, 0), later, None), later, "taken for dead");
     }
 
     #[test]

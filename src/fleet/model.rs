@@ -2,7 +2,7 @@
 //! lost replies, kills, and a Redis that is emptied or returns with older data. Whatever happens, no sidecar takes an
 //! entry for valid for longer than `max_unverified` after a purge of it by another one, and none after its own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +67,10 @@ enum Step {
     Kill {
         by: usize,
     },
+    /// A sidecar is started in the place of one that was killed.
+    Start {
+        by: usize,
+    },
     Snapshot,
     /// Redis is started again, with the last snapshot or empty.
     Restore,
@@ -84,7 +88,8 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (by.clone(), resource.clone()).prop_map(|(by, resource)| Step::Fetch { by, resource }),
         4 => (by.clone(), resource).prop_map(|(by, resource)| Step::Load { by, resource }),
         4 => (10..700u64).prop_map(|millis| Step::Pass { millis }),
-        1 => by.prop_map(|by| Step::Kill { by }),
+        1 => by.clone().prop_map(|by| Step::Kill { by }),
+        1 => by.prop_map(|by| Step::Start { by }),
         1 => Just(Step::Snapshot),
         1 => Just(Step::Restore),
         1 => Just(Step::Flush),
@@ -105,7 +110,27 @@ struct Data {
     numbers: HashMap<SidecarId, u64>,
     members: BTreeMap<u64, u64>,
     epoch: String,
+    expected: Expected,
     records: HashMap<usize, StoredRecord>,
+}
+
+/// The sidecars that report to an epoch.
+#[derive(Debug, Clone, Default)]
+struct Expected {
+    since: u64,
+    members: u64,
+    /// Whether each sidecar that sent a heartbeat in this epoch had been in an earlier one.
+    returned: HashMap<SidecarId, bool>,
+}
+
+impl Expected {
+    fn count(&self, returned: bool) -> u64 {
+        self.returned.values().filter(|one| **one == returned).count() as u64
+    }
+
+    fn is_incomplete(&self) -> bool {
+        self.members > self.count(true)
+    }
 }
 
 struct Server {
@@ -138,7 +163,8 @@ impl Server {
         true
     }
 
-    fn beat(&mut self, me: SidecarId, all_logged: bool, broken: &str, now: u64) -> BeatReply {
+    fn beat(&mut self, me: SidecarId, unlogged_for: Duration, membership: &Membership, now: u64) -> BeatReply {
+        let (broken, (known_epoch, known_members)) = (membership.broken_epoch(), membership.known());
         if self.data.log.is_empty() {
             self.data.numbers.clear();
         }
@@ -147,16 +173,28 @@ impl Server {
         if self.data.log.is_empty() || !of_server || self.data.epoch == broken {
             let id = self.push(Some(LogMessage::Reset));
             self.data.epoch = format!("{server} {}", id.ms);
+            self.data.expected = Expected { since: now, ..Expected::default() };
         }
-        if all_logged || !self.data.members.contains_key(&me.0) {
+        let expected = &mut self.data.expected;
+        if known_epoch != self.data.epoch {
+            expected.returned.entry(me).or_insert(!known_epoch.is_empty());
+            expected.members = expected.members.max(known_members);
+        }
+        if unlogged_for.is_zero() {
             self.data.members.insert(me.0, now);
+        } else {
+            self.data.members.entry(me.0).or_insert(now - millis(unlogged_for));
         }
-        let oldest = self.data.members.values().min().copied().unwrap_or(now);
+        let mut oldest = self.data.members.values().min().copied().unwrap_or(now);
+        if expected.is_incomplete() {
+            oldest = oldest.min(expected.since);
+        }
+        let members = (self.data.members.len() as u64).max(expected.members + expected.count(false));
         BeatReply {
             now,
             epoch: self.data.epoch.clone(),
             end: self.data.log.last().map_or(LogId::default(), |(_, id, _)| *id),
-            members: self.data.members.len() as u64,
+            members,
             oldest: Duration::from_millis(now.saturating_sub(oldest)),
             mode: Bytes::new(),
         }
@@ -168,6 +206,8 @@ struct Sidecar {
     invalidations: Invalidations,
     membership: Membership,
     entries: Vec<(usize, Entry)>,
+    /// The sidecars that Redis counted at its heartbeats.
+    heard_of: HashSet<SidecarId>,
 }
 
 struct Purged {
@@ -178,9 +218,14 @@ struct Purged {
 
 struct Model {
     clock: Clock,
+    fleet_clock: Arc<FleetClock>,
+    /// The time since which Redis counts each sidecar that it counts.
+    counted_since: HashMap<SidecarId, Tick>,
     server: Server,
     sidecars: Vec<Option<Sidecar>>,
     purges: Vec<Purged>,
+    /// The number of sidecars started.
+    started: u64,
 }
 
 fn target(resource: usize) -> String {
@@ -192,13 +237,39 @@ impl Model {
         let clock = Clock::start();
         let fleet_clock = Arc::new(FleetClock::new(clock.clone()));
         fleet_clock.update(ServerTime { server: 1_000_000_000_000, sent_at: clock.instant() });
-        let sidecar = |number: usize| {
-            let id = SidecarId(number as u64 + 1);
-            let invalidations = Invalidations::shared(id, MAX_UNVERIFIED, fleet_clock.clone(), clock.now());
-            Some(Sidecar { id, invalidations, membership: Membership::default(), entries: Vec::new() })
-        };
         let server = Server { data: Data::default(), snapshot: Data::default(), run: 1, last_id: 0 };
-        Model { sidecars: (0..SIDECARS).map(sidecar).collect(), clock, server, purges: Vec::new() }
+        let (counted_since, sidecars, purges) = (HashMap::new(), Vec::new(), Vec::new());
+        let mut model = Model { clock, fleet_clock, counted_since, server, sidecars, purges, started: 0 };
+        for _ in 0..SIDECARS {
+            let sidecar = model.start();
+            model.sidecars.push(Some(sidecar));
+        }
+        model
+    }
+
+    fn start(&mut self) -> Sidecar {
+        self.started += 1;
+        let id = SidecarId(self.started);
+        let invalidations = Invalidations::shared(id, MAX_UNVERIFIED, self.fleet_clock.clone());
+        Sidecar {
+            id,
+            invalidations,
+            membership: Membership::default(),
+            entries: Vec::new(),
+            heard_of: HashSet::new(),
+        }
+    }
+
+    /// Notes which sidecars Redis counts, by their ID or as one that has not returned.
+    fn note_counted(&mut self) {
+        let (data, now) = (&self.server.data, self.clock.now());
+        for id in (1..=self.started).map(SidecarId) {
+            if data.members.contains_key(&id.0) || data.expected.is_incomplete() {
+                self.counted_since.entry(id).or_insert(now);
+            } else {
+                self.counted_since.remove(&id);
+            }
+        }
     }
 
     fn step(&mut self, step: &Step) {
@@ -206,6 +277,11 @@ impl Model {
         match *step {
             Step::Pass { millis } => self.clock.turn(Duration::from_millis(millis)),
             Step::Kill { by } => self.sidecars[by] = None,
+            Step::Start { by } => {
+                if self.sidecars[by].is_none() {
+                    self.sidecars[by] = Some(self.start());
+                }
+            }
             Step::Snapshot => self.server.snapshot = self.server.data.clone(),
             Step::Restore => {
                 self.server.data = self.server.snapshot.clone();
@@ -226,6 +302,7 @@ impl Model {
                 }
             }
         }
+        self.note_counted();
     }
 
     fn check(&self) -> Result<(), TestCaseError> {
@@ -237,7 +314,8 @@ impl Model {
                 }
                 let of_entry = self.purges.iter().filter(|p| p.resource == *resource && p.at > entry.received_at);
                 for purge in of_entry {
-                    let old = now.since(purge.at);
+                    let Some(known_at) = self.known_at(sidecar, purge) else { continue };
+                    let old = now.since(known_at);
                     prop_assert!(purge.by != sidecar.id, "{:?} serves what it purged {old} ms ago", sidecar.id);
                     prop_assert!(
                         old <= millis(MAX_UNVERIFIED) + TOLERANCE,
@@ -252,6 +330,16 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Returns the time since which `sidecar` must take the purge into account, if it can know of the one that made it.
+    fn known_at(&self, sidecar: &Sidecar, purge: &Purged) -> Option<Tick> {
+        if purge.by == sidecar.id || sidecar.heard_of.contains(&purge.by) {
+            return Some(purge.at);
+        }
+        self.counted_since.get(&purge.by).map(|since| purge.at.max(*since))
+    }
+}
+
 impl Sidecar {
     fn step(&mut self, step: &Step, server: &mut Server, now: Tick) {
         match *step {
@@ -263,15 +351,17 @@ impl Sidecar {
                 let purges = self.invalidations.unlogged_purges(3);
                 let last = purges.last().map_or(0, |purge| purge.number);
                 if !purges.is_empty() && server.append(self.id, purges) && !lost {
-                    self.invalidations.mark_logged(last);
+                    let end = server.data.log.last().map_or(LogId::default(), |(_, id, _)| *id);
+                    self.invalidations.mark_logged(last, end);
                 }
             }
             Step::Beat { lost, .. } => {
                 let read = self.invalidations.log_position();
-                let all_logged = self.invalidations.unlogged() == 0;
-                let reply = server.beat(self.id, all_logged, &self.membership.broken_epoch(), now.0);
+                let unlogged_for = self.invalidations.unlogged_for(now);
+                let reply = server.beat(self.id, unlogged_for, &self.membership, now.0);
                 if !lost {
                     self.membership.update(&reply, now, read);
+                    self.heard_of.extend(server.data.members.keys().map(|id| SidecarId(*id)));
                     self.verify();
                 }
             }
@@ -289,7 +379,12 @@ impl Sidecar {
                     self.keep(resource, record.received_at, position);
                 }
             }
-            Step::Pass { .. } | Step::Kill { .. } | Step::Snapshot | Step::Restore | Step::Flush => {}
+            Step::Pass { .. }
+            | Step::Kill { .. }
+            | Step::Start { .. }
+            | Step::Snapshot
+            | Step::Restore
+            | Step::Flush => {}
         }
     }
 

@@ -136,15 +136,16 @@ impl Entry {
         self.resident_time(now) > self.lifetimes.retention()
     }
 
-    /// Returns the invalidation state if it was last checked at `epoch`.
-    pub fn cached_state(&self, epoch: Position) -> Option<InvalidationState> {
+    /// Returns the ledger's position at the last check, and the invalidation state found then.
+    pub fn last_check(&self) -> (Position, InvalidationState) {
         let checked = self.state.checked.load(Ordering::Relaxed);
-        (checked >> 2 == epoch.0).then_some(match checked & 3 {
+        let state = match checked & 3 {
             0 => InvalidationState::Valid,
             1 => InvalidationState::Stale,
             2 => InvalidationState::Unverified,
             _ => InvalidationState::Gone,
-        })
+        };
+        (Position(checked >> 2), state)
     }
 
     /// Caches the invalidation state that the ledger returned at `epoch`.

@@ -26,8 +26,8 @@ const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Beat<'b> {
     /// The ID of the sidecar.
     pub me: &'b str,
-    /// Whether the log has all purges of the sidecar.
-    pub all_logged: bool,
+    /// Maximum time since the log had all purges of the sidecar. Zero if it has them.
+    pub unlogged_for: Duration,
     /// The epoch in which the sidecar found the log broken. Empty if it did not.
     pub broken: &'b str,
     /// The content of the log entry that starts a new epoch.
@@ -36,6 +36,8 @@ pub struct Beat<'b> {
     pub nonce: u64,
     /// Time after which a sidecar that sends no heartbeats is forgotten.
     pub forget_after: Duration,
+    /// The epoch and the number of sidecars in the last reply. An empty text and 0 before the first.
+    pub known: (&'b str, u64),
 }
 
 /// The reply to a heartbeat.
@@ -47,7 +49,7 @@ pub struct BeatReply {
     pub epoch: String,
     /// The ID of the last log entry.
     pub end: LogId,
-    /// The number of sidecars.
+    /// The number of sidecars, with those that the server has lost and that are expected to return.
     pub members: u64,
     /// Time since the log is known to have all purges of all sidecars.
     pub oldest: Duration,
@@ -69,15 +71,17 @@ impl Redis {
 
     /// Sends a heartbeat: announces a sidecar, starts a new epoch of the log if needed, and returns the log's end.
     pub async fn beat(&self, beat: Beat<'_>) -> Result<BeatReply, RedisError> {
-        let keys = ["sidecars", "log", "epoch", "numbers", "mode"].map(|name| self.at(name)).to_vec();
+        let keys = ["sidecars", "log", "epoch", "numbers", "mode", "expected"].map(|name| self.at(name)).to_vec();
         let arguments = vec![
             Value::from(beat.me),
-            Value::from(i64::from(beat.all_logged)),
+            millis(beat.unlogged_for),
             millis(beat.forget_after),
             Value::from(self.coordination.server_id()),
             Value::from(beat.broken),
             Value::Bytes(beat.reset.clone()),
             Value::from(format!("{:016x}", beat.nonce)),
+            Value::from(beat.known.0),
+            Value::from(beat.known.1.cast_signed()),
         ];
         let sent_at = self.clock.instant();
         let (now, epoch, end, members, oldest, mode): (u64, String, String, u64, u64, Bytes) =
@@ -90,7 +94,7 @@ impl Redis {
 
     /// Removes the sidecar `me`, whose purges are all in the log.
     pub async fn leave(&self, me: &str) -> Result<(), RedisError> {
-        let keys = vec![self.at("sidecars"), self.at("numbers"), self.inbox(me)];
+        let keys = vec![self.at("sidecars"), self.at("numbers"), self.inbox(me), self.at("expected")];
         let _removed: i64 = self.coordination.script(self.command_timeout, LEAVE, keys, vec![me.into()]).await?;
         Ok(())
     }

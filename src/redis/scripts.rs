@@ -41,10 +41,13 @@ return previous";
 
 /// Announces a sidecar, and starts a new epoch of the log if its end may have been lost. KEYS: sidecars (a sorted set:
 /// ID, and the time at which the log had all purges of the sidecar), log, epoch, numbers of the last purge of each
-/// sidecar, mode. ARGV: own ID, `1` if the log has all purges of this sidecar, milliseconds after which a sidecar is
-/// forgotten, ID of the server, the epoch in which this sidecar found the log broken, content of a reset entry, a nonce.
+/// sidecar, mode, sidecars expected in this epoch. ARGV: own ID, milliseconds since the log had all purges of this
+/// sidecar (0: it has), milliseconds after which a sidecar is forgotten, ID of the server, the epoch in which this sidecar found the log
+/// broken, content of a reset entry, a nonce, the epoch and the number of sidecars in the last reply.
 ///
 /// The epoch names the server (its run ID) that wrote it: on a server that was restarted, or promoted, it is another's.
+/// The server may have lost sidecars then. Those that return report how many there were (`members`); until as many have
+/// returned, the log is complete only up to the beginning of the epoch (`since`).
 /// Returns the server's time in milliseconds, the epoch, the ID of the last log entry, the number of sidecars, the
 /// milliseconds since the oldest time among the sidecars, and the mode of the fleet.
 pub(super) const BEAT: &str = "
@@ -59,19 +62,45 @@ if not ending or server ~= ARGV[4] or epoch == ARGV[5] then
   ending = redis.call('XADD', KEYS[2], '*', 'p', ending or '0-0', 'b', ARGV[6])
   epoch = ARGV[4] .. ' ' .. ARGV[7]
   redis.call('SET', KEYS[3], epoch)
+  redis.call('DEL', KEYS[6])
+  redis.call('HSET', KEYS[6], 'since', now)
+  redis.call('PEXPIRE', KEYS[6], ARGV[3])
+end
+local since = redis.call('HGET', KEYS[6], 'since')
+if since and ARGV[8] ~= epoch then
+  local kind = ARGV[8] == '' and 'new' or 'returned'
+  if redis.call('HSETNX', KEYS[6], 'id ' .. ARGV[1], kind) == 1 then redis.call('HINCRBY', KEYS[6], kind, 1) end
+  local known = tonumber(redis.call('HGET', KEYS[6], 'members') or '0')
+  if ARGV[8] ~= '' and tonumber(ARGV[9]) > known then redis.call('HSET', KEYS[6], 'members', ARGV[9]) end
 end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now + 1, '+inf')) do redis.call('ZADD', KEYS[1], now, id) end
-if ARGV[2] == '1' or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then redis.call('ZADD', KEYS[1], now, ARGV[1]) end
+if ARGV[2] == '0' then
+  redis.call('ZADD', KEYS[1], now, ARGV[1])
+else
+  redis.call('ZADD', KEYS[1], 'NX', now - math.min(ARGV[2], ARGV[3] / 2), ARGV[1])
+end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])) do
   redis.call('ZREM', KEYS[1], id)
   redis.call('HDEL', KEYS[4], id)
 end
-local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-return {now, epoch, ending, redis.call('ZCARD', KEYS[1]), now - (oldest[2] or now),
-  redis.call('GET', KEYS[5]) or ''}";
+local complete = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2] or now)
+local members = redis.call('ZCARD', KEYS[1])
+if since then
+  local counts = redis.call('HMGET', KEYS[6], 'members', 'returned', 'new')
+  local expected = tonumber(counts[1] or '0')
+  if expected > tonumber(counts[2] or '0') then complete = math.min(complete, since) end
+  members = math.max(members, expected + tonumber(counts[3] or '0'))
+end
+return {now, epoch, ending, members, math.max(0, now - complete), redis.call('GET', KEYS[5]) or ''}";
 
-/// Removes a sidecar that shuts down. KEYS: sidecars, numbers, its inbox. ARGV: its ID.
+/// Removes a sidecar that shuts down. KEYS: sidecars, numbers, its inbox, sidecars expected in this epoch. ARGV: its ID.
 pub(super) const LEAVE: &str = "
+local kind = redis.call('HGET', KEYS[4], 'id ' .. ARGV[1])
+if kind then
+  redis.call('HDEL', KEYS[4], 'id ' .. ARGV[1])
+  redis.call('HINCRBY', KEYS[4], kind, -1)
+  if kind == 'returned' then redis.call('HINCRBY', KEYS[4], 'members', -1) end
+end
 redis.call('DEL', KEYS[3])
 redis.call('HDEL', KEYS[2], ARGV[1])
 return redis.call('ZREM', KEYS[1], ARGV[1])";

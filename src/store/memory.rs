@@ -17,6 +17,10 @@ const SLOT_BYTES: u64 = 152;
 /// Maximum fraction of its shard that an item may take: `quick_cache` silently drops larger ones.
 const MAX_SHARD_FRACTION: f64 = 0.9;
 
+/// Number of keys that a sweep visits before it yields. With as many URL patterns purged as the ledger holds, a slice
+/// takes about half a millisecond.
+const SWEEP_SLICE: usize = 16;
+
 type Key = Box<[u8]>;
 
 /// The memory tier: stored responses by cache key.
@@ -127,22 +131,35 @@ impl Memory {
         }
     }
 
-    /// Removes the entries for which `keep` returns false.
-    pub fn sweep(&self, keep: impl Fn(&Entry) -> bool) {
-        let changed = std::cell::RefCell::new(Vec::new());
-        self.cache.retain(|key, resource| {
-            let kept = resource.variants().iter().filter(|entry| keep(entry)).count();
-            if kept == 0 {
-                self.swept.fetch_add(1, Ordering::Relaxed);
-            } else if kept < resource.variants().len() {
-                changed.borrow_mut().push(key.clone());
+    /// Removes the entries for which `keep` returns false. Yields after each few keys, so that requests are served
+    /// meanwhile. Entries added meanwhile may be missed.
+    pub async fn sweep(&self, keep: impl Fn(&Entry) -> bool) {
+        let mut keys = self.cache.iter();
+        loop {
+            let mut visited = 0;
+            for (key, resource) in keys.by_ref().take(SWEEP_SLICE) {
+                visited += 1;
+                if !resource.variants().iter().all(|entry| keep(entry)) {
+                    self.retain(&key, &keep);
+                }
             }
-            kept > 0
-        });
-        for key in changed.into_inner() {
-            let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(resource) = self.cache.peek(&key).and_then(|resource| resource.filtered(&keep)) {
-                self.cache.insert(key, resource);
+            if visited == 0 {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Removes the variants of a key for which `keep` returns false.
+    fn retain(&self, key: &Key, keep: &impl Fn(&Entry) -> bool) {
+        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(resource) = self.cache.peek(key) else { return };
+        match resource.filtered(keep) {
+            Some(kept) if kept.variants().len() == resource.variants().len() => {}
+            Some(kept) => self.cache.insert(key.clone(), kept),
+            None => {
+                self.cache.remove(key);
+                self.swept.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -289,13 +306,41 @@ mod tests {
         assert!(tier.usage().bytes > 3 * MIB, "and it is used");
     }
 
-    #[test]
-    fn sweep_removes_expired_entries() {
+    #[tokio::test]
+    async fn sweep_removes_expired_entries() {
         let tier = tier(4 * MIB, MIB);
         tier.put(b"a", entry(10));
-        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1000)));
+        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1000))).await;
         assert!(tier.get(b"a").is_some());
-        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1001)));
+        tier.sweep(|entry| !entry.expired(crate::policy::Tick(1001))).await;
         assert!(tier.get(b"a").is_none());
+    }
+
+    #[tokio::test]
+    async fn sweep_yields_to_other_tasks_after_each_slice() {
+        let tier = Arc::new(tier(4 * MIB, MIB));
+        for i in 0..1_000u32 {
+            tier.put(&i.to_be_bytes(), entry(1));
+        }
+        let (visited, seen) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(Vec::new())));
+        let other = tokio::spawn({
+            let (visited, seen) = (visited.clone(), seen.clone());
+            async move {
+                loop {
+                    seen.lock().expect("a lock").push(visited.load(Ordering::Relaxed));
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+        let keep = |_: &Entry| {
+            visited.fetch_add(1, Ordering::Relaxed);
+            true
+        };
+        tier.sweep(keep).await;
+        other.abort();
+        let seen = seen.lock().expect("a lock");
+        assert_eq!(visited.load(Ordering::Relaxed), 1_000);
+        assert!(seen.windows(2).all(|pair| pair[1] - pair[0] <= 2 * SWEEP_SLICE as u64), "{seen:?}");
+        assert!(seen.len() >= 1_000 / SWEEP_SLICE);
     }
 }

@@ -6,7 +6,8 @@
 //!
 //! The ledger's size is bounded. When it is full, the older half of the purges of the largest scope (an upstream, or one
 //! of its hosts) is dropped, and everything of that scope that was fetched before counts as unverified: it is validated
-//! before it is served, and may stand in for a failed response.
+//! before it is served, and may stand in for a failed response. Entries that were compared with the dropped purges are
+//! not affected: an entry keeps the position and the result of its last check, and only later purges are compared.
 //!
 //! Positions are local to this process. [`super::log_position`] maps them to positions in the fleet's log.
 
@@ -209,6 +210,7 @@ pub struct Ledger {
     subjects: HashMap<Subject, SubjectMark>,
     /// The number of marks of each scope, besides the scope's own.
     scopes: HashMap<Subject, usize>,
+    /// URL patterns, by their latest purge.
     matchers: Vec<(Matcher, PurgePositions)>,
     everything: PurgePositions,
     max_subjects: usize,
@@ -251,15 +253,12 @@ impl Ledger {
             match selector {
                 Selector::Subject { subject, scope } => self.mark_subject(subject, scope).set(purge, at),
                 Selector::Matching(matcher) => {
-                    if let Some((_, mark)) = self.matchers.iter_mut().find(|(known, _)| *known == matcher) {
-                        mark.set(purge, at);
-                        continue;
-                    }
+                    let known = self.matchers.iter().position(|(known, _)| *known == matcher);
+                    let mut mark = known.map(|known| self.matchers.remove(known).1).unwrap_or_default();
+                    mark.set(purge, at);
                     if self.matchers.len() >= self.max_matchers {
                         self.forget_older_matchers();
                     }
-                    let mut mark = PurgePositions::default();
-                    mark.set(purge, at);
                     self.matchers.push((matcher, mark));
                 }
                 Selector::Everything => {
@@ -284,19 +283,35 @@ impl Ledger {
 
     /// Returns the state of an entry whose fetch began at `position`, and that was received at `received_at`.
     pub fn state_of(&self, address: &ResourceId, position: Position, received_at: Tick) -> InvalidationState {
-        let marks = address.subjects.iter().filter_map(|subject| self.subjects.get(subject));
-        let of_subjects = marks.map(|mark| mark.positions.state_of(position, received_at)).max();
-        let relevant = |mark: &PurgePositions| mark.latest() > position || received_at <= mark.hard_before;
-        let of_matchers = self
-            .matchers
-            .iter()
-            .filter(|(matcher, mark)| relevant(mark) && matcher.matches(address))
-            .map(|(_, mark)| mark.state_of(position, received_at))
-            .max();
-        let doubt =
-            if position < self.unverified_before { InvalidationState::Unverified } else { InvalidationState::Valid };
-        let named = of_subjects.max(of_matchers).unwrap_or(InvalidationState::Valid);
-        doubt.max(named).max(self.everything.state_of(position, received_at))
+        self.state_since(address, position, received_at, position)
+    }
+
+    /// Returns the worst state that purges after `checked` give an entry whose fetch began at `position`, and that was
+    /// received at `received_at`. Earlier purges are not compared again.
+    pub fn state_since(
+        &self,
+        address: &ResourceId,
+        position: Position,
+        received_at: Tick,
+        checked: Position,
+    ) -> InvalidationState {
+        let subjects = address.subjects.iter().filter_map(|subject| self.subjects.get(subject));
+        let of_subjects = subjects.map(|mark| &mark.positions).filter(|mark| mark.latest() > checked);
+        let new_matchers = self.matchers.iter().rev().take_while(|(_, mark)| mark.latest() > checked);
+        let of_matchers = new_matchers.filter(|(matcher, _)| matcher.matches(address)).map(|(_, mark)| mark);
+        let everything = Some(&self.everything).filter(|mark| mark.latest() > checked);
+        let marks = of_subjects.chain(of_matchers).chain(everything);
+        let unverified = if self.unverified_before > checked && self.unverified_before > position {
+            InvalidationState::Unverified
+        } else {
+            InvalidationState::Valid
+        };
+        marks.map(|mark| mark.state_of(position, received_at)).fold(unverified, InvalidationState::max)
+    }
+
+    /// Returns true if a quarter of the places for subjects is left, or less.
+    pub fn is_nearly_full(&self) -> bool {
+        self.subjects.len() >= self.max_subjects / 4 * 3
     }
 
     /// Returns the mark of a subject, which is added if there is none.
@@ -487,6 +502,25 @@ mod tests {
             ledger.record([scoped(&format!("/p{i}")), tag(&format!("tag{i}"))], PurgeKind::Hard);
         }
         assert_eq!(state(&ledger, &elsewhere("x"), Position(1)), InvalidationState::Valid, "another upstream");
+    }
+
+    #[test]
+    fn overflow_does_not_affect_entries_checked_since_the_dropped_purges() {
+        let mut ledger = Ledger::new(100, 100);
+        let (entry, begun) = (address("/x", &["kept"]), ledger.position());
+        let (mut checked, mut state) = (begun, InvalidationState::Valid);
+        for i in 0..1_000 {
+            ledger.record([tag(&format!("tag{i}")), prefix(&format!("/p{i}"))], PurgeKind::Hard);
+            if i % 10 == 0 {
+                state = state.max(ledger.state_since(&entry, begun, NOW, checked));
+                checked = ledger.position();
+            }
+        }
+        assert!(ledger.overflows() > 10);
+        assert_eq!(state, InvalidationState::Valid);
+        assert_eq!(ledger.state_of(&entry, begun, NOW), InvalidationState::Unverified, "never checked");
+        ledger.record([tag("kept")], PurgeKind::Soft);
+        assert_eq!(ledger.state_since(&entry, begun, NOW, checked), InvalidationState::Stale);
     }
 
     #[test]
