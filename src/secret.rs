@@ -40,6 +40,8 @@ pub enum SecretSource {
     File(PathBuf),
     /// An environment variable.
     Env(String),
+    /// The password in a URL, which is itself secret: `redis://user:password@host`.
+    PasswordOfUrl(Box<SecretSource>),
 }
 
 impl fmt::Display for SecretSource {
@@ -47,8 +49,19 @@ impl fmt::Display for SecretSource {
         match self {
             SecretSource::File(path) => write!(f, "file {}", path.display()),
             SecretSource::Env(name) => write!(f, "environment variable {name}"),
+            SecretSource::PasswordOfUrl(url) => write!(f, "URL in the {url}"),
         }
     }
+}
+
+/// Returns the user name and the password of a URL, decoded (RFC 3986 §3.2.1). `None` if it has neither.
+pub fn userinfo(url: &str) -> Option<(Option<String>, Option<String>)> {
+    let authority = url.split_once("://")?.1.split(['/', '?']).next()?;
+    let (userinfo, _) = authority.rsplit_once('@')?;
+    let (user, password) =
+        userinfo.split_once(':').map_or((userinfo, None), |(user, password)| (user, Some(password)));
+    let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    Some(((!user.is_empty()).then(|| decoded(user)), password.map(decoded)))
 }
 
 impl SecretSource {
@@ -60,6 +73,11 @@ impl SecretSource {
                 VarError::NotPresent => "it is not set".to_owned(),
                 VarError::NotUnicode(_) => "it is not valid UTF-8".to_owned(),
             }),
+            SecretSource::PasswordOfUrl(url) => {
+                let url = url.read()?;
+                let userinfo = userinfo(url.reveal()).and_then(|(_, password)| password);
+                userinfo.ok_or_else(|| "it has no password".to_owned())
+            }
         };
         match text.as_deref().map(str::trim) {
             Ok("") => Err(format!("the secret in {self} is empty")),

@@ -46,6 +46,18 @@ fn config_errors_name_the_line_and_the_fix() {
         (format!("{HEAD}[redis]\n"), "t.toml:3:1", "needs a url"),
         (format!("{HEAD}[redis]\nurl = \"http://x\"\n"), "t.toml:4:7", "redis-cluster://"),
         (format!("{HEAD}[redis]\nurl = \"redis://x\"\npassword = \"plain\"\n"), "t.toml:5:12", "{ file = "),
+        (format!("{HEAD}[redis]\nurl = \"redis://u:p@x\"\n"), "t.toml:4:7", "{ env = \"REDIS_URL\" }"),
+        (format!("{HEAD}[redis]\nurl = {{ env = \"SIDECACHE_NOT_SET\" }}\n"), "t.toml:4:7", "SIDECACHE_NOT_SET"),
+        (
+            format!("{HEAD}[redis]\nurl = \"rediss://x\"\ntls = {{ names = {{ \"*\" = \"x\" }} }}\n"),
+            "t.toml:5:17",
+            "rediss-cluster://",
+        ),
+        (
+            format!("{HEAD}[redis]\nurl = \"rediss-cluster://x\"\ntls = {{ names = {{ a = \"x\" }} }}\n"),
+            "t.toml:5:17",
+            "is no address",
+        ),
         (format!("{HEAD}[redis]\nurl = \"redis://x\"\ntls = {{ ca = \"x.pem\" }}\n"), "t.toml:4:7", "rediss://"),
         (
             format!("{HEAD}[redis]\nurl = \"redis-cluster://x\"\ndatabases = {{ private = 1 }}\n"),

@@ -361,3 +361,44 @@ async fn large_record_is_read_in_parts() {
     assert!(answer.is_hit() && answer.body == body, "{}", answer.cache_status());
     assert_eq!(origin.count(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn purges_and_confirmations_arrive_after_the_clock_of_redis_went_back() {
+    let redis = Redis::start();
+    let (origin, version) = versioned().await;
+    let (one, other) = (member(&origin, &redis.table()).await, member(&origin, &redis.table()).await);
+    one.settled().await;
+    let inbox = format!("{{sidecache}}:1:inbox:{}", id_of(&one));
+    let lines = [("Content-Type", "application/json")];
+    // IDs of a time to come: those that Redis gives from now on are as if its clock had gone back since.
+    let ahead = "99999999999999-0";
+    let steps = [
+        String::new(),
+        format!("XSETID {{sidecache}}:1:log {ahead}"),
+        format!("XSETID {inbox} {ahead}"),
+        format!("DEL {inbox}"),
+        "DEL {sidecache}:1:log".to_owned(),
+    ];
+    for (number, step) in (1..).zip(&steps) {
+        if !step.is_empty() {
+            command(&redis, step);
+            one.settled().await;
+            other.settled().await;
+        }
+        other.get("/a").await;
+        version.store(number, Ordering::SeqCst);
+        let purged = send(one.admin, "POST", "/purge?wait=5s", &lines, br#"{"tags":["all"]}"#).await.json();
+        assert_eq!((purged["applied"].as_u64(), purged["sidecars"].as_u64()), (Some(2), Some(2)), "{step}: {purged}");
+        assert_eq!(other.get("/a").await.text(), number.to_string(), "{step}");
+    }
+    command(&redis, &format!("ZADD {{sidecache}}:1:sidecars 99999999999999 {}", id_of(&other)));
+    other.settled().await;
+    one.settled().await;
+    let health = get(one.admin, "/health", &[]).await.json();
+    assert_eq!(health["status"], "ok", "{health}");
+}
+
+/// Returns the ID of a sidecar.
+fn id_of(sidecar: &Sidecar) -> String {
+    sidecar.shared.fleet.as_ref().expect("a fleet").sidecar_id.to_string()
+}

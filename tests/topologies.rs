@@ -81,9 +81,8 @@ async fn used_again(sidecar: &Sidecar, name: &str) {
     .await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
-    let folder = folder("tls");
+/// Writes a certificate authority, and certificates of it for `localhost` and for a client, into the folder.
+fn write_certificates(folder: &std::path::Path) {
     let params = |name: &str| {
         let mut params = rcgen::CertificateParams::new([name.to_owned()]).expect("parameters");
         params.distinguished_name = rcgen::DistinguishedName::new();
@@ -110,6 +109,12 @@ async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
     for (name, text) in files {
         std::fs::write(folder.join(name), text).expect("writable");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
+    let folder = folder("tls");
+    write_certificates(&folder);
     let path = |name: &str| folder.join(name).display().to_string();
     let port = crate::support::redis::free_port();
     let redis = Redis::with(&[
@@ -136,6 +141,61 @@ async fn redis_over_tls_works_with_private_ca_and_client_certificate() {
     .await;
     assert_eq!(without_certificate.get("/x").await.status, 200, "requests are served without Redis");
     drop(redis);
+    std::fs::remove_dir_all(folder).expect("the folder exists");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_a_tls_cluster_are_verified_by_the_configured_names() {
+    let folder = folder("tls-cluster");
+    write_certificates(&folder);
+    let path = |name: &str| folder.join(name).display().to_string();
+    let port = crate::support::redis::free_cluster_port();
+    let redis = Redis::cluster_node(&[
+        "--tls-port",
+        &port.to_string(),
+        "--tls-auth-clients",
+        "no",
+        "--tls-cert-file",
+        &path("server.pem"),
+        "--tls-key-file",
+        &path("server.key"),
+        "--tls-ca-cert-file",
+        &path("ca.pem"),
+        "--tls-cluster",
+        "yes",
+        "--cluster-announce-ip",
+        "127.0.0.1",
+    ]);
+    cli(&["-p", &redis.port.to_string(), "CLUSTER", "ADDSLOTSRANGE", "0", "16383"]);
+    let table = |names: &str| {
+        let ca = path("ca.pem");
+        format!("[redis]\nurl = \"rediss-cluster://localhost:{port}\"\ntls = {{ ca = \"{ca}\"{names} }}\n")
+    };
+    let origin = origin().await;
+    let names = table(", names = { \"127.0.0.1\" = \"localhost\" }");
+    let (one, other) = (member(&origin, &names).await, member(&origin, &names).await);
+    works(&one, &other, &origin, "tls-cluster").await;
+    let without_names = Sidecar::with_tables(&origin, "", &table(""));
+    until("the certificate does not match the address", || {
+        without_names.shared.fleet.as_ref()?.redis.state().trouble
+    })
+    .await;
+    drop(redis);
+    std::fs::remove_dir_all(folder).expect("the folder exists");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_url_from_a_secret_carries_user_and_password() {
+    let folder = folder("url");
+    let redis = Redis::start();
+    cli(&["-p", &redis.port.to_string(), "ACL", "SETUSER", "fleet", "on", ">p@ss/word", "~*", "&*", "+@all"]);
+    cli(&["-p", &redis.port.to_string(), "ACL", "SETUSER", "default", "off"]);
+    let file = folder.join("url");
+    std::fs::write(&file, format!("redis://fleet:p%40ss%2Fword@{}\n", redis.address())).expect("writable");
+    let origin = origin().await;
+    let table = format!("[redis]\nurl = {{ file = \"{}\" }}\n", file.display());
+    let (one, other) = (member(&origin, &table).await, member(&origin, &table).await);
+    works(&one, &other, &origin, "url").await;
     std::fs::remove_dir_all(folder).expect("the folder exists");
 }
 

@@ -7,7 +7,7 @@ use toml::Spanned;
 use toml::Value;
 
 use super::resilience::{BreakerTable, BudgetSpec, PoolTable};
-use super::values::{DurationValue, OneOrMany, OptionalDuration, SecretRef, SizeValue};
+use super::values::{DurationValue, OneOrMany, OptionalDuration, SecretRef, SizeValue, UrlRef};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -149,18 +149,27 @@ pub(super) struct Memory {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Redis {
-    pub(super) url: Option<Spanned<String>>,
+    pub(super) url: Option<Spanned<UrlRef>>,
     pub(super) username: Option<String>,
     pub(super) password: Option<Spanned<SecretRef>>,
     pub(super) sentinel_username: Option<String>,
     pub(super) sentinel_password: Option<Spanned<SecretRef>>,
-    pub(super) tls: Tls,
+    pub(super) tls: RedisTls,
     pub(super) databases: Option<Spanned<Databases>>,
     pub(super) key_prefix: Option<Spanned<String>>,
     pub(super) command_timeout: Option<DurationValue>,
     pub(super) compress: Option<Spanned<String>>,
     pub(super) compress_above: Option<SizeValue>,
     pub(super) write_behind: Option<SizeValue>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RedisTls {
+    pub(super) ca: Option<Spanned<String>>,
+    pub(super) cert: Option<Spanned<String>>,
+    pub(super) key: Option<Spanned<String>>,
+    pub(super) names: Option<Spanned<BTreeMap<String, String>>>,
 }
 
 #[derive(Debug, Default, Clone, Copy, Deserialize)]

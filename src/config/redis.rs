@@ -1,5 +1,7 @@
 //! Validation of `[redis]` of the file, with a [`RedisConfig`] as result.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -7,7 +9,9 @@ use toml::Spanned;
 use super::error::{ConfigFault, NO_EXCERPT};
 use super::file;
 use super::validate::Validator;
+use super::values::UrlRef;
 use crate::redis::{RedisConfig, RedisDatabases, RedisTopology};
+use crate::secret::{SecretSource, userinfo};
 use crate::store::compression::Compression;
 use crate::store::redis_tier::RedisTierConfig;
 
@@ -21,8 +25,11 @@ impl Validator<'_> {
             self.fault(&span, "[redis] needs a url: write url = \"redis://127.0.0.1:6379\"");
             return None;
         };
-        let (topology, encrypted, database) = self.collect(parse(url))?;
-        let password = given.password.as_ref().map(|password| self.secret_source(password.get_ref()));
+        let Url { topology, encrypted, database, username, password } = self.redis_url(url)?;
+        if (username.is_some() || password.is_some()) && (given.username.is_some() || given.password.is_some()) {
+            self.fault(&url.span(), "redis.url carries credentials: leave username and password out");
+        }
+        let given_password = given.password.as_ref().map(|password| self.secret_source(password.get_ref()));
         if let Some(reference) = &given.password {
             self.secret(reference.get_ref(), &reference.span());
         }
@@ -38,7 +45,14 @@ impl Validator<'_> {
         if tls_given && !encrypted {
             self.fault(&url.span(), "redis.tls needs rediss://: write rediss://, or leave tls out");
         }
-        let tls = self.tls(&given.tls);
+        let file::RedisTls { ca, cert, key, names } = &given.tls;
+        let tls = self.tls(&file::Tls { ca: ca.clone(), cert: cert.clone(), key: key.clone() });
+        let tls_names = names.as_ref().and_then(|names| self.collect(tls_names(names))).unwrap_or_default();
+        if let Some(names) = names
+            && !(encrypted && matches!(topology, RedisTopology::Cluster(_)))
+        {
+            self.fault(&names.span(), "redis.tls.names needs a url with rediss-cluster://");
+        }
         let databases = self.databases(given.databases.as_ref(), database, &topology);
         let key_prefix = given.key_prefix.as_ref().map_or("sidecache", |prefix| prefix.get_ref().as_str());
         if key_prefix.is_empty() || key_prefix.contains(|c: char| !c.is_ascii_alphanumeric() && !"_-.".contains(c)) {
@@ -48,14 +62,38 @@ impl Validator<'_> {
         Some(RedisConfig {
             topology,
             tls: encrypted.then_some(tls),
-            username: given.username.clone(),
-            password,
+            tls_names,
+            username: username.or_else(|| given.username.clone()),
+            password: password.or(given_password),
             sentinel_username: given.sentinel_username.clone(),
             sentinel_password,
             databases,
             key_prefix: key_prefix.into(),
             command_timeout: given.command_timeout.map_or(Duration::from_millis(100), |d| d.0),
         })
+    }
+
+    /// Returns the parts of the URL. Only one that is a secret carries credentials.
+    fn redis_url(&mut self, given: &Spanned<UrlRef>) -> Option<Url> {
+        let span = given.span();
+        match given.get_ref() {
+            UrlRef::Text(text) => self.collect(parse(text).map_err(|why| (span, why))),
+            UrlRef::Secret(reference) => {
+                let secret = self.secret(reference, &span)?;
+                let text = secret.reveal();
+                let credentials = userinfo(text);
+                let place = match (text.split_once("://"), text.rsplit_once('@')) {
+                    (Some((scheme, _)), Some((_, place))) if credentials.is_some() => format!("{scheme}://{place}"),
+                    (_, _) => text.to_owned(),
+                };
+                // The URL is not repeated in a message.
+                let parsed = parse(&place).map_err(|why| (span, NO_EXCERPT.to_owned() + &why));
+                let (username, password) = credentials.unwrap_or_default();
+                let source = self.secret_source(reference);
+                let password = password.map(|_| SecretSource::PasswordOfUrl(Box::new(source)));
+                Some(Url { username, password, ..self.collect(parsed)? })
+            }
+        }
     }
 
     /// Returns the settings for records in Redis, or the defaults without `[redis]`.
@@ -99,30 +137,58 @@ fn compression(given: Option<&Spanned<String>>) -> Result<Compression, ConfigFau
     }
 }
 
-/// Parses a Redis URL. Returns the topology, whether TLS is used, and the database.
-fn parse(url: &Spanned<String>) -> Result<(RedisTopology, bool, u8), ConfigFault> {
-    let fail = |why: String| (url.span(), why);
-    let text = url.get_ref().as_str();
+/// Parses `redis.tls.names`.
+fn tls_names(given: &Spanned<BTreeMap<String, String>>) -> Result<BTreeMap<Option<IpAddr>, String>, ConfigFault> {
+    let advice = |address: &str| {
+        format!(
+            "redis.tls.names: {address:?} is no address: write \"10.0.0.5\" = \"node.example\", or \"*\" for all others"
+        )
+    };
+    let parse = |(address, name): (&String, &String)| match address.as_str() {
+        "*" => Ok((None, name.clone())),
+        text => text.parse().map(|address| (Some(address), name.clone())).map_err(|_| (given.span(), advice(text))),
+    };
+    given.get_ref().iter().map(parse).collect()
+}
+
+/// The parts of a Redis URL.
+#[derive(Debug, PartialEq, Eq)]
+struct Url {
+    topology: RedisTopology,
+    encrypted: bool,
+    database: u8,
+    username: Option<String>,
+    password: Option<SecretSource>,
+}
+
+impl Url {
+    fn new(topology: RedisTopology, encrypted: bool, database: u8) -> Url {
+        Url { topology, encrypted, database, username: None, password: None }
+    }
+}
+
+/// Parses a Redis URL without credentials.
+fn parse(text: &str) -> Result<Url, String> {
     let Some((scheme, rest)) = text.split_once("://") else {
-        return Err(fail(format!("redis.url has no scheme: {SCHEMES}")));
+        return Err(format!("redis.url has no scheme: {SCHEMES}"));
     };
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     if scheme == "redis+unix" {
         return if rest.starts_with('/') {
-            Ok((RedisTopology::Unix(rest.into()), false, 0))
+            Ok(Url::new(RedisTopology::Unix(rest.into()), false, 0))
         } else {
-            Err(fail("redis.url: write redis+unix:///path/to/redis.sock".into()))
+            Err("redis.url: write redis+unix:///path/to/redis.sock".into())
         };
     }
     if rest.contains('@') {
-        let advice = "redis.url does not carry credentials: write username = \"…\" and password = { file = \"…\" } or \
-                      { env = \"…\" } under [redis]";
-        return Err(fail(NO_EXCERPT.to_owned() + advice));
+        let advice = "redis.url carries credentials: write url = { env = \"REDIS_URL\" } or url = { file = \"…\" }, or \
+                      username = \"…\" and password = { file = \"…\" } under [redis]";
+        return Err(NO_EXCERPT.to_owned() + advice);
     }
     let (authority, database) = rest.split_once('/').unwrap_or((rest, ""));
     let database = match database {
         "" => 0,
-        number => number.parse().map_err(|_| fail(format!("redis.url: database {number:?} is no number")))?,
+        number => number.parse().map_err(|_| format!("redis.url: database {number:?} is no number"))?,
     };
     let (encrypted, kind) = match scheme.strip_prefix("rediss") {
         Some(kind) => (true, kind),
@@ -134,28 +200,28 @@ fn parse(url: &Spanned<String>) -> Result<(RedisTopology, bool, u8), ConfigFault
         match name {
             "node" => nodes.push(value.to_owned()),
             "service" | "sentinelServiceName" => service = Some(value.to_owned()),
-            other => return Err(fail(format!("redis.url: unknown parameter {other:?}: write service or node"))),
+            other => return Err(format!("redis.url: unknown parameter {other:?}: write service or node")),
         }
     }
     let default_port = if kind == "-sentinel" { 26379 } else { 6379 };
     let nodes: Vec<(String, u16)> =
-        nodes.iter().map(|node| host_and_port(node, default_port)).collect::<Result<_, _>>().map_err(fail)?;
+        nodes.iter().map(|node| host_and_port(node, default_port)).collect::<Result<_, _>>()?;
     let topology = match (kind, service) {
         ("", None) if nodes.len() == 1 => RedisTopology::Single(nodes[0].clone()),
         ("", None) => {
-            return Err(fail("redis.url: several nodes: write redis-cluster:// or redis-sentinel://".into()));
+            return Err("redis.url: several nodes: write redis-cluster:// or redis-sentinel://".into());
         }
         ("-cluster", None) => RedisTopology::Cluster(nodes),
         ("-sentinel", Some(service)) => RedisTopology::Sentinel { nodes, service },
         ("-sentinel", None) => {
-            return Err(fail("redis.url: which master? Write redis-sentinel://host:26379?service=mymaster".into()));
+            return Err("redis.url: which master? Write redis-sentinel://host:26379?service=mymaster".into());
         }
         ("" | "-cluster", Some(_)) => {
-            return Err(fail("redis.url: service is a Sentinel's: write redis-sentinel://".into()));
+            return Err("redis.url: service is a Sentinel's: write redis-sentinel://".into());
         }
-        (_, _) => return Err(fail(format!("redis.url: scheme {scheme:?}: {SCHEMES}"))),
+        (_, _) => return Err(format!("redis.url: scheme {scheme:?}: {SCHEMES}")),
     };
-    Ok((topology, encrypted, database))
+    Ok(Url::new(topology, encrypted, database))
 }
 
 fn host_and_port(node: &str, default: u16) -> Result<(String, u16), String> {
@@ -176,10 +242,6 @@ fn host_and_port(node: &str, default: u16) -> Result<(String, u16), String> {
 mod tests {
     use super::*;
 
-    fn read(url: &str) -> Result<(RedisTopology, bool, u8), String> {
-        parse(&Spanned::new(0..1, url.to_owned())).map_err(|(_, message)| message)
-    }
-
     #[test]
     fn redis_urls_are_parsed_and_invalid_ones_are_rejected() {
         let one = |host: &str, port| (host.to_owned(), port);
@@ -199,7 +261,7 @@ mod tests {
             ),
         ];
         for (url, topology, encrypted, database) in good {
-            assert_eq!(read(url), Ok((topology, encrypted, database)), "{url}");
+            assert_eq!(parse(url), Ok(Url::new(topology, encrypted, database)), "{url}");
         }
         let bad = [
             ("127.0.0.1:6379", "no scheme"),
@@ -208,13 +270,13 @@ mod tests {
             ("redis://a:x", "is no port"),
             ("redis://a/x", "is no number"),
             ("redis://a,b", "redis-cluster://"),
-            ("redis://:hunter2@a", "does not carry credentials"),
+            ("redis://:hunter2@a", "url = { env = \"REDIS_URL\" }"),
             ("redis-sentinel://a", "which master"),
             ("redis+unix://sock", "redis+unix:///path"),
             ("redis://a?x=1", "unknown parameter"),
         ];
         for (url, why) in bad {
-            assert!(read(url).is_err_and(|message| message.contains(why)), "{url}: {:?}", read(url));
+            assert!(parse(url).is_err_and(|message| message.contains(why)), "{url}: {:?}", parse(url));
         }
     }
 }

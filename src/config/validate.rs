@@ -16,7 +16,7 @@ use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigFault, Source};
 use super::rules::header_name;
-use super::values::{OneOrMany, SecretRef};
+use super::values::{OneOrMany, SecretRef, UrlRef};
 use super::{AdminConfig, Config, Flags};
 use super::{default_credential_headers, file, interpolate};
 use crate::policy::client_limits::ClientLimits;
@@ -86,7 +86,7 @@ fn apply_flags(file: &mut file::File, flags: &Flags) {
     }
     if let Some(redis) = &flags.redis {
         file.redis.get_or_insert_with(|| from_flags(file::Redis::default())).get_mut().url =
-            Some(from_flags(redis.clone()));
+            Some(from_flags(UrlRef::Text(redis.clone())));
     }
     let Some(upstream) = file.upstream.first_mut() else { return };
     let upstream = upstream.get_mut();

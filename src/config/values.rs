@@ -29,6 +29,13 @@ pub(super) enum SecretRef {
     Env(String),
 }
 
+/// A URL: a text without credentials, or a reference to a secret that may carry them.
+#[derive(Debug, Clone)]
+pub(super) enum UrlRef {
+    Text(String),
+    Secret(SecretRef),
+}
+
 /// One value or a list of them.
 #[derive(Debug, Clone)]
 pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
@@ -135,6 +142,28 @@ impl<'de> Deserialize<'de> for SecretRef {
             }
         }
         from.deserialize_any(Reference)
+    }
+}
+
+impl<'de> Deserialize<'de> for UrlRef {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Url;
+        impl<'de> Visitor<'de> for Url {
+            type Value = UrlRef;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a URL, or { env = \"…\" } or { file = \"…\" } that holds one")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<UrlRef, E> {
+                Ok(UrlRef::Text(text.to_owned()))
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<UrlRef, A::Error> {
+                SecretRef::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(UrlRef::Secret)
+            }
+        }
+        from.deserialize_any(Url)
     }
 }
 

@@ -83,10 +83,9 @@ impl From<LogGap> for FollowError {
 impl InvalidationLog {
     /// Follows the log. Never returns.
     pub async fn follow(self) {
-        let mut inbox = LogId::default();
         loop {
             self.redis.follower_connected().await;
-            match self.follow_until_error(&mut inbox).await {
+            match self.follow_until_error().await {
                 FollowError::Redis(error) => {
                     debug!(%error, "the invalidation log can't be read");
                     tokio::time::sleep(RETRY_PAUSE).await;
@@ -94,7 +93,7 @@ impl InvalidationLog {
                 FollowError::Broken => {
                     warn!("the invalidation log was replaced or truncated: all entries are now stale");
                     // A stream that was begun anew may have lower IDs.
-                    inbox = LogId::default();
+                    self.membership.set_inbox(LogId::default());
                     self.membership.set_broken();
                     if let Err(error) = self.begin().await {
                         debug!(%error, "the invalidation log can't be read");
@@ -107,7 +106,7 @@ impl InvalidationLog {
     }
 
     /// Follows the log until an error occurs, and returns it.
-    async fn follow_until_error(&self, inbox: &mut LogId) -> FollowError {
+    async fn follow_until_error(&self) -> FollowError {
         let read = async {
             if self.invalidations.log_position().is_none() {
                 self.begin().await?;
@@ -118,10 +117,7 @@ impl InvalidationLog {
                 if self.membership.take_log_truncated() {
                     return Err(FollowError::Broken);
                 }
-                if self.membership.take_clock_went_back() {
-                    *inbox = LogId::default();
-                }
-                self.wait_for_entries(inbox).await?;
+                self.wait_for_entries().await?;
             }
         };
         let Err::<std::convert::Infallible, _>(interrupted) = read.await;
@@ -181,7 +177,7 @@ impl InvalidationLog {
         let (now, read) = (self.clock.now(), self.invalidations.log_position());
         let reset = Bytes::from(LogMessage::seal_reset(&self.keyring.load(), random_salt()));
         let broken = self.membership.broken_epoch();
-        let (epoch, members) = self.membership.known();
+        let ((epoch, members), inbox) = (self.membership.known(), self.membership.inbox());
         let beat = Beat {
             me: &self.sidecar_id.to_string(),
             unlogged_for: self.invalidations.unlogged_for(now),
@@ -193,6 +189,10 @@ impl InvalidationLog {
         };
         let reply = self.redis.beat(beat).await?;
         self.membership.update(&reply, now, read);
+        if reply.inbox < inbox {
+            // It expired, and was begun anew with lower IDs, or will be, if the server's clock went back.
+            self.membership.set_inbox(LogId::default());
+        }
         Ok(())
     }
 
@@ -204,12 +204,15 @@ impl InvalidationLog {
         }
     }
 
-    async fn wait_for_entries(&self, inbox: &mut LogId) -> Result<(), FollowError> {
+    async fn wait_for_entries(&self) -> Result<(), FollowError> {
         let last = self.invalidations.log_position().unwrap_or_default();
-        let update = self.redis.read_streams(last, (&self.sidecar_id.to_string(), *inbox), BLOCK_TIME).await?;
+        let update = self
+            .redis
+            .read_streams(last, (&self.sidecar_id.to_string(), self.membership.inbox()), BLOCK_TIME)
+            .await?;
         self.apply(update.log)?;
         for message in update.inbox {
-            *inbox = message.id;
+            self.membership.set_inbox(message.id);
             self.inbox.deliver(&message.body);
         }
         Ok(())

@@ -39,7 +39,8 @@ struct State {
     proof: Option<Proof>,
     /// The log ended before an entry that had been read.
     log_truncated: bool,
-    clock_went_back: bool,
+    /// The ID of the last message read from the inbox.
+    inbox: LogId,
     /// The epoch in which this sidecar found the log broken.
     broken: Option<String>,
     /// Why the last command for the log failed. `None` after a successful heartbeat.
@@ -85,9 +86,14 @@ impl Membership {
         self.state().broken.clone().unwrap_or_default()
     }
 
-    /// Returns true, once, if the server's clock went back between two heartbeats.
-    pub fn take_clock_went_back(&self) -> bool {
-        std::mem::take(&mut self.state().clock_went_back)
+    /// Returns the ID of the last message read from the inbox.
+    pub fn inbox(&self) -> LogId {
+        self.state().inbox
+    }
+
+    /// Sets the ID of the last message read from the inbox. 0: the inbox is read from its beginning.
+    pub fn set_inbox(&self, read: LogId) {
+        self.state().inbox = read;
     }
 
     /// Records why a command for the log failed.
@@ -120,7 +126,6 @@ impl Membership {
 impl State {
     fn update(&mut self, reply: &BeatReply, now: Tick, read: Option<LogId>) -> Tick {
         if let Some(last) = self.last.take() {
-            self.clock_went_back |= reply.now < last.now;
             if reply.epoch != last.epoch {
                 self.broken = None;
             }
@@ -142,7 +147,15 @@ mod tests {
 
     fn reply(now: u64, epoch: &str, members: u64, oldest: u64) -> BeatReply {
         let oldest = Duration::from_millis(oldest);
-        BeatReply { now, epoch: epoch.into(), end: LogId::default(), members, oldest, mode: Bytes::new() }
+        BeatReply {
+            now,
+            epoch: epoch.into(),
+            end: LogId::default(),
+            members,
+            oldest,
+            mode: Bytes::new(),
+            inbox: LogId::default(),
+        }
     }
 
     #[test]
@@ -154,9 +167,6 @@ mod tests {
             Tick(4_600),
             "one is silent"
         );
-        assert!(!membership.take_clock_went_back());
-        membership.update(&reply(1_500, "a 1", 2, 0), Tick(6_500), None);
-        assert!(membership.take_clock_went_back() && !membership.take_clock_went_back());
     }
 
     #[test]

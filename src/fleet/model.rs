@@ -197,6 +197,7 @@ impl Server {
             members,
             oldest: Duration::from_millis(now.saturating_sub(oldest)),
             mode: Bytes::new(),
+            inbox: LogId::default(),
         }
     }
 }

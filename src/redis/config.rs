@@ -1,5 +1,7 @@
 //! Settings of the Redis connections.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,6 +15,9 @@ pub struct RedisConfig {
     pub topology: RedisTopology,
     /// TLS settings, if TLS is used.
     pub tls: Option<ClientTls>,
+    /// The names in the certificates of a Cluster's nodes, by the address with which a Cluster names them; `None` as the
+    /// address stands for all others.
+    pub tls_names: BTreeMap<Option<IpAddr>, String>,
     /// ACL user.
     pub username: Option<String>,
     /// Source of the password, read again for each connection.

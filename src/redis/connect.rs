@@ -4,14 +4,17 @@
 //! with a new client, because one that lost its connection still reports that it is connected, and with credentials
 //! read again.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::Client;
 use fred::interfaces::{ClientLike, FredResult};
 use fred::types::RespVersion;
 use fred::types::config::{
-    ClusterDiscoveryPolicy, Config, ConnectionConfig, PerformanceConfig, Server, ServerConfig, TcpConfig, TlsConfig,
-    TlsConnector,
+    ClusterDiscoveryPolicy, Config, ConnectionConfig, HostMapping, PerformanceConfig, Server, ServerConfig,
+    TcpConfig, TlsConfig, TlsConnector, TlsHostMapping,
 };
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -114,7 +117,10 @@ fn client_config(config: &RedisConfig, database: u8) -> Result<Config, String> {
     let sentinel_password = sentinel_password.map(|secret| secret.reveal().to_owned());
     let tls = match &config.tls {
         None => None,
-        Some(tls) => Some(TlsConfig::from(TlsConnector::from(tls::client_config(tls)?))),
+        Some(tls) => Some(TlsConfig {
+            connector: TlsConnector::from(tls::client_config(tls)?),
+            hostnames: TlsHostMapping::Custom(Arc::new(NodeNames(config.tls_names.clone()))),
+        }),
     };
     let servers =
         |nodes: &[(String, u16)]| nodes.iter().map(|(host, port)| Server::new(host.as_str(), *port)).collect();
@@ -141,6 +147,16 @@ fn client_config(config: &RedisConfig, database: u8) -> Result<Config, String> {
         fail_fast: true,
         ..Config::default()
     })
+}
+
+/// The names in the certificates of a Cluster's nodes ([`RedisConfig::tls_names`]).
+#[derive(Debug)]
+struct NodeNames(BTreeMap<Option<IpAddr>, String>);
+
+impl HostMapping for NodeNames {
+    fn map(&self, address: &IpAddr, _seed: &str) -> Option<String> {
+        self.0.get(&Some(*address)).or_else(|| self.0.get(&None)).cloned()
+    }
 }
 
 fn connection_config() -> ConnectionConfig {

@@ -55,6 +55,8 @@ pub struct BeatReply {
     pub oldest: Duration,
     /// The mode that is set for the fleet. Empty if none is set.
     pub mode: Bytes,
+    /// The ID of the last message in the inbox. 0 if there is none.
+    pub inbox: LogId,
 }
 
 impl Redis {
@@ -71,7 +73,8 @@ impl Redis {
 
     /// Sends a heartbeat: announces a sidecar, starts a new epoch of the log if needed, and returns the log's end.
     pub async fn beat(&self, beat: Beat<'_>) -> Result<BeatReply, RedisError> {
-        let keys = ["sidecars", "log", "epoch", "numbers", "mode", "expected"].map(|name| self.at(name)).to_vec();
+        let mut keys = ["sidecars", "log", "epoch", "numbers", "mode", "expected"].map(|name| self.at(name)).to_vec();
+        keys.push(self.inbox(beat.me));
         let arguments = vec![
             Value::from(beat.me),
             millis(beat.unlogged_for),
@@ -84,12 +87,12 @@ impl Redis {
             Value::from(beat.known.1.cast_signed()),
         ];
         let sent_at = self.clock.instant();
-        let (now, epoch, end, members, oldest, mode): (u64, String, String, u64, u64, Bytes) =
+        let (now, epoch, end, members, oldest, mode, inbox): (u64, String, String, u64, u64, Bytes, String) =
             self.coordination.script(self.command_timeout, BEAT, keys, arguments).await?;
         self.clock.update(ServerTime { server: now, sent_at });
         // The mode shares the connection's read buffer.
         let (oldest, mode) = (Duration::from_millis(oldest), Bytes::copy_from_slice(&mode));
-        Ok(BeatReply { now, epoch, end: parse(&end)?, members, oldest, mode })
+        Ok(BeatReply { now, epoch, end: parse(&end)?, members, oldest, mode, inbox: parse(&inbox)? })
     }
 
     /// Removes the sidecar `me`, whose purges are all in the log.

@@ -41,7 +41,7 @@ return previous";
 
 /// Announces a sidecar, and starts a new epoch of the log if its end may have been lost. KEYS: sidecars (a sorted set:
 /// ID, and the time at which the log had all purges of the sidecar), log, epoch, numbers of the last purge of each
-/// sidecar, mode, sidecars expected in this epoch. ARGV: own ID, milliseconds since the log had all purges of this
+/// sidecar, mode, sidecars expected in this epoch, inbox of this sidecar. ARGV: own ID, milliseconds since the log had all purges of this
 /// sidecar (0: it has), milliseconds after which a sidecar is forgotten, ID of the server, the epoch in which this sidecar found the log
 /// broken, content of a reset entry, a nonce, the epoch and the number of sidecars in the last reply.
 ///
@@ -49,7 +49,8 @@ return previous";
 /// The server may have lost sidecars then. Those that return report how many there were (`members`); until as many have
 /// returned, the log is complete only up to the beginning of the epoch (`since`).
 /// Returns the server's time in milliseconds, the epoch, the ID of the last log entry, the number of sidecars, the
-/// milliseconds since the oldest time among the sidecars, and the mode of the fleet.
+/// milliseconds since the oldest time among the sidecars, the mode of the fleet, and the ID of the last message in the
+/// inbox.
 pub(super) const BEAT: &str = "
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -91,7 +92,9 @@ if since then
   if expected > tonumber(counts[2] or '0') then complete = math.min(complete, since) end
   members = math.max(members, expected + tonumber(counts[3] or '0'))
 end
-return {now, epoch, ending, members, math.max(0, now - complete), redis.call('GET', KEYS[5]) or ''}";
+local message = redis.call('XREVRANGE', KEYS[7], '+', '-', 'COUNT', 1)[1]
+return {now, epoch, ending, members, math.max(0, now - complete), redis.call('GET', KEYS[5]) or '',
+  message and message[1] or '0-0'}";
 
 /// Removes a sidecar that shuts down. KEYS: sidecars, numbers, its inbox, sidecars expected in this epoch. ARGV: its ID.
 pub(super) const LEAVE: &str = "

@@ -24,6 +24,15 @@ pub(crate) fn free_port() -> u16 {
     listener.local_addr().expect("an address").port()
 }
 
+const MAX_CLUSTER_PORT: u16 = 50_000;
+
+/// Returns a free port for a node of a Cluster, whose bus uses the port plus 10,000.
+pub(crate) fn free_cluster_port() -> u16 {
+    let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    let mut ports = std::iter::repeat_with(free_port).take(200).filter(|port| *port < MAX_CLUSTER_PORT);
+    ports.find(|port| free(&(port + 10_000))).expect("a free port")
+}
+
 /// Creates a temporary folder with a unique name.
 pub(crate) fn folder(name: &str) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -166,20 +175,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     pub(crate) fn start() -> Cluster {
         let nodes: Vec<Redis> = (0..6)
-            .map(|_| {
-                // The cluster bus uses the port plus 10,000.
-                Redis::below(
-                    50_000,
-                    &[
-                        "--cluster-enabled",
-                        "yes",
-                        "--cluster-node-timeout",
-                        "1000",
-                        "--repl-diskless-sync-delay",
-                        "0",
-                    ],
-                )
-            })
+            .map(|_| Redis::cluster_node(&["--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]))
             .collect();
         let addresses: Vec<String> = nodes.iter().map(|node| node.address().to_string()).collect();
         let mut arguments = vec!["--cluster", "create"];
@@ -247,20 +243,18 @@ impl Sentinels {
 
 impl Redis {
     /// Starts a server on a port below `port`.
-    fn below(port: u16, arguments: &[&str]) -> Redis {
-        let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
-        for _ in 0..200 {
-            let folder = folder("redis");
-            let free = free_port();
-            if free < port
-                && TcpListener::bind((Ipv4Addr::LOCALHOST, free + 10_000)).is_ok()
-                && let Some(child) = launch(free, &folder, &arguments)
-            {
-                return Redis { child, port: free, folder, arguments };
+    pub(crate) fn cluster_node(arguments: &[&str]) -> Redis {
+        let mut arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
+        arguments.extend(["--cluster-enabled".to_owned(), "yes".to_owned()]);
+        // Another process may bind the port first.
+        for _ in 0..10 {
+            let (folder, port) = (folder("redis"), free_cluster_port());
+            if let Some(child) = launch(port, &folder, &arguments) {
+                return Redis { child, port, folder, arguments };
             }
             let _ = std::fs::remove_dir_all(folder);
         }
-        panic!("no free port below {port}");
+        panic!("redis-server does not start as a node of a cluster");
     }
 
     fn sentinel(master: &str) -> Redis {
