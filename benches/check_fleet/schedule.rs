@@ -46,6 +46,10 @@ pub(crate) enum Kind {
     RedisKilled,
     /// Redis is stopped (SIGSTOP).
     RedisStopped,
+    /// A replica that stopped following some time ago takes the place of Redis, which is killed.
+    Failover,
+    /// Redis can't write its snapshot, and refuses writes (MISCONF).
+    Misconfigured,
     /// A command of Redis, and the command that ends its effect.
     Command(&'static str, &'static str),
 }
@@ -71,7 +75,10 @@ pub(crate) struct Fault {
 impl Fault {
     /// Returns true if it is a fault of Redis, not of one sidecar. Faults of the same sort do not overlap.
     pub(crate) fn is_of_redis(&self) -> bool {
-        matches!(self.kind, Kind::RedisKilled | Kind::RedisStopped | Kind::Command(..))
+        matches!(
+            self.kind,
+            Kind::RedisKilled | Kind::RedisStopped | Kind::Failover | Kind::Misconfigured | Kind::Command(..)
+        )
     }
 }
 
@@ -103,6 +110,8 @@ impl Schedule {
                 let kind = match (of_redis, random.below(12)) {
                     (true, 0..=2) => Kind::RedisKilled,
                     (true, 3) => Kind::RedisStopped,
+                    (true, 4) => Kind::Failover,
+                    (true, 5) => Kind::Misconfigured,
                     (true, _) => {
                         let (begin, end) = COMMANDS[random.index(COMMANDS.len())];
                         Kind::Command(begin, end)

@@ -262,6 +262,23 @@ impl World {
                     sleep(fault.lasts).await;
                     self.redis.lock().expect("no panic").signal(Signal::SIGCONT);
                 }
+                Kind::Failover => self.fail_over(fault.lasts).await,
+                Kind::Misconfigured => {
+                    // A folder in the place of the snapshot.
+                    let folder = self.redis.lock().expect("no panic").folder.clone();
+                    let (snapshot, moved) = (folder.join("dump.rdb"), folder.join("moved.rdb"));
+                    let had_one = std::fs::rename(&snapshot, &moved).is_ok();
+                    std::fs::create_dir_all(snapshot.join("not-empty")).expect("writable");
+                    self.command("CONFIG SET save 3600_1").await;
+                    self.command("BGSAVE SCHEDULE").await;
+                    sleep(fault.lasts).await;
+                    std::fs::remove_dir_all(&snapshot).expect("writable");
+                    if had_one {
+                        std::fs::rename(&moved, &snapshot).expect("writable");
+                    }
+                    self.command("CONFIG SET save _").await;
+                    self.command("SAVE").await;
+                }
                 Kind::Command(first, last) => {
                     self.command(first).await;
                     if last != "PING" {
@@ -271,6 +288,27 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Starts a replica, detaches it once it has all data, and puts it in the place of the server after `lag`.
+    async fn fail_over(self: &Arc<Self>, lag: Duration) {
+        self.command("CONFIG SET repl-diskless-sync-delay 0").await;
+        let port = self.redis.lock().expect("no panic").port.to_string();
+        let replica = tokio::task::spawn_blocking(|| Redis::with(&[])).await.expect("a Redis");
+        redis::cmd("REPLICAOF").arg("127.0.0.1").arg(port).exec(&mut replica.observer()).expect("a reply");
+        for _ in 0..500 {
+            if replica.info("replication").contains("master_link_status:up") {
+                break;
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        redis::cmd("REPLICAOF").arg("NO").arg("ONE").exec(&mut replica.observer()).expect("a reply");
+        sleep(lag).await;
+        for member in &self.members {
+            member.link.set_server(replica.address());
+        }
+        // The former server is killed.
+        *self.redis.lock().expect("no panic") = replica;
     }
 
     async fn disturb(&self, sidecar: usize, mood: Mood, time: Duration) {
@@ -284,7 +322,8 @@ impl World {
         let run = move || {
             let mut command = redis::Cmd::new();
             for word in text.split(' ') {
-                command.arg(word);
+                // An underscore stands for a space in a word.
+                command.arg(word.replace('_', " ").trim());
             }
             let mut observer = world.redis.lock().expect("no panic").observer();
             command.exec(&mut observer).expect("a reply");

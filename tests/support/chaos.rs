@@ -31,6 +31,7 @@ pub(crate) enum Mood {
 pub(crate) struct Chaos {
     pub(crate) address: SocketAddr,
     mood: watch::Sender<Mood>,
+    server: watch::Sender<SocketAddr>,
     cuts: broadcast::Sender<()>,
     serving: JoinHandle<()>,
 }
@@ -41,7 +42,8 @@ impl Chaos {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a free port");
         let address = listener.local_addr().expect("an address");
         let (mood, cuts) = (watch::Sender::new(Mood::Fine), broadcast::Sender::new(1));
-        let (moods, cutting) = (mood.clone(), cuts.clone());
+        let server = watch::Sender::new(server);
+        let (moods, servers, cutting) = (mood.clone(), server.clone(), cuts.clone());
         let serving = tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.expect("a connection");
@@ -49,10 +51,10 @@ impl Chaos {
                     continue;
                 }
                 let (moods, cut) = (Arc::new(moods.subscribe()), cutting.subscribe());
-                tokio::spawn(connection(client, server, moods, cut));
+                tokio::spawn(connection(client, *servers.borrow(), moods, cut));
             }
         });
-        Chaos { address, mood, cuts, serving }
+        Chaos { address, mood, server, cuts, serving }
     }
 
     pub(crate) fn set(&self, mood: Mood) {
@@ -60,6 +62,13 @@ impl Chaos {
         if mood == Mood::Refuses {
             self.cut();
         }
+    }
+
+    /// Connects to another server from now on.
+    #[allow(dead_code)] // a benchmark needs it
+    pub(crate) fn set_server(&self, server: SocketAddr) {
+        self.server.send_replace(server);
+        self.cut();
     }
 
     /// Closes all connections.

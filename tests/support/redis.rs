@@ -14,7 +14,7 @@ use redis::{Commands, Connection};
 pub(crate) struct Redis {
     child: Child,
     pub(crate) port: u16,
-    folder: PathBuf,
+    pub(crate) folder: PathBuf,
     arguments: Vec<String>,
 }
 
