@@ -8,6 +8,8 @@ pub mod inbox;
 pub mod invalidation_log;
 pub mod invalidations;
 pub mod lease;
+#[cfg(test)]
+mod lease_model;
 mod ledger_state;
 pub mod membership;
 pub mod mode_message;
