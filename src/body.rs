@@ -4,16 +4,23 @@ pub mod fanout;
 pub mod tee;
 pub mod tunnel;
 
-use std::pin::Pin;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
+use tokio::time::{Instant, timeout_at};
 
 use crate::policy::outcome::Failure;
 use fanout::Reader;
+
+/// Maximum number of bytes that [`Body::begun`] reads, plus a chunk.
+const MAX_BEGINNING: usize = 64 << 10;
 
 /// The body of a request or response.
 #[derive(Debug)]
@@ -64,9 +71,39 @@ impl Body {
     }
 
     /// Returns a body of `first` followed by `rest`, for a body whose beginning was read in advance.
-    pub fn prefixed(first: Bytes, rest: Body) -> Body {
-        let rest = Prefixed { first: Some(first), rest };
-        Body::Stream(rest.boxed_unsync())
+    pub fn prefixed(mut first: Vec<Bytes>, rest: Body) -> Body {
+        match first.len() {
+            0 => rest,
+            1 if rest.is_end_stream() => Body::Full(first.remove(0)),
+            _ => Body::Stream(Prefixed { first: first.into(), rest }.boxed_unsync()),
+        }
+    }
+
+    /// Reads the beginning of a body: what has arrived, and what arrives within `patience`. Returns the body with what was
+    /// read, or the error that ended it: then nothing of it has been sent to anybody.
+    pub async fn begun(mut self, patience: Duration) -> Result<Body, BodyError> {
+        let (mut first, mut size, mut deadline) = (Vec::new(), 0, None);
+        while size < MAX_BEGINNING && !self.is_end_stream() {
+            let mut next = poll_fn(|cx| Poll::Ready(pin!(self.next()).poll(cx))).await;
+            if next.is_pending() && !patience.is_zero() {
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + patience);
+                next = timeout_at(deadline, self.next()).await.map_or(Poll::Pending, Poll::Ready);
+            }
+            match next {
+                Poll::Ready(Some(Ok(chunk))) => {
+                    size += chunk.len();
+                    first.push(chunk);
+                }
+                Poll::Ready(Some(Err(error))) => return Err(error),
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Ok(Body::prefixed(first, self))
+    }
+
+    /// Returns true if the length of the body is known and small.
+    pub fn is_small(&self) -> bool {
+        self.size_hint().exact().is_some_and(|length| length <= MAX_BEGINNING as u64)
     }
 
     /// Returns a copy for a retry, or `None` for a stream.
@@ -130,7 +167,7 @@ impl HttpBody for Body {
 
 /// See [`Body::prefixed`].
 struct Prefixed {
-    first: Option<Bytes>,
+    first: VecDeque<Bytes>,
     rest: Body,
 }
 
@@ -139,7 +176,7 @@ impl HttpBody for Prefixed {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.first.take() {
+        match self.first.pop_front() {
             Some(first) => Poll::Ready(Some(Ok(Frame::data(first)))),
             None => Pin::new(&mut self.rest).poll_frame(cx),
         }
@@ -148,7 +185,7 @@ impl HttpBody for Prefixed {
     /// True as soon as the last frame was read, if `rest` knows its end: a response is then stored before its client
     /// has received all of it.
     fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_end_stream()
+        self.first.is_empty() && self.rest.is_end_stream()
     }
 }
 
@@ -158,7 +195,7 @@ mod tests {
 
     #[tokio::test]
     async fn prefixed_body_yields_the_prefix_first_and_ends_with_the_last_chunk() {
-        let mut body = Body::prefixed(Bytes::from_static(b"ab"), Body::Full(Bytes::from_static(b"cd")));
+        let mut body = Body::prefixed(vec![Bytes::from_static(b"ab")], Body::Full(Bytes::from_static(b"cd")));
         assert_eq!(body.next().await, Some(Ok(Bytes::from_static(b"ab"))));
         assert!(!body.is_end_stream());
         assert_eq!(body.next().await, Some(Ok(Bytes::from_static(b"cd"))));

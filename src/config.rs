@@ -27,6 +27,7 @@ use http::uri::Scheme;
 use crate::policy::client_limits::ClientLimits;
 use crate::policy::mode;
 use crate::policy::mode::Mode;
+use crate::policy::resilience::backoff::FailureBackoff;
 use crate::policy::resilience::budget::Budget;
 use crate::policy::resilience::circuit_breaker::BreakerConfig;
 use crate::policy::resilience::retry::RetryPolicy;
@@ -121,6 +122,8 @@ pub struct UpstreamConfig {
     pub timeouts: Timeouts,
     /// The retry policy.
     pub retry: RetryPolicy,
+    /// The pause of a key after a failed fetch.
+    pub backoff: FailureBackoff,
     /// TLS for connections to the upstream.
     pub tls: ClientTls,
     /// TLS for connections from clients.
@@ -158,6 +161,7 @@ impl UpstreamConfig {
             budget: self.budget,
             breaker: self.breaker,
             retry: self.retry,
+            backoff: self.backoff,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The upstream client interface: sends a request, returns a response or an error.
 
 pub mod client;
+mod closing_habit;
 mod connector;
 mod header_case;
 mod resolver;
@@ -40,6 +41,10 @@ pub trait UpstreamClient: fmt::Debug + Send + Sync + 'static {
 /// Request extension: the response may be stored, so it must carry its [`HeaderCase`].
 #[derive(Debug, Clone, Copy)]
 pub struct RecordHeaderCase;
+
+/// Request extension: the request goes out on a connection of its own, which was not used before.
+#[derive(Debug, Clone, Copy)]
+pub struct FreshConnection;
 
 /// A receiver of informational responses (1xx, RFC 9110 §15.2).
 pub trait InformationalSink: fmt::Debug + Send + Sync {

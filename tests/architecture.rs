@@ -71,7 +71,7 @@ fn libraries_are_used_only_in_their_adapter_modules() {
     only_in(&["hyper::"], &["src/server", "src/upstream", "src/demo"]);
     only_in(&["fred"], &["src/redis"]);
     only_in(&["axum"], &["src/admin"]);
-    only_in(&["quick_cache"], &["src/store", "src/proxy/fetch/coalesce.rs"]);
+    only_in(&["quick_cache"], &["src/store", "src/proxy/fetch/coalesce.rs", "src/proxy/fetch/failed_keys.rs"]);
     only_in(
         &["serde::", "toml::"],
         &["src/config", "src/admin", "src/demo", "src/telemetry", "src/store", "src/fleet", "src/redis"],

@@ -33,4 +33,5 @@ mod tools;
 mod topologies;
 #[cfg(feature = "otlp")]
 mod traces;
+mod upstream_http2;
 mod writes;

@@ -58,7 +58,7 @@ fn scripted() -> impl Strategy<Value = Scripted> {
         0..4,
     );
     let status =
-        prop::sample::select(vec![Some(200), Some(200), Some(200), Some(404), Some(302), Some(599), Some(503), None]);
+        prop::sample::select(vec![Some(200), Some(200), Some(200), Some(404), Some(302), Some(499), Some(503), None]);
     (status, directives, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
         |(status, directives, etag, varies, changed)| Scripted { status, directives, etag, varies, changed },
     )
@@ -174,7 +174,7 @@ impl Stored {
 
     /// §3
     fn may_be_stored(&self) -> bool {
-        let understood = self.status != 599;
+        let understood = self.status != 499;
         let forbidden = self.has("no-store") && !self.has("must-understand");
         let explicit = self.lifetime().is_some();
         let by_default = matches!(self.status, 200 | 404);

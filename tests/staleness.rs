@@ -1,5 +1,8 @@
 //! Stale responses: stale-while-revalidate, stale-if-error, last known good, and where serving stale is forbidden.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::support::{Gate, Origin, Reply, Sidecar, until};
 
 const SWR: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_while_revalidate = \"60s\"\n\
@@ -41,7 +44,7 @@ async fn stale_if_error_then_last_known_good_cover_every_kind_of_failure() {
     })
     .await;
     let sidecar = Sidecar::before(&origin, SWR);
-    for (target, cause) in [("/5xx", "5xx"), ("/429", "429"), ("/connect", "connect"), ("/malformed", "connect")] {
+    for (target, cause) in [("/5xx", "5xx"), ("/429", "429"), ("/connect", "connect"), ("/malformed", "malformed")] {
         sidecar.get(target).await;
         sidecar.turn(100);
         let stale = sidecar.get_with(target, &[("X-Fail", "1")]).await;
@@ -96,6 +99,8 @@ async fn failed_background_refresh_keeps_the_stale_entry() {
         assert_eq!(sidecar.get("/").await.text(), "old");
         origin.wait_for_requests(1 + round).await;
         until("the refresh has ended", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
+        // The next request after the pause refreshes it again.
+        sidecar.turn(1 << round);
     }
 }
 
@@ -146,4 +151,70 @@ async fn not_modified_with_no_store_is_served_and_removes_the_entry() {
     );
     assert_eq!(sidecar.shared.memory.usage().entries, 0);
     assert_eq!(sidecar.get("/").await.status, 502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_upstream_is_asked_once_in_each_pause_while_something_stands_in() {
+    let failures: [(&str, fn() -> Reply, u64); 6] = [
+        ("500", || Reply::new(500, "broken"), 2),
+        ("503 with Retry-After", || Reply::new(503, "busy").header("Retry-After", "30"), 30),
+        ("429", || Reply::new(429, "slow down"), 2),
+        ("closed connection", Reply::close, 2),
+        ("cut body", || Reply::new(200, "0123456789").cut_after(5, false), 2),
+        ("reset in the body", || Reply::new(200, "0123456789").cut_after(5, true), 2),
+    ];
+    let stand_ins = [
+        "stale_if_error = \"1h\"\n",
+        "stale_while_revalidate = \"1h\"\nstale_if_error = \"1h\"\n",
+        "last_known_good = \"1h\"\n",
+        "fallback = { body = \"stored\", on = [\"connect\", \"timeout\", \"malformed\", \"5xx\", \"429\"] }\n",
+    ];
+    for (name, failure, pause) in failures {
+        for stand_in in stand_ins {
+            let fails = Arc::new(AtomicBool::new(false));
+            let failing = fails.clone();
+            let origin = Origin::start(move |_| match failing.load(Ordering::SeqCst) {
+                true => failure(),
+                false => Reply::new(200, "stored"),
+            })
+            .await;
+            let rule = format!(
+                "[upstream.backoff]\nbase = \"2s\"\n[upstream.retry]\nattempts = 1\n[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\n{stand_in}"
+            );
+            let sidecar = Sidecar::before(&origin, &rule);
+            sidecar.get("/").await;
+            fails.store(true, Ordering::SeqCst);
+            sidecar.turn(11);
+            let before = origin.count();
+            for _ in 0..50 {
+                let answer = sidecar.get("/").await;
+                assert_eq!((answer.status, answer.text().as_str()), (200, "stored"), "{name}, {stand_in}");
+                until("no fetch runs", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
+            }
+            assert_eq!(origin.count(), before + 1, "{name}, {stand_in}");
+            sidecar.turn(pause);
+            sidecar.get("/").await;
+            until("no fetch runs", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
+            assert_eq!(origin.count(), before + 2, "{name}, {stand_in}: one request after the pause");
+            fails.store(false, Ordering::SeqCst);
+            sidecar.turn(pause * 2);
+            sidecar.get("/").await;
+            until("the response is stored", || (sidecar.shared.coalescer.running() == 0).then_some(())).await;
+            assert!(sidecar.get("/").await.is_hit(), "{name}, {stand_in}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn response_that_breaks_before_its_first_byte_is_sent_is_a_json_502() {
+    let origin = Origin::start(|_| Reply::new(200, "0123456789").cut_after(5, false)).await;
+    let sidecar = Sidecar::before(&origin, "[[upstream.rule]]\npath = \"/cached\"\nttl = \"10s\"\n");
+    for target in ["/cached", "/passed-through"] {
+        let answer = sidecar.get(target).await;
+        assert_eq!(
+            (answer.status, answer.json()["error"]["code"].as_str()),
+            (502, Some("upstream_unreachable")),
+            "{target}"
+        );
+    }
 }

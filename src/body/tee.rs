@@ -113,7 +113,7 @@ mod tests {
 
     #[tokio::test]
     async fn tee_reports_the_body_only_if_it_is_within_the_size_limit() {
-        let body = || Body::prefixed(Bytes::from_static(b"ab"), Body::Full(Bytes::from_static(b"cd")));
+        let body = || Body::prefixed(vec![Bytes::from_static(b"ab")], Body::Full(Bytes::from_static(b"cd")));
         assert_eq!(heard_of(body(), 4).await.as_deref(), Some(&b"abcd"[..]));
         assert_eq!(heard_of(body(), 3).await, None);
         assert_eq!(heard_of(Body::Empty, 3).await.as_deref(), Some(&b""[..]));

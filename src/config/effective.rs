@@ -72,7 +72,7 @@ fn duration(time: std::time::Duration) -> String {
 }
 
 fn upstream(upstream: &UpstreamConfig) -> Value {
-    let UpstreamConfig { timeouts, retry, breaker, pool, .. } = upstream;
+    let UpstreamConfig { timeouts, retry, backoff, breaker, pool, .. } = upstream;
     json!({
         "name": &*upstream.name,
         "listen": upstream.listen.to_string(),
@@ -86,6 +86,7 @@ fn upstream(upstream: &UpstreamConfig) -> Value {
             "idle": duration(timeouts.idle),
             "fetch": duration(timeouts.fetch),
         },
+        "backoff": { "base": duration(backoff.base), "cap": duration(backoff.cap) },
         "retry": { "attempts": retry.attempts, "base": duration(retry.base), "cap": duration(retry.cap) },
         "breaker": { "failures": breaker.failures, "open_for": duration(breaker.open_for) },
         "pool": { "connections": pool.connections, "idle": pool.idle, "max_age": duration(pool.max_age) },

@@ -40,6 +40,7 @@ pub(super) struct Upstream {
     pub(super) partition: Option<Spanned<String>>,
     pub(super) timeouts: Timeouts,
     pub(super) retry: Retry,
+    pub(super) backoff: Backoff,
     pub(super) tls: Tls,
     pub(super) listen_tls: ListenTls,
     pub(super) http2: bool,
@@ -67,6 +68,13 @@ pub(super) struct Timeouts {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Retry {
     pub(super) attempts: Option<u32>,
+    pub(super) base: Option<DurationValue>,
+    pub(super) cap: Option<DurationValue>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Backoff {
     pub(super) base: Option<DurationValue>,
     pub(super) cap: Option<DurationValue>,
 }

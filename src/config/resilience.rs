@@ -8,7 +8,9 @@ use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use toml::Spanned;
 
 use super::error::ConfigFault;
+use super::file::Backoff;
 use super::values::DurationValue;
+use crate::policy::resilience::backoff::FailureBackoff;
 use crate::policy::resilience::budget::{Budget, BudgetScope, RequestRate};
 use crate::policy::resilience::circuit_breaker::BreakerConfig;
 use crate::upstream::PoolLimits;
@@ -34,6 +36,7 @@ pub(super) struct BudgetTable {
 pub(super) struct BreakerTable {
     failures: Option<u32>,
     open_for: Option<DurationValue>,
+    on_5xx: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -125,7 +128,13 @@ pub(super) fn breaker(given: &BreakerTable) -> BreakerConfig {
         failures: given.failures.unwrap_or(5).max(1),
         open_for: given.open_for.map_or(Duration::from_secs(5), |d| d.0),
         failure_ratio: true,
+        on_5xx: given.on_5xx,
     }
+}
+
+pub(super) fn backoff(given: &Backoff) -> FailureBackoff {
+    let base = given.base.map_or(Duration::from_secs(1), |base| base.0);
+    FailureBackoff { base, cap: given.cap.map_or(Duration::from_mins(1), |cap| cap.0).max(base) }
 }
 
 pub(super) fn pool(given: &PoolTable) -> PoolLimits {

@@ -85,6 +85,7 @@ impl Validator<'_> {
         plans.extend(own.compile(&rule_for_all("default", None), &file::Rule::default(), &mut self.errors));
         let router = Router::new(plans.into_iter().map(Arc::new).collect());
         let (timeouts, retry) = (timeouts(&given.timeouts), retry(&given.retry));
+        let backoff = resilience::backoff(&given.backoff);
         let (tls, http2) = (self.tls(&given.tls), given.http2);
         let listen_tls = self.listen_tls(&given.listen_tls);
         let budget = self.collect(resilience::budget(given.budget.as_ref())).flatten();
@@ -100,6 +101,7 @@ impl Validator<'_> {
             rules,
             timeouts,
             retry,
+            backoff,
             tls,
             listen_tls,
             http2,

@@ -62,6 +62,28 @@ impl Fallback {
         Some(self.responder.stale(&context.response(), entry, reason))
     }
 
+    /// While a key is paused after a failed fetch, what can stand in is served at once, without a request. At the end of
+    /// the pause one request is let through.
+    pub(crate) fn while_paused(&self, context: &MissContext) -> Option<Response<Body>> {
+        let (request, now) = (&context.request, context.exchange.now);
+        let failed_keys = &self.upstream.failed_keys;
+        let failure = failed_keys.last_failure(&request.key)?;
+        let state = |entry| self.lookup.invalidations.state_of(entry, now);
+        let stale = context.miss.stale.as_ref();
+        let stale = stale.and_then(|entry| Some((entry, stale_on_failure(entry, state(entry), failure, now)?)));
+        let payload = request.rule.fallback.as_ref().filter(|payload| payload.covers(failure));
+        if stale.is_none() && payload.is_none() || !failed_keys.is_paused_or_probe(&request.key, now) {
+            return None;
+        }
+        if let Some((entry, reason)) = stale {
+            return Some(self.responder.stale(&context.response(), entry, reason));
+        }
+        let fetched =
+            FetchSummary { forward: context.miss.reason, status: None, collapsed: false, stored: Err(None) };
+        let outcome = Outcome::Fallback { fetched, failure };
+        payload.map(|payload| self.responder.payload(&context.response(), payload, &outcome))
+    }
+
     /// Responds after a failure; `failed` is the upstream's own response, if there is one.
     pub(crate) fn respond(
         &self,

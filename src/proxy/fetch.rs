@@ -4,6 +4,7 @@
 pub(crate) mod attempt;
 pub(crate) mod body;
 pub mod coalesce;
+pub mod failed_keys;
 pub(crate) mod fleet;
 pub(crate) mod opportunistic;
 pub(crate) mod spec;
@@ -28,8 +29,9 @@ use crate::policy::http::request_view::RequestView;
 use crate::policy::http::storage::{ResponseView, StorePlan, decide, failure_vary, initial_age};
 use crate::policy::http::vary::Variant;
 use crate::policy::outcome::{Failure, NotStored};
+use crate::policy::resilience::budget::retry_after;
 use crate::proxy::lookup::Lookup;
-use crate::proxy::send::Sender;
+use crate::proxy::send::{BODY_PATIENCE, Sender};
 use crate::proxy::upstream_state::UpstreamState;
 use crate::store::IncompleteResponses;
 use crate::telemetry::spans;
@@ -94,6 +96,9 @@ impl Fetcher {
         match attempt.response {
             Err(error) => {
                 self.sender.record_error(&error, delay);
+                if error.was_tried() && error.client.is_none() {
+                    self.pause_key(&spec, error.failure, None);
+                }
                 leader.complete(FetchResult::Failed(error.failure));
             }
             Ok(mut response) => {
@@ -105,6 +110,12 @@ impl Fetcher {
         }
     }
 
+    /// Records a failure of a fetch: what can stand in is served without asking the upstream, for a while.
+    fn pause_key(&self, spec: &FetchSpec, failure: Failure, retry_after: Option<Duration>) {
+        let (upstream, now) = (&self.upstream, self.clock.now());
+        upstream.failed_keys.failed(&spec.request.key, failure, retry_after, &upstream.backoff, now);
+    }
+
     /// Decides what a response is used for.
     async fn on_response(&self, leader: Leader, spec: &FetchSpec, response: UpstreamResponse, by: Instant) {
         let is_get = spec.request.parts.method == Method::GET;
@@ -112,11 +123,16 @@ impl Fetcher {
             && let Some(stale) = spec.stale.as_ref().filter(|_| is_get)
         {
             if is_other_representation(&stale.head.headers(), response.response.headers()) {
+                self.pause_key(spec, Failure::Malformed, None);
                 return leader.complete(FetchResult::Failed(Failure::Malformed));
             }
+            self.upstream.failed_keys.succeeded(&spec.request.key);
             return self.on_not_modified(leader, spec, stale, &response);
         }
         let failure = Failure::from_status(response.response.status());
+        if let Some(failure) = failure {
+            self.pause_key(spec, failure, retry_after(response.response.headers(), response.date));
+        }
         let unstorable = |failure: &Failure| !self.store.may_store_failure(spec, &response.view(), *failure);
         if let Some(failure) = failure.filter(unstorable) {
             let vary = failure_vary(&response.view(), &spec.request.rule).filter(|_| is_get);
@@ -153,7 +169,11 @@ impl Fetcher {
     /// Delivers a response to the leader only. The next requests for the key don't wait for each other.
     fn deliver_unshared(&self, leader: Leader, spec: &FetchSpec, mut response: Response<Body>, reason: NotStored) {
         // A failure says nothing about the next response.
-        if spec.request.parts.method == Method::GET && Failure::from_status(response.status()).is_none() {
+        let succeeded = Failure::from_status(response.status()).is_none();
+        if succeeded {
+            self.upstream.failed_keys.succeeded(&spec.request.key);
+        }
+        if spec.request.parts.method == Method::GET && succeeded {
             self.store.mark_hit_for_miss(spec, Some(reason));
             self.store.remove_stored(spec);
         }
@@ -219,7 +239,12 @@ impl Fetcher {
 
     /// Announces a response, streams its body to all who joined, and stores it when it is complete.
     async fn deliver(&self, mut leader: Leader, spec: &FetchSpec, delivery: Delivery) {
-        let Delivery { response, plan, failure, by } = delivery;
+        let Delivery { mut response, plan, failure, by } = delivery;
+        let body = std::mem::replace(response.response.body_mut(), Body::Empty);
+        let body = match body.begun(BODY_PATIENCE).await {
+            Ok(body) => body,
+            Err(error) => return self.fail(leader, spec, body::failure_of(error)),
+        };
         let head = response.head(spec, &plan);
         let (received_at, headers) = (response.received_at, response.response.headers());
         let length = declared_length(headers);
@@ -241,6 +266,6 @@ impl Fetcher {
         }
         leader.announce(Arc::new(shared), &fanout);
         let storing = body::Storing { spec, plan: &plan, head, received_at, stores: failure.is_none() };
-        self.copy_body(&mut leader, response.response.into_body(), &fanout, by, &storing).await;
+        self.copy_body(&mut leader, body, &fanout, by, &storing).await;
     }
 }

@@ -63,8 +63,9 @@ struct JoinState {
 impl MissHandler {
     /// Answers a request that needs a fetch.
     pub(crate) async fn run(self: Arc<Self>, context: MissContext) -> Response<Body> {
-        if let Some(stale) = self.fallback.stale_while_throttled(&context) {
-            return stale;
+        let stand_in = self.fallback.stale_while_throttled(&context).or_else(|| self.fallback.while_paused(&context));
+        if let Some(response) = stand_in {
+            return response;
         }
         let request = &context.request;
         let deadline = Instant::from_std(context.exchange.begun) + request.rule.deadline;

@@ -111,6 +111,9 @@ impl Refresher {
             // The next request after the pause refreshes it.
             return;
         }
+        if self.upstream.failed_keys.is_paused_or_probe(key, self.clock.now()) {
+            return;
+        }
         let position = self.lookup.invalidations.position();
         let fetch_key = variant_key(key, &entry.variant, headers);
         let refreshed = || match self.lookup.find(key, headers, &RequestDirectives::default(), self.clock.now()) {
@@ -146,6 +149,9 @@ impl Refresher {
         let Ok(admitted) = self.admission.admit(&request, &destination, self.clock.now()) else { return };
         let Some(known) = fleet.redis.clock().tick(refresh.received_at) else { return };
         let Admitted { rule, key, .. } = admitted;
+        if upstream.failed_keys.is_paused_or_probe(&key, self.clock.now()) {
+            return;
+        }
         let directives = RequestDirectives::default();
         let entry = match self.lookup.find(&key, request.headers(), &directives, self.clock.now()) {
             LookupResult::Fresh(entry) | LookupResult::WhileRevalidate(entry) => Some(entry),

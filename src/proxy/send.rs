@@ -12,14 +12,14 @@ use http::{Method, Request, Response, StatusCode};
 use tracing::{Instrument, debug, info, warn};
 
 use super::upstream_state::{Destination, UpstreamState};
-use crate::body::Body;
+use crate::body::{Body, BodyError};
 use crate::clock::Clock;
 use crate::policy::mode::{Mode, ModeSwitch};
 use crate::policy::outcome::Failure;
 use crate::policy::resilience::budget::retry_after;
 use crate::policy::resilience::retry::{RetryBudget, RetrySafety};
 use crate::telemetry::{HealthTransition, Telemetry, spans};
-use crate::upstream::SendError;
+use crate::upstream::{FreshConnection, SendError};
 use outgoing::outgoing;
 
 /// Sends requests to one upstream.
@@ -46,6 +46,10 @@ pub(crate) struct Attempt {
     /// Set if the upstream asked for a pause (`Retry-After`).
     pub(crate) retry_after: Option<Duration>,
 }
+
+/// How long a response waits for the beginning of its body. A response that breaks before anything of it is sent is a
+/// failure, for which something else can stand in.
+pub(crate) const BODY_PATIENCE: Duration = Duration::from_millis(20);
 
 /// `Retry-After: 0` is retried after this.
 const MIN_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -88,18 +92,24 @@ impl Sender {
         mut body: Body,
         shape: &impl Fn(&mut Request<Body>),
     ) -> Attempt {
-        let mut attempts = 0;
+        let (mut attempts, mut fresh) = (0, false);
         loop {
             let copy = body.try_clone();
             let mut outgoing = outgoing(request.parts, request.destination, body);
             shape(&mut outgoing);
+            if fresh {
+                outgoing.extensions_mut().insert(FreshConnection);
+            }
             let sent_at = self.clock.instant();
             let response = self.send_through_breaker(outgoing, request.destination).await;
             attempts += 1;
             let error = response.as_ref().err();
             let pause = error.and_then(|error| self.retry_pause(&request.parts.method, error, attempts));
             if let (Some(pause), Some(copy)) = (pause, copy) {
-                tokio::time::sleep(pause).await;
+                fresh = error.is_some_and(|error| error.retry_safety == RetrySafety::ReusedConnectionDied);
+                if !pause.is_zero() {
+                    tokio::time::sleep(pause).await;
+                }
                 body = copy;
                 continue;
             }
@@ -154,7 +164,7 @@ impl Sender {
     fn retry_pause(&self, method: &Method, error: &SendError, attempts: u32) -> Option<Duration> {
         let jitter = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
         let pause = self.upstream.retry.pause(method, error.retry_safety, attempts, jitter)?;
-        (error.was_tried() && self.retry_budget().withdraw()).then_some(pause)
+        (error.was_tried() && (error.retry_safety.is_free() || self.retry_budget().withdraw())).then_some(pause)
     }
 
     fn retry_budget(&self) -> MutexGuard<'_, RetryBudget> {
@@ -178,6 +188,10 @@ impl Sender {
         self.retry_budget().deposit();
         let span = spans::upstream(&request.method().clone(), host, request.headers_mut());
         let response = self.upstream.client.send(request).instrument(span.clone()).await;
+        let response = match response {
+            Ok(response) => begun(response).await,
+            Err(error) => Err(error),
+        };
         match &response {
             Ok(response) => span.record("http.response.status_code", response.status().as_u16()),
             Err(error) => span.record("error.type", error.failure.cause()),
@@ -195,6 +209,11 @@ impl Sender {
             Err(error) if error.unreachable => {
                 if breakers.with(host, |breaker| breaker.failed(config, now)) {
                     warn!(upstream, host, "circuit breaker opened: {error}");
+                }
+            }
+            Ok(response) if config.on_5xx && response.status().is_server_error() => {
+                if breakers.with(host, |breaker| breaker.failed_by_answer(config, now)) {
+                    warn!(upstream, host, "circuit breaker opened: half of the responses are 5xx");
                 }
             }
             Ok(_) | Err(_) => {
@@ -227,6 +246,17 @@ impl Sender {
             HealthTransition::Recovered => info!(upstream, "the upstream responds again"),
             HealthTransition::None => debug!(upstream, cause, result, "request to the upstream ended"),
         }
+    }
+}
+
+/// Reads the beginning of a response's body. A body that breaks in it is no response.
+async fn begun(response: Response<Body>) -> Result<Response<Body>, SendError> {
+    let (head, body) = response.into_parts();
+    let patience = if body.is_small() { BODY_PATIENCE } else { Duration::ZERO };
+    match body.begun(patience).await {
+        Ok(body) => Ok(Response::from_parts(head, body)),
+        Err(BodyError::Upstream(failure)) => Err(SendError::unanswered(failure, "the response body ended early")),
+        Err(error) => Err(SendError::unanswered(Failure::Connect, error.to_string())),
     }
 }
 

@@ -11,11 +11,13 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderMap, Uri};
 
 pub use super::destination::{Destination, Misdirected};
+use super::fetch::failed_keys::FailedKeys;
 use super::send::breakers::Breakers;
 use super::send::budget::{Budgets, TokenBucket};
 use crate::policy::http::request_view::RequestView;
 use crate::policy::invalidation::ledger::ResourceId;
 use crate::policy::invalidation::tag::{TagScope, UpstreamId, subjects};
+use crate::policy::resilience::backoff::FailureBackoff;
 use crate::policy::resilience::budget::Budget;
 use crate::policy::resilience::circuit_breaker::BreakerConfig;
 use crate::policy::resilience::retry::{RetryBudget, RetryPolicy};
@@ -40,6 +42,8 @@ pub struct UpstreamSettings {
     pub timeouts: Timeouts,
     /// Retries.
     pub retry: RetryPolicy,
+    /// The pause of a key after a failed fetch.
+    pub backoff: FailureBackoff,
     /// The rate at which the upstream may be asked. `None`: no limit, and `Retry-After` is not obeyed.
     pub budget: Option<Budget>,
     /// When a host's circuit breaker opens.
@@ -75,6 +79,10 @@ pub struct UpstreamState {
     pub retry: RetryPolicy,
     /// Retries of all requests together.
     pub retry_budget: Mutex<RetryBudget>,
+    /// The pause of a key after a failed fetch.
+    pub backoff: FailureBackoff,
+    /// The keys whose last fetch failed.
+    pub failed_keys: Arc<FailedKeys>,
     /// Buckets of the budget.
     pub budgets: Arc<Budgets>,
     /// When a host's circuit breaker opens.
@@ -91,7 +99,8 @@ pub struct UpstreamState {
 impl UpstreamState {
     /// Returns the state of a configured upstream, whose listener has this port.
     pub fn new(settings: UpstreamSettings, client: Arc<dyn UpstreamClient>, port: u16) -> UpstreamState {
-        let UpstreamSettings { name, origin, mut router, timeouts, retry, budget, breaker, client_scheme } = settings;
+        let UpstreamSettings { name, origin, mut router, timeouts, retry, backoff, budget, breaker, client_scheme } =
+            settings;
         let keyed = router.rules().iter().flat_map(|r| r.key.headers.iter().chain(r.key.credentials.iter()));
         let keyed_headers = keyed.cloned().collect();
         let metrics = Arc::new(UpstreamMetrics::default());
@@ -110,6 +119,8 @@ impl UpstreamState {
             metrics,
             retry,
             retry_budget: Mutex::default(),
+            backoff,
+            failed_keys: Arc::default(),
             budgets: Arc::new(Budgets::new(budget)),
             breaker_config: breaker,
             breakers: Arc::default(),
@@ -169,6 +180,7 @@ impl UpstreamState {
         self.metrics = before.metrics.clone();
         self.router.set_counters(|rule| before.metrics.rule_counters(rule));
         self.breakers = before.breakers.clone();
+        self.failed_keys = before.failed_keys.clone();
         self.identity_hasher = before.identity_hasher.clone();
         if self.budgets.budget() == before.budgets.budget() {
             self.budgets = before.budgets.clone();

@@ -45,7 +45,8 @@ const REPLACE_AFTER: Duration = Duration::from_secs(2);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(400));
 
 /// Circuit breaker of a connection. Timeouts open it until a ping is answered, errors for `open_for`.
-const BREAKER: BreakerConfig = BreakerConfig { failures: 5, open_for: Duration::from_secs(1), failure_ratio: false };
+const BREAKER: BreakerConfig =
+    BreakerConfig { failures: 5, open_for: Duration::from_secs(1), failure_ratio: false, on_5xx: false };
 
 /// The client passed to commands, with options that leave the deadline to the caller.
 pub(super) type TimedClient = WithOptions<Client>;

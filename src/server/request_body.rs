@@ -40,7 +40,7 @@ pub(super) async fn read_body(
         buffer.extend_from_slice(&chunk);
         // The bytes that all connections buffer together are bounded too.
         if buffer.len() >= BUFFER_BYTES || !held.take(chunk.len() as u64) {
-            return Ok(Body::prefixed(buffer.freeze(), body));
+            return Ok(Body::prefixed(vec![buffer.freeze()], body));
         }
     }
     Ok(if buffer.is_empty() { Body::Empty } else { Body::Full(buffer.freeze()) })

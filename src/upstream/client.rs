@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::UPGRADE;
+use http::header::{HOST, UPGRADE};
 use http::uri::Scheme;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -20,12 +20,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use tokio::time::{Sleep, timeout};
 
+use super::closing_habit::ClosingHabit;
 use super::connector::{CONNECT_TIMED_OUT, Connector, ConnectorLimits, NoFreeConnection};
 use super::header_case::HeaderCases;
 use super::response_framing::framing_error;
 use super::response_monitor::{FramingError, MAX_HEAD, ResponseMonitor, TrailingData};
 use super::{
-    ClientSettings, InformationalSender, PoolLimits, RecordHeaderCase, SendError, Sending, Timeouts, UpstreamClient,
+    ClientSettings, FreshConnection, InformationalSender, PoolLimits, RecordHeaderCase, SendError, Sending, Timeouts,
+    UpstreamClient,
 };
 use crate::body::tunnel::{DuplexStream, Tunnel};
 use crate::body::{Body, BodyError};
@@ -47,9 +49,17 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// hyper-util's error for a connection that turned out to be HTTP/2 while another one to the same host was, too.
+const ALPN_RACE: &str = "ALPN upgraded to HTTP/2";
+
 /// The pooled client of one upstream.
 pub struct PooledClient {
     client: Client<Connector, Body>,
+    /// Does not reuse connections.
+    fresh: Client<Connector, Body>,
+    habit: Arc<ClosingHabit>,
+    /// Whether HTTP/2 may be used: then the library sets Host, if a connection turns out to be HTTP/1.1.
+    http2: bool,
     header_cases: HeaderCases,
     timeouts: Timeouts,
     /// Maximum age of a connection, so that DNS is queried again under steady traffic too.
@@ -66,16 +76,18 @@ impl std::fmt::Debug for PooledClient {
 impl PooledClient {
     /// Returns the client of a configured upstream. Fails if certificates can't be read.
     pub fn new(config: &ClientSettings, clock: Clock) -> Result<PooledClient, String> {
+        let speaks_tls = !matches!(&config.origin, Origin::Fixed { scheme, .. } if *scheme == Scheme::HTTP);
         let limits = ConnectorLimits {
             connect_timeout: config.timeouts.connect,
             // Shorter than the caller's timeout, so that the caller learns that nothing was sent and may retry.
             slot_timeout: config.timeouts.first_byte.mul_f64(0.9),
             max_connections: config.pool.connections,
             http2: config.http2,
+            // Without TLS the version is known in advance.
+            http2_only: config.http2 && !speaks_tls,
             refuse_local: matches!(config.origin, Origin::Hosts(_)),
         };
         // Loading the system's certificates takes one to two megabytes.
-        let speaks_tls = !matches!(&config.origin, Origin::Fixed { scheme, .. } if *scheme == Scheme::HTTP);
         let tls = if speaks_tls { tls::client_config(&config.tls) } else { tls::unused_client_config() };
         Ok(Self::client(config.timeouts, tls?, &limits, config.pool, clock))
     }
@@ -88,6 +100,7 @@ impl PooledClient {
             slot_timeout: timeouts.connect,
             max_connections: UNLIMITED,
             http2: false,
+            http2_only: false,
             refuse_local: false,
         };
         Ok(Self::client(timeouts, tls::client_config(&ClientTls::default())?, &limits, pool, clock))
@@ -101,19 +114,23 @@ impl PooledClient {
         clock: Clock,
     ) -> PooledClient {
         let connector = Connector::new(limits, tls, clock.clone());
-        let client = Client::builder(TokioExecutor::new())
+        let (habit, http2) = (connector.habit.clone(), limits.http2);
+        let mut builder = Client::builder(TokioExecutor::new());
+        builder
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(pool.idle)
             .http1_preserve_header_case(true)
             .http1_title_case_headers(true)
             .http1_max_buf_size(MAX_HEAD)
-            .set_host(false)
+            .set_host(http2)
+            .http2_only(limits.http2_only)
             .http2_keep_alive_interval(PING_EVERY)
-            .http2_keep_alive_timeout(PING_TIMEOUT)
-            .build(connector);
-        PooledClient { client, header_cases: HeaderCases::default(), timeouts, max_age: pool.max_age, clock }
+            .http2_keep_alive_timeout(PING_TIMEOUT);
+        let client = builder.clone().pool_max_idle_per_host(pool.idle).build(connector.clone());
+        let fresh = builder.pool_max_idle_per_host(0).build(connector);
+        let header_cases = HeaderCases::default();
+        PooledClient { client, fresh, habit, http2, header_cases, timeouts, max_age: pool.max_age, clock }
     }
 
     async fn exchange(&self, mut request: Request<Body>) -> Result<Response<Body>, SendError> {
@@ -124,12 +141,24 @@ impl PooledClient {
                 informational.send_informational(interim.status(), interim.headers());
             });
         }
+        let fresh = request.extensions_mut().remove::<FreshConnection>().is_some() || self.habit.holds();
+        let client = if fresh { &self.fresh } else { &self.client };
+        if self.http2 {
+            // The authority of the target says the same (RFC 9113 §8.3.1).
+            request.headers_mut().remove(HOST);
+        }
         let head_only = request.method() == http::Method::HEAD;
         let wants_upgrade = request.headers().contains_key(UPGRADE);
-        let answer = timeout(self.timeouts.first_byte, self.client.request(request)).await;
+        let answer = timeout(self.timeouts.first_byte, client.request(request)).await;
         let mut response = match answer {
             Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(send_error(&error)),
+            Ok(Err(error)) => {
+                let error = send_error(&error);
+                if error.retry_safety == RetrySafety::ReusedConnectionDied {
+                    self.habit.found_closed();
+                }
+                return Err(error);
+            }
             Err(_elapsed) => {
                 let message = "no response head within timeouts.first_byte";
                 let late = SendError::unanswered(Failure::Timeout, message);
@@ -206,11 +235,15 @@ fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
     let (mut malformed, mut client, mut timed_out, mut no_slot) = (false, None, false, false);
+    let mut unprocessed = message.contains(ALPN_RACE);
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
             malformed |= hyper.is_parse();
+            // The connection ended before the request was written to it.
+            unprocessed |= hyper.is_canceled();
         }
+        unprocessed |= cause.downcast_ref::<h2::Error>().is_some_and(is_unprocessed);
         let io = cause.downcast_ref::<std::io::Error>();
         malformed |=
             io.and_then(std::io::Error::get_ref).and_then(|why| why.downcast_ref::<FramingError>()).is_some();
@@ -230,7 +263,9 @@ fn send_error(error: &ClientError) -> SendError {
         connected.get_extras(&mut extras);
     }
     let reused = extras.get::<Arc<ResponseMonitor>>().is_some_and(|monitor| monitor.died_idle());
-    let ended = if error.is_connect() {
+    let ended = if unprocessed {
+        RetrySafety::Unprocessed
+    } else if error.is_connect() {
         RetrySafety::Unsent
     } else if reused && !malformed {
         RetrySafety::ReusedConnectionDied
@@ -238,6 +273,12 @@ fn send_error(error: &ClientError) -> SendError {
         RetrySafety::Otherwise
     };
     SendError { failure, retry_safety: ended, client, unreachable: error.is_connect() && !no_slot, message }
+}
+
+/// Returns true if the upstream has not processed the request: its stream is beyond the last one that a GOAWAY names, or
+/// was refused (RFC 9113 §6.8, §8.7).
+fn is_unprocessed(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// A response body that fails if it exceeds the idle timeout, ends early, or is followed by what looks like another

@@ -17,6 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tower_service::Service;
 
+use super::closing_habit::ClosingHabit;
 use super::resolver::Resolver;
 use super::response_monitor::{MonitoredStream, ResponseMonitor};
 use crate::clock::Clock;
@@ -34,6 +35,7 @@ pub(super) struct Connector {
     slot_timeout: Duration,
     connections: Arc<HostConnections>,
     clock: Clock,
+    pub(super) habit: Arc<ClosingHabit>,
 }
 
 /// The connection slots of each host.
@@ -79,6 +81,8 @@ pub(super) struct ConnectorLimits {
     pub(super) max_connections: usize,
     /// Whether to use HTTP/2.
     pub(super) http2: bool,
+    /// Whether nothing else is used.
+    pub(super) http2_only: bool,
     /// Whether addresses that may belong to the machine itself or to its cloud's metadata service are refused.
     pub(super) refuse_local: bool,
 }
@@ -98,7 +102,8 @@ impl Connector {
         };
         let places = Arc::new(HostConnections { max_connections: terms.max_connections, hosts: Mutex::default() });
         let ConnectorLimits { connect_timeout: limit, slot_timeout, http2, .. } = *terms;
-        Connector { secure, connect_timeout: limit, http2, slot_timeout, connections: places, clock }
+        let habit = Arc::new(ClosingHabit::new());
+        Connector { secure, connect_timeout: limit, http2, slot_timeout, connections: places, clock, habit }
     }
 }
 
@@ -124,6 +129,7 @@ impl Service<Uri> for Connector {
         let (mut secure, places) = (self.secure.clone(), self.connections.clone());
         let (limit, slot_timeout, clock, may_http2) =
             (self.connect_timeout, self.slot_timeout, self.clock.clone(), self.http2);
+        let habit = self.habit.clone();
         Box::pin(async move {
             // If a connection becomes idle during this wait, the request uses that one instead.
             let place = timeout(slot_timeout, places.semaphore_of(&uri).acquire_owned())
@@ -136,7 +142,7 @@ impl Service<Uri> for Connector {
                 MaybeHttpsStream::Http(_) => may_http2,
                 MaybeHttpsStream::Https(_) => stream.connected().is_negotiated_h2(),
             };
-            let tapped = MonitoredStream::new(TokioIo::new(stream), ResponseMonitor::new(clock.now(), !http2));
+            let tapped = MonitoredStream::new(TokioIo::new(stream), ResponseMonitor::new(clock.now(), !http2, habit));
             Ok(UpstreamStream { io: TokioIo::new(tapped), http2, _place: place })
         })
     }

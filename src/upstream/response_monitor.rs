@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use memchr::{memchr, memmem};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
+use super::closing_habit::{ClosingHabit, SOON};
 use super::response_framing::framing_error;
 use crate::policy::Tick;
 
@@ -30,6 +31,7 @@ pub(super) struct ResponseMonitor {
     /// Whether heads are parsed: false for HTTP/2, whose heads are not text.
     parses: bool,
     heard: Mutex<MonitorState>,
+    habit: Arc<ClosingHabit>,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +47,10 @@ struct MonitorState {
     finished: bool,
     /// The upstream's keep-alive timeout, if announced.
     keep_alive: Option<Duration>,
+    /// Whether the upstream announced that it closes the connection after the response, or can't keep it open.
+    closes: bool,
+    /// When the last response head arrived.
+    answered: Option<Instant>,
 }
 
 /// The kind of data received after the end of a response.
@@ -79,8 +85,8 @@ impl std::fmt::Display for FramingError {
 impl std::error::Error for FramingError {}
 
 impl ResponseMonitor {
-    pub(super) fn new(opened: Tick, listens: bool) -> Arc<ResponseMonitor> {
-        Arc::new(ResponseMonitor { opened, parses: listens, heard: Mutex::default() })
+    pub(super) fn new(opened: Tick, parses: bool, habit: Arc<ClosingHabit>) -> Arc<ResponseMonitor> {
+        Arc::new(ResponseMonitor { opened, parses, heard: Mutex::default(), habit })
     }
 
     fn lock(&self) -> MutexGuard<'_, MonitorState> {
@@ -122,6 +128,17 @@ impl ResponseMonitor {
         heard.responses > 0 && !heard.response_started
     }
 
+    /// Notes that the upstream has closed the connection: without notice, if it did so soon after its first response, and
+    /// did not announce it.
+    fn on_end(&self) {
+        let heard = self.lock();
+        let complete = matches!(heard.phase, ResponsePhase::Body(Some(0)));
+        let soon = heard.answered.is_some_and(|answered| answered.elapsed() < SOON);
+        if self.parses && heard.responses == 1 && !heard.closes && complete && soon {
+            self.habit.found_closed();
+        }
+    }
+
     /// Observes written bytes: a request, or the rest of one whose response has already started.
     fn on_write(&self, bytes: &[u8]) {
         if !self.parses {
@@ -133,6 +150,8 @@ impl ResponseMonitor {
             heard.head.clear();
             heard.response_started = false;
             heard.finished = false;
+        } else if heard.responses > 1 {
+            self.habit.reused();
         }
     }
 
@@ -191,6 +210,8 @@ impl MonitorState {
                 self.responses += 1;
                 self.phase = ResponsePhase::Body(content_length(&self.head));
                 self.keep_alive = keep_alive(&self.head);
+                self.closes = closes(&self.head);
+                self.answered = Some(Instant::now());
                 if let Some(error) = framing_error(self.head.starts_with(b"HTTP/1.0"), head_fields(&self.head)) {
                     return Err(FramingError(error));
                 }
@@ -205,6 +226,13 @@ impl MonitorState {
 fn begins_request(bytes: &[u8]) -> bool {
     let line = memchr(b'\n', bytes).map_or(bytes, |end| &bytes[..end]);
     line.ends_with(b" HTTP/1.1\r") || line.ends_with(b" HTTP/1.0\r")
+}
+
+/// Returns true if a response is the last one on its connection (RFC 9112 §9.3).
+fn closes(head: &[u8]) -> bool {
+    let lists_close = |value: &[u8]| value.split(|byte| *byte == b',').any(|part| part.trim_ascii() == b"close");
+    let mut connection = head_fields(head).filter(|(name, _)| name.eq_ignore_ascii_case(b"connection"));
+    head.starts_with(b"HTTP/1.0") || connection.any(|(_, value)| lists_close(&value.to_ascii_lowercase()))
 }
 
 /// Parses the `timeout` of a `Keep-Alive` field (RFC 2068 §19.7.1.1), as Node and Apache send it, in seconds.
@@ -279,6 +307,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredStream<T> {
             return self.poll_idle(cx).map(Ok);
         }
         self.due = None;
+        if buf.filled().len() == before {
+            self.monitor.on_end();
+        }
         if polled.is_ready() {
             // Bytes that are not part of a response are dropped: the HTTP client sees the end of the connection.
             match self.monitor.on_read(&buf.filled()[before..]) {
@@ -326,7 +357,7 @@ mod tests {
     const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 
     fn monitor() -> Arc<ResponseMonitor> {
-        ResponseMonitor::new(Tick(0), true)
+        ResponseMonitor::new(Tick(0), true, Arc::new(ClosingHabit::new()))
     }
 
     #[test]
@@ -351,7 +382,7 @@ mod tests {
         assert_eq!(monitor.trailing_data(), Some(TrailingData::Excess));
         assert_eq!(monitor.on_read(b"more").ok(), Some(0));
         for smuggled in [&b"H"[..], b"HTTP/1.1 200 OK\r\n"] {
-            let monitor = ResponseMonitor::new(Tick(0), true);
+            let monitor = ResponseMonitor::new(Tick(0), true, Arc::new(ClosingHabit::new()));
             assert_eq!(monitor.on_read(&[&head[..], b"abc"].concat()).ok(), Some(head.len() + 3));
             assert_eq!(monitor.on_read(smuggled).ok(), Some(0));
             assert_eq!(monitor.trailing_data(), Some(TrailingData::SecondResponse));

@@ -27,6 +27,8 @@ pub struct BreakerConfig {
     pub open_for: Duration,
     /// Whether a high ratio of failures opens it, too.
     pub failure_ratio: bool,
+    /// Whether responses with status 5xx count, as a ratio of all.
+    pub on_5xx: bool,
 }
 
 /// How an open breaker closes again.
@@ -96,6 +98,24 @@ impl CircuitBreaker {
             BreakerState::HalfOpen { .. } => {
                 *self = CircuitBreaker::default();
                 true
+            }
+        }
+    }
+
+    /// Counts a response that means failure: it opens the breaker as a ratio of all, not by itself. Returns true if that
+    /// opened it.
+    pub fn failed_by_answer(&mut self, config: &BreakerConfig, now: Tick) -> bool {
+        self.count(now, 1);
+        let until = Some(now.plus(config.open_for));
+        match self.state {
+            BreakerState::Closed if self.exceeds_ratio(now) => {
+                self.state = BreakerState::Open { until };
+                true
+            }
+            BreakerState::Closed | BreakerState::Open { .. } => false,
+            BreakerState::HalfOpen { .. } => {
+                self.state = BreakerState::Open { until };
+                false
             }
         }
     }
@@ -190,7 +210,7 @@ mod tests {
     use super::*;
 
     const CONFIG: BreakerConfig =
-        BreakerConfig { failures: 5, open_for: Duration::from_secs(5), failure_ratio: true };
+        BreakerConfig { failures: 5, open_for: Duration::from_secs(5), failure_ratio: true, on_5xx: true };
     const NOW: Tick = Tick(1_000_000);
 
     fn later(seconds: u64) -> Tick {
@@ -229,6 +249,18 @@ mod tests {
             breaker.succeeded(later(n * 2));
             assert!(!breaker.failed(&CONFIG, later(n * 2)), "{n}: only ten within ten seconds");
         }
+    }
+
+    #[test]
+    fn answers_that_mean_failure_open_the_breaker_as_a_ratio_only() {
+        let mut breaker = CircuitBreaker::default();
+        for n in 1..=20 {
+            assert_eq!(breaker.failed_by_answer(&CONFIG, NOW), n == 20, "{n}");
+        }
+        assert_eq!(breaker.admit(&CONFIG, later(5)), Ok(()));
+        assert!(!breaker.failed_by_answer(&CONFIG, later(5)) && breaker.name() == "open");
+        assert_eq!(breaker.admit(&CONFIG, later(10)), Ok(()));
+        assert!(breaker.succeeded(later(10)));
     }
 
     #[test]

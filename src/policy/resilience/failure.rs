@@ -11,7 +11,7 @@ pub enum Failure {
     Connect,
     /// The upstream's response is not acceptable HTTP (RFC 9112).
     Malformed,
-    /// 500, 502, 503 or 504.
+    /// 5xx, except 501 and 505, which say what the upstream never does.
     Status(StatusCode),
     /// 429.
     Throttled,
@@ -25,13 +25,14 @@ pub enum Failure {
 
 impl Failure {
     /// All causes that a fallback can name.
-    pub const CAUSES: [&'static str; 5] = ["timeout", "connect", "5xx", "429", "empty"];
+    pub const CAUSES: [&'static str; 6] = ["timeout", "connect", "malformed", "5xx", "429", "empty"];
 
     /// Returns the failure that a status means, if any.
     pub fn from_status(status: StatusCode) -> Option<Failure> {
         match status.as_u16() {
             429 => Some(Failure::Throttled),
-            500 | 502 | 503 | 504 => Some(Failure::Status(status)),
+            501 | 505 => None,
+            500..=599 => Some(Failure::Status(status)),
             _ => None,
         }
     }
@@ -40,7 +41,8 @@ impl Failure {
     pub fn cause(self) -> &'static str {
         match self {
             Failure::Timeout => "timeout",
-            Failure::Connect | Failure::Malformed | Failure::Unavailable | Failure::Internal => "connect",
+            Failure::Connect | Failure::Unavailable | Failure::Internal => "connect",
+            Failure::Malformed => "malformed",
             Failure::Status(_) => "5xx",
             Failure::Throttled => "429",
             Failure::Empty => "empty",

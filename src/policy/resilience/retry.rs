@@ -9,6 +9,8 @@ use http::Method;
 pub enum RetrySafety {
     /// Nothing of the request can have reached the upstream.
     Unsent,
+    /// The upstream has said that it has not processed the request (RFC 9113 §6.8, §8.7).
+    Unprocessed,
     /// A reused connection closed before the first byte of this response (RFC 9110 §9.2.2, RFC 9112 §9.3.1).
     ReusedConnectionDied,
     /// Any other end.
@@ -26,11 +28,26 @@ pub struct RetryPolicy {
     pub cap: Duration,
 }
 
+impl RetrySafety {
+    /// Returns true if a repetition does not count against the retry budget: it can't double the load on the upstream,
+    /// which has not worked on the request.
+    pub fn is_free(self) -> bool {
+        matches!(self, RetrySafety::Unprocessed | RetrySafety::ReusedConnectionDied)
+    }
+}
+
+/// Maximum number of attempts of a request that the upstream has not processed.
+const MAX_UNPROCESSED: u32 = 10;
+
 impl RetryPolicy {
     /// Returns the pause before attempt number `made + 1`, or `None` if there must not be one. `jitter` in 0..=1
     /// shortens the pause by up to half.
     pub fn pause(&self, method: &Method, ended: RetrySafety, made: u32, jitter: f64) -> Option<Duration> {
         let safe = match ended {
+            RetrySafety::Unprocessed => return (made < MAX_UNPROCESSED).then_some(Duration::ZERO),
+            RetrySafety::ReusedConnectionDied if made == 1 && self.attempts > 1 && method.is_safe() => {
+                return Some(Duration::ZERO);
+            }
             RetrySafety::Unsent => true,
             RetrySafety::ReusedConnectionDied => method.is_safe(),
             RetrySafety::Otherwise => false,
@@ -95,7 +112,10 @@ mod tests {
             (Method::GET, RetrySafety::Unsent, 2, Some(ms(80))),
             (Method::GET, RetrySafety::Unsent, 3, None),
             (Method::POST, RetrySafety::Unsent, 1, Some(ms(50))),
-            (Method::GET, RetrySafety::ReusedConnectionDied, 1, Some(ms(50))),
+            (Method::GET, RetrySafety::ReusedConnectionDied, 1, Some(ms(0))),
+            (Method::GET, RetrySafety::ReusedConnectionDied, 2, Some(ms(80))),
+            (Method::POST, RetrySafety::Unprocessed, 9, Some(ms(0))),
+            (Method::POST, RetrySafety::Unprocessed, 10, None),
             (Method::POST, RetrySafety::ReusedConnectionDied, 1, None),
             (Method::GET, RetrySafety::Otherwise, 1, None),
         ];

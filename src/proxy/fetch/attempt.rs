@@ -32,7 +32,7 @@ impl Fetcher {
             {
                 strip_hop_by_hop(response.headers_mut());
                 if let Some(headers) = first_part.completed(response.status(), response.headers()) {
-                    let mut response = response.map(|rest| Body::prefixed(first_part.start.body.clone(), rest));
+                    let mut response = response.map(|rest| Body::prefixed(vec![first_part.start.body.clone()], rest));
                     *response.status_mut() = StatusCode::OK;
                     *response.headers_mut() = headers;
                     return Attempt { response: Ok(response), ..attempt };

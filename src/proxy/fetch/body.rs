@@ -26,6 +26,14 @@ pub(super) struct Storing<'f> {
     pub(super) stores: bool,
 }
 
+/// Returns the failure that the end of a response body means.
+pub(super) fn failure_of(error: BodyError) -> Failure {
+    match error {
+        BodyError::Upstream(failure) => failure,
+        BodyError::Client | BodyError::TooLarge | BodyError::TooSlow | BodyError::Stalled => Failure::Connect,
+    }
+}
+
 impl Fetcher {
     /// Reads the whole body first, because the rule inspects it (`reject_empty`). A body that is too large to be
     /// inspected is not empty, and is passed on.
@@ -43,12 +51,11 @@ impl Fetcher {
                 Ok(Some(Ok(chunk))) => {
                     whole.extend_from_slice(&chunk);
                     let rest = std::mem::replace(body, Body::Empty);
-                    *body = Body::prefixed(Bytes::from(whole), rest);
+                    *body = Body::prefixed(vec![Bytes::from(whole)], rest);
                     return self.deliver_unshared(leader, spec, delivery.response.response, NotStored::TooLarge);
                 }
-                Ok(Some(Err(BodyError::Upstream(failure)))) => return leader.complete(FetchResult::Failed(failure)),
-                Ok(Some(Err(_))) => return leader.complete(FetchResult::Failed(Failure::Connect)),
-                Err(_elapsed) => return leader.complete(FetchResult::Failed(Failure::Timeout)),
+                Ok(Some(Err(error))) => return self.fail(leader, spec, failure_of(error)),
+                Err(_elapsed) => return self.fail(leader, spec, Failure::Timeout),
             }
         }
         let pointer = spec.request.rule.reject_empty.as_deref().unwrap_or_default();
@@ -56,7 +63,16 @@ impl Fetcher {
         *delivery.response.response.body_mut() = Body::Full(Bytes::from(whole));
         drop(guard);
         delivery.failure = empty.then_some(Failure::Empty);
+        if empty {
+            self.pause_key(spec, Failure::Empty, None);
+        }
         self.deliver(leader, spec, delivery).await;
+    }
+
+    /// Ends a fetch with a failure.
+    pub(super) fn fail(&self, leader: Leader, spec: &FetchSpec, failure: Failure) {
+        self.pause_key(spec, failure, None);
+        leader.complete(FetchResult::Failed(failure));
     }
 
     /// Copies the body to all readers. It is stored, and the fetch deregistered, before its last chunk is sent: a client
@@ -99,8 +115,13 @@ impl Fetcher {
                 Ok(Some(Err(error))) => Err(error),
                 Err(_elapsed) => Err(BodyError::Upstream(Failure::Timeout)),
             };
-            if let Err(error) = end {
-                debug!(upstream = &*self.upstream.name, %error, "the response body ended early");
+            match end {
+                Err(error) => {
+                    debug!(upstream = &*self.upstream.name, %error, "the response body ended early");
+                    self.pause_key(storing.spec, failure_of(error), None);
+                }
+                Ok(()) if storing.stores => self.upstream.failed_keys.succeeded(&storing.spec.request.key),
+                Ok(()) => {}
             }
             leader.deregister();
             return fanout.finish(end);
