@@ -10,6 +10,8 @@ mod chaos;
 mod harness;
 #[path = "check_fleet/oracle.rs"]
 mod oracle;
+#[path = "check_fleet/origin.rs"]
+mod origin;
 #[path = "check_fleet/schedule.rs"]
 mod schedule;
 #[path = "../tests/support/redis.rs"]

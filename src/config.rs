@@ -122,6 +122,8 @@ pub struct UpstreamConfig {
     pub timeouts: Timeouts,
     /// The retry policy.
     pub retry: RetryPolicy,
+    /// Whether requests carry `Via`.
+    pub adds_via: bool,
     /// The pause of a key after a failed fetch.
     pub backoff: FailureBackoff,
     /// TLS for connections to the upstream.
@@ -162,6 +164,7 @@ impl UpstreamConfig {
             breaker: self.breaker,
             retry: self.retry,
             backoff: self.backoff,
+            adds_via: self.adds_via,
         }
     }
 }

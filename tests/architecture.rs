@@ -85,7 +85,9 @@ fn libraries_are_used_only_in_their_adapter_modules() {
             "src/proxy/fetch.rs",
             "src/proxy/fetch",
             "src/proxy/send/budget.rs",
+            "src/body.rs",
             "src/body/fanout.rs",
+            "src/upstream",
             "src/redis/connection.rs",
         ],
     );

@@ -342,6 +342,6 @@ async fn panic_while_streaming_a_body_fails_its_readers() {
     let sidecar = Sidecar::over(Arc::new(PanicsInBody), "");
     let mut client = Client::connect(sidecar.address).await;
     client.ask("GET", "/", &[], b"").await;
-    assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole || answer.status == 502));
+    assert!(client.answer_to("GET").await.is_none_or(|answer| !answer.whole || answer.status >= 500));
     assert_eq!(sidecar.shared.coalescer.running(), 0);
 }

@@ -344,7 +344,8 @@ fn compare(steps: &[Step]) -> Result<(), TestCaseError> {
 }
 
 async fn run_steps(steps: &[Step]) -> Result<(), TestCaseError> {
-    let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n";
+    // Without pauses after failures, which RFC 9111 does not know.
+    let text = "[[upstream]]\nurl = \"http://127.0.0.1:9\"\n[upstream.backoff]\nbase = \"0s\"\ncap = \"0s\"\n";
     let config = config::from_text("model", text, Path::new(".")).expect("a valid configuration");
     let (clock, origin) = (Clock::start(), Arc::new(Origin::default()));
     let client: Arc<dyn UpstreamClient> = origin.clone();

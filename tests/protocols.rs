@@ -58,7 +58,6 @@ async fn http2_with_prior_knowledge_shares_entries_with_http1() {
     assert!(get(sidecar.address, "/a", &[]).await.is_hit(), "HTTP/1.1 shares the entry");
     let (_, body) = ask(&mut client, Method::POST, &uri, "hello").await;
     assert_eq!(body, "POST 5");
-    assert_eq!(origin.asks()[0].header("via"), Some("2 sidecache"));
     let trace = ask(&mut client, Method::TRACE, &uri, "").await.0;
     assert_eq!(trace.status(), StatusCode::METHOD_NOT_ALLOWED);
     let large = format!("{uri}?{}", "a".repeat(9000));
@@ -295,4 +294,39 @@ async fn event_streams_are_not_buffered_or_shared_between_clients() {
         let all = "B\r\ndata: one\n\n\r\nB\r\ndata: two\n\n\r\n0\r\n\r\n";
         assert_eq!(String::from_utf8_lossy(client.read_some(all.len()).await), all, "the body is complete");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_1_0_upstream_is_answered_for_in_http_1_1() {
+    let head = "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n";
+    let origin = Origin::start(move |ask| match ask.target.as_str() {
+        "/length" => Reply::raw(format!("{head}Content-Length: 2\r\n\r\nok")),
+        _ => Reply::raw(format!("{head}\r\nok")),
+    })
+    .await;
+    let sidecar = Sidecar::before(&origin, "");
+    let mut client = Client::connect(sidecar.address).await;
+    for target in ["/length", "/close", "/length", "/close"] {
+        client.write(format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")).await;
+        assert!(client.read_some(12).await.starts_with(b"HTTP/1.1 200"), "{target}");
+        let answer = client.answer_to("GET").await.expect("a response on the same connection");
+        assert_eq!(answer.text(), "ok", "{target}");
+    }
+    assert_eq!(origin.connections(), 4, "a connection on which the upstream answered as HTTP/1.0 is not reused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn content_length_of_a_204_is_removed_and_that_of_an_empty_post_is_sent() {
+    let origin = Origin::start(|_| Reply::raw("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n")).await;
+    let sidecar = Sidecar::before(&origin, "");
+    for method in ["GET", "POST"] {
+        let answer = send(sidecar.address, method, "/", &[], b"").await;
+        assert_eq!((answer.status, answer.header("content-length")), (204, None), "{method}");
+    }
+    let mut client = Client::connect(sidecar.address).await;
+    client.write("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n").await;
+    assert_eq!(client.answer_to("POST").await.expect("a response").status, 204);
+    let asks = origin.asks();
+    assert_eq!(asks[0].header("content-length"), None);
+    assert!(asks[1..].iter().all(|ask| ask.header("content-length") == Some("0")), "{asks:?}");
 }

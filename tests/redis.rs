@@ -53,7 +53,7 @@ async fn response_fetched_by_one_sidecar_is_a_hit_on_another() {
         );
         assert!(other.get_with(target, lines).await.is_hit(), "the second hit is from memory");
     }
-    assert_eq!(origin.count(), requests.len());
+    assert_eq!(origin.count(), requests.len() - 1, "a response without a content coding serves every client");
 }
 
 #[tokio::test(flavor = "multi_thread")]

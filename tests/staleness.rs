@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::{Gate, Origin, Reply, Sidecar, until};
 
-const SWR: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nstale_while_revalidate = \"60s\"\n\
+const SWR: &str = "[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\nkey = { ignore_headers = [\"X-Fail\"] }\nstale_while_revalidate = \"60s\"\n\
                    stale_if_error = \"600s\"\nlast_known_good = \"1h\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,11 +173,13 @@ async fn failing_upstream_is_asked_once_in_each_pause_while_something_stands_in(
         for stand_in in stand_ins {
             let fails = Arc::new(AtomicBool::new(false));
             let failing = fails.clone();
-            let origin = Origin::start(move |_| match failing.load(Ordering::SeqCst) {
-                true => failure(),
-                false => Reply::new(200, "stored"),
-            })
-            .await;
+            let origin =
+                Origin::start(
+                    move |_| {
+                        if failing.load(Ordering::SeqCst) { failure() } else { Reply::new(200, "stored") }
+                    },
+                )
+                .await;
             let rule = format!(
                 "[upstream.backoff]\nbase = \"2s\"\n[upstream.retry]\nattempts = 1\n[[upstream.rule]]\npath = \"/**\"\nttl = \"10s\"\n{stand_in}"
             );

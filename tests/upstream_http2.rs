@@ -96,7 +96,7 @@ async fn connection(
         let number = id.div_ceil(2) as usize;
         match refusal {
             Refusal::GoAway(most) if number > most => continue,
-            Refusal::RefusedStream if number % 2 == 0 => {
+            Refusal::RefusedStream if number.is_multiple_of(2) => {
                 stream.write_all(&frame(RST_STREAM, 0, id, &7_u32.to_be_bytes())).await?;
                 continue;
             }

@@ -126,6 +126,8 @@ struct FanoutState {
     /// The bytes taken from the budget.
     held: InflightGuard,
     windowed: bool,
+    /// Whether the body is larger than `max_bytes`.
+    too_large: bool,
     end: Option<Result<(), BodyError>>,
     readers: Vec<Option<ReaderSlot>>,
 }
@@ -151,6 +153,7 @@ impl Fanout {
             buffered: 0,
             held: InflightGuard::new(budget),
             windowed: false,
+            too_large: false,
             end: None,
             readers: Vec::new(),
         });
@@ -182,6 +185,7 @@ impl Fanout {
                 if !state.windowed {
                     let fits = state.buffered + size <= self.max_bytes;
                     state.windowed = !(fits && state.held.take(size));
+                    state.too_large = !fits;
                 }
                 if state.windowed {
                     state.drop_read();
@@ -226,6 +230,11 @@ impl Fanout {
     /// Returns true if the body has outgrown the buffer.
     pub fn is_windowed(&self) -> bool {
         self.lock().windowed
+    }
+
+    /// Returns true if the body is larger than the size limit of an entry.
+    pub fn is_too_large(&self) -> bool {
+        self.lock().too_large
     }
 
     /// Returns all chunks so far and `last`, in one allocation of the exact size. Returns `None` if the body is

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::{Config, UpstreamConfig};
 use crate::policy::client_limits::ClientLimits;
 use crate::policy::routing::cache_key::{Partition, QueryFilter};
+use crate::policy::routing::key_headers::KeyHeaders;
 use crate::policy::routing::rule::{CacheMode, Rule};
 use crate::redis::RedisConfig;
 use crate::store::memory::MemoryLimits;
@@ -131,8 +132,12 @@ fn rule_settings(rule: &Rule) -> Value {
         let patterns = patterns.iter().map(|(keeps, glob)| format!("{}{glob}", if *keeps { "" } else { "!" }));
         shown["key_query"] = patterns.collect::<Vec<_>>().into();
     }
-    if !rule.key.headers.is_empty() {
-        shown["key_headers"] = rule.key.headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>().into();
+    let (setting, headers) = match &rule.key.headers {
+        KeyHeaders::Listed(names) => ("key_headers", names),
+        KeyHeaders::AllBut(names) => ("key_ignore_headers", names),
+    };
+    if !headers.is_empty() {
+        shown[setting] = headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>().into();
     }
     if let Some(payload) = &rule.fallback {
         shown["fallback"] = json!({ "status": payload.status.as_u16(), "on": payload.on });

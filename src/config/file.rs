@@ -44,6 +44,7 @@ pub(super) struct Upstream {
     pub(super) tls: Tls,
     pub(super) listen_tls: ListenTls,
     pub(super) http2: bool,
+    pub(super) via: bool,
     pub(super) defaults: Rule,
     pub(super) rule: Vec<Spanned<Rule>>,
     /// `--ttl`, not from the file.
@@ -132,6 +133,7 @@ pub(super) struct When {
 pub(super) struct Key {
     pub(super) query: Option<Vec<String>>,
     pub(super) headers: Option<Vec<Spanned<String>>>,
+    pub(super) ignore_headers: Option<Spanned<Vec<Spanned<String>>>>,
     pub(super) partition: Option<Spanned<String>>,
 }
 

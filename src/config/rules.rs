@@ -16,6 +16,7 @@ use super::values::{OneOrMany, OptionalDuration};
 use crate::policy::invalidation::tag::TagTemplate;
 use crate::policy::outcome::Failure;
 use crate::policy::routing::cache_key::{KeySpec, Partition, QueryFilter};
+use crate::policy::routing::key_headers::KeyHeaders;
 use crate::policy::routing::pattern::{Glob, PathPattern};
 use crate::policy::routing::rule::{CacheMode, Conditions, FallbackPayload, Methods, Rule};
 
@@ -102,12 +103,12 @@ impl RuleContext<'_> {
         let mode = self.collect(self.mode(&rule), errors).unwrap_or(CacheMode::Http);
         let methods = self.collect(read_methods(&rule, mode), errors).unwrap_or_else(Methods::safe);
         let when = self.collect(read_when(&rule), errors).unwrap_or_default();
-        let key = self.collect(self.key(&rule), errors).unwrap_or_default();
+        let key = self.collect(self.key(&rule, mode), errors).unwrap_or_default();
         let fallback = self.collect(self.fallback(&rule), errors).flatten();
         let reject_empty = self.collect(read_reject_empty(&rule), errors).flatten();
         let volatile = self.collect(read_volatile(&rule), errors).unwrap_or_default();
         let upgrade = self.collect(self.upgrade(&rule), errors).unwrap_or_default();
-        let keeps_cookies = self.collect(read_set_cookie(&rule, mode), errors).unwrap_or_default();
+        let keeps_cookies = self.collect(read_set_cookie(&rule), errors).unwrap_or_default();
         let tags = self.tags(&rule, &paths, errors);
         if errors.len() > before {
             return Vec::new();
@@ -196,7 +197,7 @@ impl RuleContext<'_> {
         })
     }
 
-    fn key(&self, rule: &file::Rule) -> Result<KeySpec, ConfigFault> {
+    fn key(&self, rule: &file::Rule, mode: CacheMode) -> Result<KeySpec, ConfigFault> {
         let key = rule.key.clone().unwrap_or_default();
         let query = match key.query {
             None => QueryFilter::Whole,
@@ -214,11 +215,27 @@ impl RuleContext<'_> {
                 QueryFilter::Filtered(patterns)
             }
         };
+        let names = |list: &[Spanned<String>]| list.iter().map(header_name).collect::<Result<Vec<_>, _>>();
+        let headers = match (key.headers, key.ignore_headers, mode) {
+            (Some(_), Some(ignored), _) => {
+                return Err((ignored.span(), "key.headers is the whole list: leave ignore_headers out".into()));
+            }
+            (Some(listed), None, _) => KeyHeaders::Listed(names(&listed)?),
+            (None, ignored, CacheMode::Override { .. }) => {
+                KeyHeaders::AllBut(ignored.map_or(Ok(Vec::new()), |ignored| names(ignored.get_ref()))?)
+            }
+            (None, Some(ignored), CacheMode::Http | CacheMode::Off) => {
+                let message =
+                    "key.ignore_headers needs cache = \"override\": under \"http\", Vary of the response decides";
+                return Err((ignored.span(), message.into()));
+            }
+            (None, None, CacheMode::Http | CacheMode::Off) => KeyHeaders::default(),
+        };
         Ok(KeySpec {
             // Set by `compile`, where the rule's name is known.
             rule: [0; 4],
             query,
-            headers: key.headers.unwrap_or_default().iter().map(header_name).collect::<Result<_, _>>()?,
+            headers,
             partition: key.partition.as_ref().map_or(Ok(self.partition), partition)?,
             credentials: self.credentials.clone(),
         })
@@ -311,8 +328,8 @@ fn read_when(rule: &file::Rule) -> Result<Conditions, ConfigFault> {
     })
 }
 
-fn read_set_cookie(rule: &file::Rule, mode: CacheMode) -> Result<bool, ConfigFault> {
-    let Some(text) = &rule.set_cookie else { return Ok(mode == CacheMode::Http) };
+fn read_set_cookie(rule: &file::Rule) -> Result<bool, ConfigFault> {
+    let Some(text) = &rule.set_cookie else { return Ok(false) };
     match text.get_ref().as_str() {
         "store" => Ok(true),
         "remove" => Ok(false),

@@ -101,6 +101,7 @@ impl Validator<'_> {
             rules,
             timeouts,
             retry,
+            adds_via: given.via,
             backoff,
             tls,
             listen_tls,

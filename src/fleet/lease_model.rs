@@ -117,7 +117,7 @@ impl<'i> Model<'i> {
                         self.server.holder = Some(fetch);
                         Fetch::Holding
                     }
-                    other => other,
+                    other @ (Fetch::NotBegun | Fetch::Holding | Fetch::Waiting(_) | Fetch::Done) => other,
                 };
             }
             Step::Finish { fetch, stored } => {
@@ -151,7 +151,7 @@ impl<'i> Model<'i> {
                         Some(LeaseMessage::Unshared) => Fetch::Done,
                         Some(LeaseMessage::Stored | LeaseMessage::Nothing) => Fetch::Claiming(messages),
                     },
-                    other => other,
+                    other @ (Fetch::NotBegun | Fetch::Claiming(_) | Fetch::Holding | Fetch::Done) => other,
                 };
             }
         }

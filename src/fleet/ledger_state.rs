@@ -97,7 +97,9 @@ impl LedgerState {
 
     /// Confirms the own purges that the part of the log that was read had, also those that it no longer keeps.
     pub(super) fn confirm(&mut self) {
-        while let Some((_, number)) = self.logged.pop_front_if(|(end, _)| Some(*end) <= self.chain.last()) {
+        while let Some((_, number)) = self.logged.front().copied().filter(|(end, _)| Some(*end) <= self.chain.last())
+        {
+            self.logged.pop_front();
             self.unconfirmed.retain(|(unconfirmed, _)| *unconfirmed > number);
         }
     }

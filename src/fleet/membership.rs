@@ -125,10 +125,8 @@ impl Membership {
 
 impl State {
     fn update(&mut self, reply: &BeatReply, now: Tick, read: Option<LogId>) -> Tick {
-        if let Some(last) = self.last.take() {
-            if reply.epoch != last.epoch {
-                self.broken = None;
-            }
+        if self.last.as_ref().is_some_and(|last| last.epoch != reply.epoch) {
+            self.broken = None;
         }
         self.log_truncated |= Some(reply.end) < read;
         self.error = None;

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 
 use super::packed_head::PackedHead;
 use super::{Tick, millis};
-use crate::policy::http::vary::Variant;
+use crate::policy::http::vary::{Variant, accepts_coding};
 use crate::policy::invalidation::ledger::{InvalidationState, Position, ResourceId};
 use crate::policy::routing::cache_key::KeyName;
 
@@ -96,6 +97,14 @@ impl EntryState {
 }
 
 impl Entry {
+    /// Returns true if a request selects this entry (RFC 9111 §4.1). `Accept-Encoding` is negotiated: any request that
+    /// accepts the content coding of the response selects it.
+    pub fn selected_by(&self, request: &HeaderMap) -> bool {
+        self.variant.selected_by(request)
+            || self.variant.selected_by_all_but(&ACCEPT_ENCODING, request)
+                && accepts_coding(request, self.head.get(&CONTENT_ENCODING))
+    }
+
     /// Returns the milliseconds since arrival: `resident_time` (RFC 9111 §4.2.3).
     pub fn resident_time(&self, now: Tick) -> u64 {
         now.since(self.received_at)
@@ -201,7 +210,7 @@ impl VariantSet {
 
     /// Returns the newest entry that this request selects.
     pub fn select(&self, request: &HeaderMap) -> Option<&Arc<Entry>> {
-        self.variants().iter().find(|entry| entry.variant.selected_by(request))
+        self.variants().iter().find(|entry| entry.selected_by(request))
     }
 
     /// Returns all variants.
@@ -230,7 +239,7 @@ impl VariantSet {
 
     /// Returns a copy without the entries that this request selects, or `None` if no entry is left.
     pub fn without(&self, request: &HeaderMap) -> Option<VariantSet> {
-        self.filtered(|entry| !entry.variant.selected_by(request))
+        self.filtered(|entry| !entry.selected_by(request))
     }
 
     /// Returns a copy with only the entries for which `keep` returns true, or `None` if there are none.

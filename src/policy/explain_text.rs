@@ -22,6 +22,9 @@ pub fn of_bypass(reason: BypassReason) -> &'static str {
         BypassReason::Shadow => {
             "the mode is shadow: hits are only counted, and every request goes upstream; `sidecache mode normal` ends it"
         }
+        BypassReason::MethodOverride => {
+            "the request names another method (X-HTTP-Method-Override): it counts as a write"
+        }
         BypassReason::NoStoreRequest => "the request has Cache-Control: no-store",
         BypassReason::Upgrade => "the request is a protocol upgrade, which the rule allows",
     }
@@ -43,6 +46,7 @@ pub fn of_not_stored(reason: NotStored) -> &'static str {
         NotStored::Status => "responses with this status are not stored under this rule",
         NotStored::Partial => "the response is partial content (206)",
         NotStored::Head => "the response to a HEAD request has no body to store",
+        NotStored::InflightFull => "memory.max_inflight_bytes had no room for the body",
         NotStored::TooLarge => "the response is larger than memory.max_entry_bytes",
         NotStored::Invalidated => "a purge or a write invalidated the resource while it was fetched",
         NotStored::EventStream => "server-sent events are streamed and never stored",

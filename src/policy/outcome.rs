@@ -29,6 +29,8 @@ pub enum BypassReason {
     Shadow,
     /// The request has `Cache-Control: no-store`.
     NoStoreRequest,
+    /// The request has `X-HTTP-Method-Override` or the like: the upstream may execute it with another method.
+    MethodOverride,
     /// The request asks for a protocol upgrade, which its rule allows (RFC 9110 §7.8).
     Upgrade,
 }
@@ -46,6 +48,7 @@ impl BypassReason {
             BypassReason::Mode => "mode",
             BypassReason::Shadow => "shadow",
             BypassReason::NoStoreRequest => "no-store-request",
+            BypassReason::MethodOverride => "method-override",
             BypassReason::Upgrade => "upgrade",
         }
     }
@@ -106,6 +109,8 @@ pub enum NotStored {
     Head,
     /// Larger than `memory.max_entry_bytes`.
     TooLarge,
+    /// `memory.max_inflight_bytes` had no room for the body.
+    InflightFull,
     /// A purge or a write invalidated the resource after the fetch began.
     Invalidated,
     /// Server-sent events: the stream ends only when a peer disconnects.
@@ -125,6 +130,7 @@ impl NotStored {
             NotStored::Partial => "partial",
             NotStored::Head => "head",
             NotStored::TooLarge => "too-large",
+            NotStored::InflightFull => "inflight-full",
             NotStored::Invalidated => "invalidated",
             NotStored::EventStream => "event-stream",
         }

@@ -1,6 +1,7 @@
 //! Routing: from a request to its rule, its origin, and its cache key.
 
 pub mod cache_key;
+pub mod key_headers;
 pub mod origin;
 pub mod pattern;
 pub mod router;

@@ -9,6 +9,7 @@ use super::upstream_state::{Destination, UpstreamState};
 use crate::body::Body;
 use crate::policy::Tick;
 use crate::policy::http::freshness::RequestDirectives;
+use crate::policy::http::hop_by_hop::overrides_method;
 use crate::policy::http::request_view::RequestView;
 use crate::policy::mode::{Mode, ModeSwitch};
 use crate::policy::outcome::BypassReason;
@@ -57,6 +58,9 @@ impl Admission {
             Route::Cache(rule) => rule,
             Route::Bypass(reason) => return Err(reason),
         };
+        if overrides_method(headers) {
+            return Err(BypassReason::MethodOverride);
+        }
         if !matches!(request.body(), Body::Empty) {
             return Err(BypassReason::RequestBody);
         }

@@ -18,6 +18,7 @@ use crate::policy::explain_text;
 use crate::policy::http::freshness::RequestDirectives;
 use crate::policy::outcome::{BypassReason, ForwardReason};
 use crate::policy::routing::cache_key::{KeySpec, Partition, QueryFilter, short_name};
+use crate::policy::routing::key_headers::KeyHeaders;
 use crate::policy::routing::router::Route;
 use crate::policy::routing::rule::{CacheMode, Rule};
 use crate::policy::routing::target::target;
@@ -98,13 +99,19 @@ impl Explainer {
                 headers.get_all(name).iter().map(|v| String::from_utf8_lossy(v.as_bytes())).collect();
             format!("{name}: {}", if values.is_empty() { "(absent)".into() } else { values.join(", ") })
         };
+        let mut keyed: Vec<&HeaderName> = match &rule.headers {
+            KeyHeaders::Listed(names) => names.iter().collect(),
+            KeyHeaders::AllBut(_) => headers.keys().filter(|name| rule.headers.contains(name)).collect(),
+        };
+        keyed.retain(|name| !rule.credentials.contains(name));
+        keyed.sort_unstable_by_key(|name| name.as_str());
         json!({
             "name": short_name(key).as_str(),
             "tenant": tenant,
             "authority": destination.key_authority.as_deref().unwrap_or("the upstream's"),
             "path": request.uri().path(),
             "query": query,
-            "headers": rule.headers.iter().map(named).collect::<Vec<_>>(),
+            "headers": keyed.into_iter().map(named).collect::<Vec<_>>(),
         })
     }
 

@@ -167,7 +167,7 @@ impl Fetcher {
     }
 
     /// Delivers a response to the leader only. The next requests for the key don't wait for each other.
-    fn deliver_unshared(&self, leader: Leader, spec: &FetchSpec, mut response: Response<Body>, reason: NotStored) {
+    fn deliver_unshared(&self, leader: Leader, spec: &FetchSpec, response: Response<Body>, reason: NotStored) {
         // A failure says nothing about the next response.
         let succeeded = Failure::from_status(response.status()).is_none();
         if succeeded {
@@ -177,8 +177,7 @@ impl Fetcher {
             self.store.mark_hit_for_miss(spec, Some(reason));
             self.store.remove_stored(spec);
         }
-        response.extensions_mut().insert(reason);
-        leader.complete_unshared(response);
+        deliver_to_leader(leader, response, reason);
     }
 
     /// Freshens the stored response with the response to a HEAD, or removes it if it is outdated (RFC 9111 §4.3.5).
@@ -268,4 +267,10 @@ impl Fetcher {
         let storing = body::Storing { spec, plan: &plan, head, received_at, stores: failure.is_none() };
         self.copy_body(&mut leader, body, &fanout, by, &storing).await;
     }
+}
+
+/// Delivers a response to the leader only.
+fn deliver_to_leader(leader: Leader, mut response: Response<Body>, reason: NotStored) {
+    response.extensions_mut().insert(reason);
+    leader.complete_unshared(response);
 }

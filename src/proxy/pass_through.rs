@@ -18,7 +18,7 @@ use super::write::Writer;
 use crate::body::Body;
 use crate::clock::Clock;
 use crate::fleet::invalidations::Invalidations;
-use crate::policy::http::hop_by_hop::strip_hop_by_hop;
+use crate::policy::http::hop_by_hop::{overrides_method, strip_hop_by_hop};
 use crate::policy::invalidation::ledger::Position;
 use crate::policy::outcome::{BypassReason, Failure, FetchSummary, Outcome};
 use crate::policy::routing::router::Route;
@@ -97,7 +97,7 @@ impl PassThrough {
     ) -> Attempt {
         let request = UpstreamRequest { parts, destination };
         let paced = !reason.is_passthrough_mode();
-        if !parts.method.is_safe() {
+        if !parts.method.is_safe() || overrides_method(&parts.headers) {
             // Until the budget admits it, a write is dropped if its client disconnects.
             if paced && let Err(error) = self.sender.wait_for_budget(request, exchange.begun).await {
                 return self.sender.not_sent(error);

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
-use http::header::{HOST, HeaderValue};
+use http::header::{CACHE_CONTROL, HOST, HeaderValue, PRAGMA};
+use http::request::Parts;
 use tracing::debug;
 
 use super::admission::{Admission, Admitted};
@@ -57,12 +58,20 @@ pub(crate) struct ServedEntry<'r> {
 impl ServedEntry<'_> {
     fn to_cache_request(self) -> CacheRequest {
         CacheRequest {
-            parts: CacheRequest::to_get(self.request),
+            parts: Arc::new(without_directives(CacheRequest::to_get(self.request))),
             destination: self.destination.clone(),
             rule: self.rule.clone(),
             key: self.key.into(),
         }
     }
+}
+
+/// Returns a request without the client's directives, which do not concern a refresh.
+fn without_directives(parts: Arc<Parts>) -> Parts {
+    let mut parts = Arc::unwrap_or_clone(parts);
+    parts.headers.remove(CACHE_CONTROL);
+    parts.headers.remove(PRAGMA);
+    parts
 }
 
 impl Refresher {

@@ -95,7 +95,7 @@ impl Sender {
         let (mut attempts, mut fresh) = (0, false);
         loop {
             let copy = body.try_clone();
-            let mut outgoing = outgoing(request.parts, request.destination, body);
+            let mut outgoing = outgoing(request.parts, request.destination, body, self.upstream.adds_via);
             shape(&mut outgoing);
             if fresh {
                 outgoing.extensions_mut().insert(FreshConnection);

@@ -50,6 +50,8 @@ pub struct UpstreamSettings {
     pub breaker: BreakerConfig,
     /// The scheme of the listener: `http` or `https`.
     pub client_scheme: Scheme,
+    /// Whether requests carry `Via`.
+    pub adds_via: bool,
 }
 
 /// An upstream, as the steps of its proxy see it.
@@ -71,6 +73,8 @@ pub struct UpstreamState {
     port: u16,
     /// The scheme of the listener: `http` or `https`.
     pub client_scheme: Scheme,
+    /// Whether requests carry `Via`.
+    pub adds_via: bool,
     /// Health, as seen from the requests that were sent.
     pub health: Arc<PassiveHealth>,
     /// Metrics.
@@ -89,8 +93,8 @@ pub struct UpstreamState {
     pub breaker_config: BreakerConfig,
     /// Circuit breakers by host.
     pub breakers: Arc<Breakers>,
-    /// Request headers that are part of some key.
-    keyed_headers: HashSet<HeaderName>,
+    /// Request headers that carry credentials, which are part of keys.
+    credential_headers: HashSet<HeaderName>,
     /// The destination of all requests, if there is only one.
     fixed_destination: Option<Destination>,
     identity_hasher: RandomState,
@@ -99,10 +103,20 @@ pub struct UpstreamState {
 impl UpstreamState {
     /// Returns the state of a configured upstream, whose listener has this port.
     pub fn new(settings: UpstreamSettings, client: Arc<dyn UpstreamClient>, port: u16) -> UpstreamState {
-        let UpstreamSettings { name, origin, mut router, timeouts, retry, backoff, budget, breaker, client_scheme } =
-            settings;
-        let keyed = router.rules().iter().flat_map(|r| r.key.headers.iter().chain(r.key.credentials.iter()));
-        let keyed_headers = keyed.cloned().collect();
+        let UpstreamSettings {
+            name,
+            origin,
+            mut router,
+            timeouts,
+            retry,
+            backoff,
+            budget,
+            breaker,
+            client_scheme,
+            adds_via,
+        } = settings;
+        let credential_headers =
+            router.rules().iter().flat_map(|rule| rule.key.credentials.iter()).cloned().collect();
         let metrics = Arc::new(UpstreamMetrics::default());
         router.set_counters(|rule| metrics.rule_counters(rule));
         UpstreamState {
@@ -115,6 +129,7 @@ impl UpstreamState {
             client,
             port,
             client_scheme,
+            adds_via,
             health: Arc::default(),
             metrics,
             retry,
@@ -124,7 +139,7 @@ impl UpstreamState {
             budgets: Arc::new(Budgets::new(budget)),
             breaker_config: breaker,
             breakers: Arc::default(),
-            keyed_headers,
+            credential_headers,
             identity_hasher: RandomState::new(),
         }
     }
@@ -151,7 +166,8 @@ impl UpstreamState {
 
     /// Returns true if a request header is part of some key.
     pub fn is_keyed(&self, name: &HeaderName) -> bool {
-        self.keyed_headers.contains(name)
+        self.credential_headers.contains(name)
+            || self.router.rules().iter().any(|rule| rule.key.headers.contains(name))
     }
 
     /// Returns the destination of a request, from its target, `X-Forwarded-Host` and `Host`.

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HOST, UPGRADE};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE};
 use http::uri::Scheme;
 use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -176,6 +176,17 @@ impl PooledClient {
         if let Some(why) = malformed(&response) {
             poison(&connection);
             return Err(SendError::unanswered(Failure::Malformed, why));
+        }
+        if response.version() == Version::HTTP_10 {
+            // Later requests on it would go out as HTTP/1.0.
+            poison(&connection);
+        }
+        // The version of a message is that of its sender (RFC 9110 §2.5).
+        *response.version_mut() = Version::HTTP_11;
+        if response.status() == StatusCode::NO_CONTENT {
+            // RFC 9110 §8.6. A client would wait for the content.
+            response.headers_mut().remove(CONTENT_LENGTH);
+            response.headers_mut().remove(TRANSFER_ENCODING);
         }
         if let Some(monitor) = &monitor {
             if self.clock.now() > monitor.opened.plus(self.max_age) {

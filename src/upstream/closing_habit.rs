@@ -70,7 +70,7 @@ mod tests {
         for seconds in [1, 10, 100, 600, 600] {
             habit.found_closed();
             assert!(habit.holds());
-            tokio::time::advance(Duration::from_secs(seconds) - Duration::from_millis(1)).await;
+            tokio::time::advance(Duration::from_millis(seconds * 1000 - 1)).await;
             assert!(habit.holds(), "{seconds}");
             tokio::time::advance(Duration::from_millis(2)).await;
             assert!(!habit.holds(), "{seconds}");

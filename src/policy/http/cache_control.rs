@@ -74,8 +74,28 @@ impl CacheControl {
                 continue;
             };
             let (name, value) = (&member[..eq], &member[eq + 1..]);
-            let value = value.strip_prefix(b"\"").map_or(value, |v| v.strip_suffix(b"\"").unwrap_or(v));
-            self.add(name, Some(value));
+            match value.strip_prefix(b"\"") {
+                None => self.add(name, Some(value)),
+                // An argument that is not terminated is unreadable.
+                Some(quoted) => self.add(name, Some(quoted.strip_suffix(b"\"").unwrap_or_default())),
+            }
+        }
+        if has_open_quote(value) {
+            self.read_restrictions(value);
+        }
+    }
+
+    /// Reads the directives that forbid storing or reuse from a field whose quotes do not match: where a directive begins
+    /// and ends is not known, so each word counts.
+    fn read_restrictions(&mut self, value: &[u8]) {
+        for word in value.split(|byte| b",;= \t\"".contains(byte)) {
+            match word.to_ascii_lowercase().as_slice() {
+                b"no-store" => self.no_store = true,
+                b"no-cache" => self.no_cache = true,
+                b"private" => self.private = true,
+                b"must-revalidate" => self.must_revalidate = true,
+                _ => {}
+            }
         }
     }
 
@@ -124,6 +144,8 @@ impl CacheControl {
     fn fields_or(&mut self, argument: Option<&[u8]>, flag: fn(&mut Self) -> &mut bool) {
         match argument {
             None => *flag(self) = true,
+            // An empty list names nothing that could be left out.
+            Some(fields) if fields.trim_ascii().is_empty() => *flag(self) = true,
             Some(fields) => {
                 let names = fields.split(|b| *b == b',').map(<[u8]>::trim_ascii).filter(|n| !n.is_empty());
                 for name in names {
@@ -135,6 +157,20 @@ impl CacheControl {
             }
         }
     }
+}
+
+/// Returns true if a quoted-string in the value is not terminated (RFC 9110 §5.6.4).
+fn has_open_quote(value: &[u8]) -> bool {
+    let (mut quoted, mut escaped) = (false, false);
+    for byte in value {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            _ => {}
+        }
+    }
+    quoted
 }
 
 fn keep_smaller(slot: &mut Option<u64>, value: u64) {
@@ -192,6 +228,19 @@ mod tests {
         assert_eq!(parsed.drop_fields.len(), 3);
         assert!(parse(&["private"]).private);
         assert!(parse(&["private=\"not a name\""]).private, "an unreadable list forbids everything");
+    }
+
+    #[test]
+    fn malformed_private_and_no_cache_count_as_unqualified() {
+        for line in ["private=\"\"", "private=", "private=\"", "private=\"x-a", "PRIVATE=\" \"", "foo=\"a, private"] {
+            assert!(parse(&[line]).private, "{line}");
+        }
+        for line in ["no-cache=\"\"", "no-cache=", "no-cache=\"", "foo=\"a, no-cache", "private=\"x, no-cache"] {
+            assert!(parse(&[line]).no_cache, "{line}");
+        }
+        assert!(parse(&["max-age=60, foo=\"a, no-store"]).no_store);
+        let sound = parse(&["foo=\"a, private, no-store\", max-age=60"]);
+        assert!(!sound.private && !sound.no_store && sound.max_age == Some(60));
     }
 
     #[test]

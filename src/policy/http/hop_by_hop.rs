@@ -87,12 +87,23 @@ pub fn strip_overrides(headers: &mut HeaderMap) {
     for name in &REQUEST_OVERRIDES {
         headers.remove(name);
     }
-    let prefixed =
-        |name: &&HeaderName| ["x-forwarded-", "x-http-method"].iter().any(|p| name.as_str().starts_with(p));
+    let prefixed = |name: &&HeaderName| name.as_str().starts_with("x-forwarded-");
     let prefixed: Vec<_> = headers.keys().filter(prefixed).cloned().collect();
     for name in prefixed {
         headers.remove(name);
     }
+}
+
+/// Fields that many frameworks take for the request's method.
+const METHOD_OVERRIDES: [HeaderName; 3] = [
+    HeaderName::from_static("x-http-method"),
+    HeaderName::from_static("x-http-method-override"),
+    HeaderName::from_static("x-method-override"),
+];
+
+/// Returns true if the upstream may execute the request with another method than its own.
+pub fn overrides_method(headers: &HeaderMap) -> bool {
+    METHOD_OVERRIDES.iter().any(|name| headers.contains_key(name))
 }
 
 /// Returns a copy of only these fields.

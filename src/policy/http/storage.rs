@@ -24,6 +24,9 @@ const HEURISTIC_CAP: Duration = Duration::from_hours(24);
 /// (RFC 9111 §4.2.4), and for which a stale response with a validator is kept for validation.
 const DISCONNECTED_WINDOW: Duration = Duration::from_hours(24);
 
+/// More names than this in `Vary` are taken for `*`: comparing each with each takes quadratic time.
+const MAX_VARY: usize = 64;
+
 /// Size of a request head in bytes from which a 400, 405 or 414 is not stored: the large head may have caused it.
 const MAX_HEAD_OF_CACHED_ERROR: usize = 4096;
 
@@ -160,6 +163,11 @@ fn decide_by_headers(
     let age = initial_age(response);
     let lifetime = lifetime(response, &directives, for_all);
     let validator = has_validator(response.headers);
+    let sets_cookie = response.headers.contains_key(SET_COOKIE) && !rule.stores_set_cookie;
+    if sets_cookie && !has_explicit_lifetime(response) {
+        // It was made for one client.
+        return Err(NotStored::NoFreshness);
+    }
     let fresh_for = match lifetime {
         Some(lifetime) => signed(lifetime).saturating_sub(signed(age)),
         None if validator && heuristically_cacheable(response.status) => -1,
@@ -252,6 +260,9 @@ fn vary(headers: &HeaderMap) -> Result<Vec<HeaderName>, NotStored> {
         }
         if !names.contains(&name) {
             names.push(name);
+        }
+        if names.len() > MAX_VARY {
+            return Err(NotStored::VaryStar);
         }
     }
     Ok(names)

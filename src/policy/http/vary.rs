@@ -96,6 +96,35 @@ impl Variant {
     }
 }
 
+impl Variant {
+    /// Returns true if the response depends on `negotiated`, and this request has equivalent values in all other fields.
+    pub fn selected_by_all_but(&self, negotiated: &HeaderName, request: &HeaderMap) -> bool {
+        let depends = self.0.iter().any(|(name, _)| name == negotiated);
+        let others = || self.0.iter().filter(|(name, _)| name != negotiated);
+        depends && others().all(|(name, values)| equivalent(name, || values.iter(), || request.get_all(name).iter()))
+    }
+}
+
+/// Returns true if a request accepts a response with this `Content-Encoding` (RFC 9110 §12.5.3). One without
+/// `Accept-Encoding` accepts a response without a content coding only: clients that can decode one say so.
+pub fn accepts_coding(request: &HeaderMap, coding: Option<&[u8]>) -> bool {
+    let coding = coding.unwrap_or(b"identity").trim_ascii();
+    let (mut named, mut any) = (None, None);
+    for member in list_members(request.get_all(ACCEPT_ENCODING).iter()) {
+        let mut parts = member.split(|byte| *byte == b';').map(<[u8]>::trim_ascii);
+        let name = parts.next().unwrap_or_default();
+        let refused = parts.any(|part| {
+            let weight = part.strip_prefix(b"q=").or_else(|| part.strip_prefix(b"Q="));
+            weight.is_some_and(|weight| weight.iter().all(|byte| b"0.".contains(byte)))
+        });
+        let slot = if name == b"*" { &mut any } else { &mut named };
+        if name == b"*" || name.eq_ignore_ascii_case(coding) {
+            *slot = Some(!refused);
+        }
+    }
+    named.or(any).unwrap_or(coding.eq_ignore_ascii_case(b"identity"))
+}
+
 impl PartialEq for Variant {
     fn eq(&self, other: &Variant) -> bool {
         self.0.len() == other.0.len()

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use http::header::{HeaderMap, HeaderName};
 use smallvec::SmallVec;
 
+use super::key_headers::KeyHeaders;
 use super::pattern::Glob;
 use super::target::parameters;
 use crate::policy::invalidation::tag::{TagTemplate, UpstreamId};
@@ -18,7 +19,7 @@ use crate::policy::outcome::BypassReason;
 pub type CacheKey = SmallVec<[u8; 256]>;
 
 /// Version of the key layout, the first byte of every key: a change of the layout changes every key.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// The secret for credential digests, specific to this deployment or to this process.
 #[derive(Clone)]
@@ -55,7 +56,7 @@ pub struct KeySpec {
     /// The query parameters that are part of the key.
     pub query: QueryFilter,
     /// Request header fields that are part of the key, in addition to credentials.
-    pub headers: Vec<HeaderName>,
+    pub headers: KeyHeaders,
     /// Which requests share stored responses.
     pub partition: Partition,
     /// The header fields that carry credentials.
@@ -88,7 +89,7 @@ pub struct KeyParts<'a> {
 }
 
 /// Version of the encoding that [`KeySpec::rule_digest`] digests.
-const RULE_VERSION: u8 = 1;
+const RULE_VERSION: u8 = 2;
 
 impl KeySpec {
     /// Returns the digest that identifies a rule in keys: of its name, its tags, and the components of its keys.
@@ -113,7 +114,12 @@ impl KeySpec {
                 encoded.push(0xff);
             }
         }
-        for names in [&self.headers[..], &self.credentials[..]] {
+        let (kind, headers) = match &self.headers {
+            KeyHeaders::Listed(names) => (b'l', names),
+            KeyHeaders::AllBut(names) => (b'a', names),
+        };
+        encoded.push(kind);
+        for names in [&headers[..], &self.credentials[..]] {
             for name in names {
                 push_field(&mut encoded, name.as_str().as_bytes());
             }
@@ -140,14 +146,7 @@ impl KeySpec {
         push_field(&mut key, parts.authority.unwrap_or_default().as_bytes());
         push_field(&mut key, parts.path.as_bytes());
         self.query(parts.query, &mut key);
-        for name in &self.headers {
-            let mut values = parts.headers.get_all(name).iter().peekable();
-            key.push(u8::from(values.peek().is_some()));
-            for value in values {
-                push_field(&mut key, value.as_bytes());
-            }
-            key.push(0xff);
-        }
+        self.headers.push(parts.headers, &self.credentials, secret, &mut key);
         Ok(key)
     }
 
@@ -170,8 +169,13 @@ impl KeySpec {
         for name in headers.keys() {
             if self.credentials.contains(name) {
                 held.push(name);
-            } else if looks_like_credential(name.as_str()) && !self.headers.contains(name) {
-                return Err(BypassReason::UnkeyedCredential);
+            } else if looks_like_credential(name.as_str()) {
+                match &self.headers {
+                    KeyHeaders::Listed(names) if names.contains(name) => {}
+                    KeyHeaders::Listed(_) => return Err(BypassReason::UnkeyedCredential),
+                    KeyHeaders::AllBut(ignored) if ignored.contains(name) => {}
+                    KeyHeaders::AllBut(_) => held.push(name),
+                }
             }
         }
         if held.is_empty() {
@@ -216,7 +220,7 @@ fn is_keyed(patterns: &[(bool, Glob)], name: &str) -> bool {
 }
 
 /// Appends a length-prefixed field. The length never starts with 0xff, which terminates lists.
-fn push_field(key: &mut CacheKey, bytes: &[u8]) {
+pub(super) fn push_field(key: &mut CacheKey, bytes: &[u8]) {
     let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX >> 1);
     key.extend_from_slice(&length.to_be_bytes());
     key.extend_from_slice(bytes);
@@ -334,14 +338,15 @@ mod tests {
             (ACCEPT, HeaderValue::from_static("text/html")),
         ]);
         let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
-        let key_spec = KeySpec { rule: [1, 2, 3, 4], query: filter, headers: vec![ACCEPT], ..key_spec() };
+        let key_spec =
+            KeySpec { rule: [1, 2, 3, 4], query: filter, headers: KeyHeaders::Listed(vec![ACCEPT]), ..key_spec() };
         let parts = KeyParts { authority: Some("a.example"), ..parts("/p", Some("a=1&utm_source=x&b"), &headers) };
         let key = key_spec.cache_key(&SECRET, &parts).expect("a key");
         assert_eq!(
             hex(&key),
-            "0163b1ec7c7d3d898b048eb7c73accb854c72b2155343766f4dcd8bec136720f951601020304000000000000000000000009612e6578616d706c65000000022f70000000016101000000013100000001620000000000ff0100000009746578742f68746d6cff"
+            "0263b1ec7c7d3d898b048eb7c73accb854c72b2155343766f4dcd8bec136720f951601020304000000000000000000000009612e6578616d706c65000000022f70000000016101000000013100000001620000000000ff0100000009746578742f68746d6cff"
         );
-        assert_eq!(short_name(&key).as_str(), "a90f94fd70ea7de3");
+        assert_eq!(short_name(&key).as_str(), "7ab6b2610ec19f4e");
     }
 
     #[test]
@@ -349,11 +354,11 @@ mod tests {
         let path = super::super::pattern::PathPattern::parse("/p/{id}.json").expect("a pattern");
         let tags = ["products", "product:{id}"].map(|tag| TagTemplate::parse(tag, &path).expect("a tag"));
         let filter = QueryFilter::Filtered(vec![(true, Glob::new("*")), (false, Glob::new("utm_*"))]);
-        let filtered = KeySpec { query: filter, headers: vec![ACCEPT], ..key_spec() };
-        assert_eq!(hex(&key_spec().rule_digest("product", &tags)), "57897653");
-        assert_eq!(hex(&filtered.rule_digest("product", &tags)), "0e947f22");
+        let filtered = KeySpec { query: filter, headers: KeyHeaders::Listed(vec![ACCEPT]), ..key_spec() };
+        assert_eq!(hex(&key_spec().rule_digest("product", &tags)), "b1218344");
+        assert_eq!(hex(&filtered.rule_digest("product", &tags)), "75662f8a");
         let everyone = KeySpec { partition: Partition::Everyone, ..key_spec() };
-        assert_eq!(hex(&everyone.rule_digest("product", &[])), "908ede99");
+        assert_eq!(hex(&everyone.rule_digest("product", &[])), "c0e7471e");
     }
 
     #[test]
@@ -366,7 +371,8 @@ mod tests {
             key_spec().rule_digest("p", &[tag("x{a}")]),
             key_spec().rule_digest("p", &[tag("x{b}")]),
             key_spec().rule_digest("p", &[tag("x"), tag("y")]),
-            KeySpec { headers: vec![ACCEPT], ..key_spec() }.rule_digest("p", &[]),
+            KeySpec { headers: KeyHeaders::Listed(vec![ACCEPT]), ..key_spec() }.rule_digest("p", &[]),
+            KeySpec { headers: KeyHeaders::AllBut(vec![ACCEPT]), ..key_spec() }.rule_digest("p", &[]),
             KeySpec { credentials: [ACCEPT].into(), ..key_spec() }.rule_digest("p", &[]),
             KeySpec { partition: Partition::Everyone, ..key_spec() }.rule_digest("p", &[]),
             KeySpec { query: QueryFilter::Filtered(vec![(true, Glob::new("a"))]), ..key_spec() }
@@ -402,7 +408,7 @@ mod tests {
             a in ("/[a-c?&=/]{0,6}", proptest::option::of("[a-c&=]{0,6}"), "[a-c]{0,3}"),
             b in ("/[a-c?&=/]{0,6}", proptest::option::of("[a-c&=]{0,6}"), "[a-c]{0,3}"),
         ) {
-            let key_spec = KeySpec { headers: vec![ACCEPT], ..key_spec() };
+            let key_spec = KeySpec { headers: KeyHeaders::Listed(vec![ACCEPT]), ..key_spec() };
             let key = |(path, query, accept): &(String, Option<String>, String)| {
                 let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_str(accept).expect("a value"))]);
                 key_spec.cache_key(&SECRET, &parts(path, query.as_deref(), &headers)).expect("a key")

@@ -7,7 +7,7 @@ use tracing::debug;
 
 use super::coalesce::{FetchResult, Leader};
 use super::spec::FetchSpec;
-use super::{Delivery, Fetcher};
+use super::{Delivery, Fetcher, deliver_to_leader};
 use crate::body::fanout::{Fanout, FinishOnDrop, InflightGuard};
 use crate::body::{Body, BodyError};
 use crate::policy::Tick;
@@ -49,10 +49,16 @@ impl Fetcher {
                     whole.extend_from_slice(&chunk);
                 }
                 Ok(Some(Ok(chunk))) => {
+                    let too_large = whole.len() + chunk.len() > max;
                     whole.extend_from_slice(&chunk);
                     let rest = std::mem::replace(body, Body::Empty);
                     *body = Body::prefixed(vec![Bytes::from(whole)], rest);
-                    return self.deliver_unshared(leader, spec, delivery.response.response, NotStored::TooLarge);
+                    let response = delivery.response.response;
+                    if too_large {
+                        return self.deliver_unshared(leader, spec, response, NotStored::TooLarge);
+                    }
+                    // A moment without room says nothing about the response.
+                    return deliver_to_leader(leader, response, NotStored::InflightFull);
                 }
                 Ok(Some(Err(error))) => return self.fail(leader, spec, failure_of(error)),
                 Err(_elapsed) => return self.fail(leader, spec, Failure::Timeout),
@@ -90,7 +96,7 @@ impl Fetcher {
             // A body that is too large to be stored is bounded by the idle timeout only.
             let next = if fanout.is_windowed() {
                 leader.deregister();
-                self.store.give_up_lease(storing.spec);
+                self.store.give_up_lease(storing.spec, fanout.is_too_large());
                 timeout(self.upstream.timeouts.idle, body.next()).await
             } else {
                 timeout_at(by, body.next()).await

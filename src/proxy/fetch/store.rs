@@ -144,11 +144,14 @@ impl ResponseStore {
         }
     }
 
-    /// Gives up the lease of a fetch whose response has become too large to be stored.
-    pub(crate) fn give_up_lease(&self, spec: &FetchSpec) {
+    /// Gives up the lease of a fetch whose response has outgrown its buffer: it is too large to be stored, or there was no
+    /// room for it.
+    pub(crate) fn give_up_lease(&self, spec: &FetchSpec, too_large: bool) {
         if let Some(mut lease) = spec.lease().take() {
             lease.finish_not_shareable();
-            self.mark_hit_for_miss(spec, Some(NotStored::TooLarge));
+            if too_large {
+                self.mark_hit_for_miss(spec, Some(NotStored::TooLarge));
+            }
         }
     }
 

@@ -6,15 +6,15 @@ use http::header::{
 };
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{Request, Uri, Version};
+use http::{Method, Request, Uri, Version};
 
 use crate::body::Body;
 use crate::policy::http::hop_by_hop::{strip_hop_by_hop, strip_overrides};
 use crate::proxy::upstream_state::Destination;
 
 /// A request for the upstream, from the client's: hop-by-hop and override fields dropped, Host set, `Via`
-/// appended, header case kept. The target stays as it came, to the byte.
-pub fn outgoing(client: &Parts, destination: &Destination, body: Body) -> Request<Body> {
+/// appended if `adds_via`, header case kept. The target stays as it came, to the byte.
+pub fn outgoing(client: &Parts, destination: &Destination, body: Body, adds_via: bool) -> Request<Body> {
     let kind = BodyFraming::of(&body);
     let mut request = Request::new(body);
     *request.method_mut() = client.method.clone();
@@ -26,12 +26,14 @@ pub fn outgoing(client: &Parts, destination: &Destination, body: Body) -> Reques
     strip_hop_by_hop(headers);
     strip_overrides(headers);
     headers.remove(EXPECT);
-    set_framing(headers, &kind);
+    set_framing(headers, &client.method, &kind);
     headers.remove(HOST);
     if let Ok(host) = HeaderValue::from_str(&destination.host) {
         headers.insert(HOST, host);
     }
-    headers.append(VIA, via(client.version));
+    if adds_via {
+        headers.append(VIA, via(client.version));
+    }
     request
 }
 
@@ -64,11 +66,13 @@ impl BodyFraming {
 
 /// Sets the framing fields. The HTTP client frames the body, except for what only the downstream client knows: that
 /// nothing follows, or the length of what follows (validated by the guard, and counted by the HTTP library).
-fn set_framing(headers: &mut HeaderMap, kind: &BodyFraming) {
+fn set_framing(headers: &mut HeaderMap, method: &Method, kind: &BodyFraming) {
     match kind {
         BodyFraming::Nothing => {
-            if let Some(length) = headers.get_mut(CONTENT_LENGTH) {
-                *length = HeaderValue::from_static("0");
+            // Methods whose content has a meaning say that there is none (RFC 9110 §8.6).
+            let expects_content = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
+            if expects_content || headers.contains_key(CONTENT_LENGTH) {
+                headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
             }
         }
         BodyFraming::Known => {
