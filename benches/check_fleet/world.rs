@@ -66,7 +66,7 @@ impl fmt::Display for Report {
 
 /// Runs a schedule.
 pub(crate) async fn run(schedule: &Schedule) -> Report {
-    let world = Arc::new(World::start(schedule.sidecars).await);
+    let world = World::start(schedule.sidecars).await;
     let begun = Instant::now();
     let end = begun + schedule.length;
     let mut tasks = JoinSet::new();
@@ -83,7 +83,7 @@ pub(crate) async fn run(schedule: &Schedule) -> Report {
 }
 
 impl World {
-    async fn start(sidecars: usize) -> World {
+    async fn start(sidecars: usize) -> Arc<World> {
         let (origin, versions) = origin().await;
         let redis = tokio::task::spawn_blocking(|| Redis::with(&[])).await.expect("a Redis");
         let mut members = Vec::new();
@@ -91,7 +91,7 @@ impl World {
             let link = Chaos::before(redis.address()).await;
             members.push(Member { running: RwLock::default(), program: Mutex::default(), link });
         }
-        let world = World {
+        let world = Arc::new(World {
             versions,
             origin,
             members,
@@ -101,14 +101,27 @@ impl World {
             counts: Counts::default(),
             violations: Mutex::default(),
             hit_times: Mutex::default(),
-        };
+        });
         for sidecar in 0..sidecars {
             world.launch(sidecar).await;
         }
         world
     }
 
-    async fn launch(&self, sidecar: usize) {
+    /// Notes when Redis has heard of a process: its health is good then, for once.
+    async fn watch_announcement(self: Arc<Self>, process: ProcessId, admin: SocketAddr) {
+        for _ in 0..600 {
+            sleep(Duration::from_millis(50)).await;
+            let Some(mut admin) = Conn::open(admin).await else { return };
+            let Some(got) = admin.send("GET", "/health", "").await else { return };
+            let health: Value = serde_json::from_slice(&got.body).unwrap_or_default();
+            if health["components"]["redis"]["status"] == "ok" {
+                return self.oracle.announced(process);
+            }
+        }
+    }
+
+    async fn launch(self: &Arc<Self>, sidecar: usize) {
         let member = &self.members[sidecar];
         let tables = format!(
             "{}[memory]\nmax_unverified = \"{}s\"\n[security]\nsecret = {{ env = \"CHECK_FLEET_SECRET\" }}\n",
@@ -119,6 +132,7 @@ impl World {
         let start = move || Program::sidecar_with_env(origin, RULES, &tables, ("CHECK_FLEET_SECRET", "check-fleet"));
         let program = tokio::task::spawn_blocking(start).await.expect("a sidecar");
         let process = ProcessId(self.started.fetch_add(1, Ordering::SeqCst));
+        tokio::spawn(self.clone().watch_announcement(process, program.admin()));
         *member.running.write().expect("no panic") = Some((process, program.api(), program.admin()));
         *member.program.lock().expect("no panic") = Some(program);
     }

@@ -96,6 +96,9 @@ fn redis_component(shared: &SharedState) -> Value {
         (_, Some(trouble)) => ("down", Some(trouble)),
         (Some(error), None) => ("degraded", Some(error.explained())),
         (None, None) if !connected => ("connecting", Some(format!("no connection to {} yet", state.place))),
+        (None, None) if fleet.membership.last_beat().is_none() => {
+            ("connecting", Some("no heartbeat was answered yet: the other sidecars do not know this one".to_owned()))
+        }
         (None, None) if open.is_some() => (
             "down",
             open.map(|name| format!("no reply in time: the circuit breaker of the connection {name} is open")),

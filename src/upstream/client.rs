@@ -49,8 +49,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// hyper-util's error for a connection that turned out to be HTTP/2 while another one to the same host was, too.
-const ALPN_RACE: &str = "ALPN upgraded to HTTP/2";
+/// Errors of the HTTP library about requests of which nothing was sent, which it does not mark otherwise: of a connection
+/// that turned out to be HTTP/2 while another one to the same host was, too, and of a stream that was waiting to be opened
+/// when its connection ended.
+const UNSENT_TEXTS: [&str; 2] = ["ALPN upgraded to HTTP/2", "runtime dropped the dispatch task"];
 
 /// The pooled client of one upstream.
 pub struct PooledClient {
@@ -246,7 +248,7 @@ fn send_error(error: &ClientError) -> SendError {
     let mut message = error.to_string();
     let mut source = std::error::Error::source(error);
     let (mut malformed, mut client, mut timed_out, mut no_slot) = (false, None, false, false);
-    let mut unprocessed = message.contains(ALPN_RACE);
+    let mut unprocessed = false;
     while let Some(cause) = source {
         message = format!("{message}: {cause}");
         if let Some(hyper) = cause.downcast_ref::<hyper::Error>() {
@@ -263,6 +265,7 @@ fn send_error(error: &ClientError) -> SendError {
         client = client.or_else(|| cause.downcast_ref::<BodyError>().copied());
         source = cause.source();
     }
+    unprocessed |= UNSENT_TEXTS.iter().any(|text| message.contains(text));
     timed_out |= no_slot || message.contains(CONNECT_TIMED_OUT);
     let failure = match (malformed, timed_out) {
         (true, _) => Failure::Malformed,

@@ -36,8 +36,9 @@ impl RetrySafety {
     }
 }
 
-/// Maximum number of attempts of a request that the upstream has not processed.
-const MAX_UNPROCESSED: u32 = 10;
+/// Maximum number of attempts of a request that the upstream has not processed. Many, because an upstream that ends each
+/// connection after some requests (nginx: `keepalive_requests`) leaves those of a burst unprocessed again and again.
+const MAX_UNPROCESSED: u32 = 100;
 
 impl RetryPolicy {
     /// Returns the pause before attempt number `made + 1`, or `None` if there must not be one. `jitter` in 0..=1
@@ -114,8 +115,8 @@ mod tests {
             (Method::POST, RetrySafety::Unsent, 1, Some(ms(50))),
             (Method::GET, RetrySafety::ReusedConnectionDied, 1, Some(ms(0))),
             (Method::GET, RetrySafety::ReusedConnectionDied, 2, Some(ms(80))),
-            (Method::POST, RetrySafety::Unprocessed, 9, Some(ms(0))),
-            (Method::POST, RetrySafety::Unprocessed, 10, None),
+            (Method::POST, RetrySafety::Unprocessed, 99, Some(ms(0))),
+            (Method::POST, RetrySafety::Unprocessed, 100, None),
             (Method::POST, RetrySafety::ReusedConnectionDied, 1, None),
             (Method::GET, RetrySafety::Otherwise, 1, None),
         ];
