@@ -82,6 +82,9 @@ impl Body {
     /// Reads the beginning of a body: what has arrived, and what arrives within `patience`. Returns the body with what was
     /// read, or the error that ended it: then nothing of it has been sent to anybody.
     pub async fn begun(mut self, patience: Duration) -> Result<Body, BodyError> {
+        if let Body::Full(_) | Body::Shared(_) = self {
+            return Ok(self);
+        }
         let (mut first, mut size, mut deadline) = (Vec::new(), 0, None);
         while size < MAX_BEGINNING && !self.is_end_stream() {
             let mut next = poll_fn(|cx| Poll::Ready(pin!(self.next()).poll(cx))).await;
@@ -90,6 +93,9 @@ impl Body {
                 next = timeout_at(deadline, self.next()).await.map_or(Poll::Pending, Poll::Ready);
             }
             match next {
+                Poll::Ready(Some(Ok(chunk))) if first.is_empty() && self.is_end_stream() => {
+                    return Ok(Body::Full(chunk));
+                }
                 Poll::Ready(Some(Ok(chunk))) => {
                     size += chunk.len();
                     first.push(chunk);

@@ -140,6 +140,13 @@ impl Explainer {
             explained["not_stored"] =
                 format!("the last response was not stored: {why}. Requests are not collapsed for {left} s").into();
         }
+        if let Some(left) = self.upstream.failed_keys.paused_for(key, now) {
+            let left = left.as_secs() + 1;
+            explained["paused"] = format!(
+                "the last fetch failed: for {left} s the upstream is not asked where a stale response or a fallback can stand in"
+            )
+            .into();
+        }
         explained["being_fetched"] = self.coalescer.is_fetching(key).into();
     }
 

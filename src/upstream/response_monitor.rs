@@ -47,8 +47,6 @@ struct MonitorState {
     finished: bool,
     /// The upstream's keep-alive timeout, if announced.
     keep_alive: Option<Duration>,
-    /// Whether the upstream announced that it closes the connection after the response, or can't keep it open.
-    closes: bool,
     /// When the last response head arrived.
     answered: Option<Instant>,
 }
@@ -134,7 +132,7 @@ impl ResponseMonitor {
         let heard = self.lock();
         let complete = matches!(heard.phase, ResponsePhase::Body(Some(0)));
         let soon = heard.answered.is_some_and(|answered| answered.elapsed() < SOON);
-        if self.parses && heard.responses == 1 && !heard.closes && complete && soon {
+        if self.parses && heard.responses == 1 && complete && soon && !closes(&heard.head) {
             self.habit.found_closed();
         }
     }
@@ -210,7 +208,6 @@ impl MonitorState {
                 self.responses += 1;
                 self.phase = ResponsePhase::Body(content_length(&self.head));
                 self.keep_alive = keep_alive(&self.head);
-                self.closes = closes(&self.head);
                 self.answered = Some(Instant::now());
                 if let Some(error) = framing_error(self.head.starts_with(b"HTTP/1.0"), head_fields(&self.head)) {
                     return Err(FramingError(error));

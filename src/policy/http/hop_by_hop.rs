@@ -94,16 +94,11 @@ pub fn strip_overrides(headers: &mut HeaderMap) {
     }
 }
 
-/// Fields that many frameworks take for the request's method.
-const METHOD_OVERRIDES: [HeaderName; 3] = [
-    HeaderName::from_static("x-http-method"),
-    HeaderName::from_static("x-http-method-override"),
-    HeaderName::from_static("x-method-override"),
-];
-
-/// Returns true if the upstream may execute the request with another method than its own.
+/// Returns true if the upstream may execute the request with another method than its own, as many frameworks do.
 pub fn overrides_method(headers: &HeaderMap) -> bool {
-    METHOD_OVERRIDES.iter().any(|name| headers.contains_key(name))
+    let names =
+        |name: &HeaderName| matches!(name.as_str(), "x-http-method" | "x-http-method-override" | "x-method-override");
+    headers.keys().any(names)
 }
 
 /// Returns a copy of only these fields.
