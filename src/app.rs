@@ -29,6 +29,7 @@ use crate::policy::invalidation::ledger::InvalidationState;
 use crate::proxy::active::ActiveConfig;
 use crate::proxy::upstream_state::UpstreamState;
 use crate::proxy::{Proxy, SharedState};
+use crate::telemetry::logs;
 use crate::upstream::UpstreamClient;
 use crate::upstream::client::PooledClient;
 use reload::Reloader;
@@ -152,7 +153,7 @@ pub fn proxies_with(
     Ok((shared, proxies))
 }
 
-/// Measures the event loop lag periodically, forever.
+/// Measures the event loop lag periodically, and tells of dropped log lines, forever.
 async fn measure_event_loop_lag(active: Arc<ActiveConfig>) {
     loop {
         let clock = active.shared().clock.clone();
@@ -165,6 +166,7 @@ async fn measure_event_loop_lag(active: Arc<ActiveConfig>) {
             .telemetry
             .event_loop_lag
             .record(late.saturating_sub(Duration::from_millis(1)), clock.uptime());
+        logs::tell_dropped_lines();
     }
 }
 

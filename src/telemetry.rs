@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
-use tracing::{Level, debug, enabled, info, warn};
+use tracing::{Level, debug, info, warn};
 
 pub use counters::{Counters, Snapshot};
 pub use event_loop_lag::{EventLoopLag, LagValues};
@@ -67,8 +67,8 @@ impl Telemetry {
     pub fn record(&self, outcome: &Outcome, answered: &CompletedRequest<'_>) {
         self.counters.answered(outcome, answered.took);
         self.request_log.add(outcome, answered);
-        let level = level(outcome);
-        if level != Level::DEBUG || enabled!(target: "sidecache::access", Level::DEBUG) {
+        let refused = matches!(outcome, Outcome::Rejected { .. } | Outcome::NotCached);
+        if let Some(level) = logs::level_of_request(level(outcome), refused, answered.took) {
             log(level, outcome, answered);
         }
         if *answered.request.method == Method::GET && self.counters.unstored_get(outcome) == Some(HINT_AFTER) {

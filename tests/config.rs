@@ -261,7 +261,10 @@ async fn logged(origin: &Origin, gets: usize) -> (crate::support::Answer, String
     for _ in 1..gets {
         answer = get(address, "/", &[]).await;
     }
-    child.start_kill().expect("our own process");
+    // At SIGTERM it writes the lines that are still in the queue.
+    let id = i32::try_from(child.id().expect("running")).expect("a pid");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), nix::sys::signal::Signal::SIGTERM)
+        .expect("our own process");
     let output = soon("the process exits", child.wait_with_output()).await.expect("an exit status");
     std::fs::remove_file(file).expect("the file exists");
     (answer, String::from_utf8_lossy(&output.stderr).into_owned())
@@ -285,9 +288,9 @@ async fn error_reason_is_found_in_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hits_are_not_logged() {
+async fn hits_and_misses_are_not_logged() {
     let origin = Origin::start(|_| Reply::fresh(60, "x")).await;
     let (answer, log) = logged(&origin, 10).await;
     assert!(answer.is_hit());
-    assert_eq!(log.lines().count(), 1, "{log}");
+    assert_eq!(log, "");
 }

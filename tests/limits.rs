@@ -3,6 +3,7 @@
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::support::process::command;
 use crate::support::redis::free_port;
 use crate::support::sidecar::text;
 use crate::support::{Client, Gate, Origin, Reply, Sidecar, get, send, soon};
@@ -184,4 +185,33 @@ async fn connections_over_the_limit_are_queued() {
     gate.open();
     assert_eq!(first.answer_to("GET").await.expect("a response").status, 200);
     assert_eq!(second.answer_to("GET").await.expect("a response").status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn log_that_nobody_reads_stalls_no_request() {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    let origin = Origin::start(|_| Reply::new(500, "broken")).await;
+    let folder = crate::support::redis::folder("unread-log");
+    let file = folder.join("sidecache.toml");
+    let text = format!(
+        "[[upstream]]\nurl = \"http://{}\"\nlisten = \"127.0.0.1:0\"\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+         [log]\nrequests = \"all\"\n",
+        origin.address
+    );
+    std::fs::write(&file, text).expect("writable");
+    // Its stderr is a pipe that is not read: it holds 64 KiB.
+    let mut child = command(&["--config", &file.display().to_string()]).spawn().expect("the program starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut address = None;
+    while address.is_none() {
+        let line = soon("a startup line", lines.next_line()).await.expect("readable").expect("another line");
+        let after = line.split("listening on ").nth(1).or_else(|| line.split("addr=").nth(1));
+        address = after.filter(|_| !line.contains("admin")).and_then(|after| after.split(' ').next()?.parse().ok());
+    }
+    let address = address.expect("an address");
+    for number in 0..2_000 {
+        let answer = soon("a response", get(address, &format!("/{number}"), &[])).await;
+        assert_eq!(answer.status, 500);
+    }
+    std::fs::remove_dir_all(folder).expect("the folder exists");
 }

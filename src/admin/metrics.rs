@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 use super::Admin;
 use crate::policy::mode::Mode;
 use crate::policy::outcome::ShadowResult;
-use crate::telemetry::Histogram;
+use crate::telemetry::{Histogram, logs};
 
 /// The series of a metric: the labels and the value of each.
 type Series<V> = Vec<(Vec<(&'static str, String)>, V)>;
@@ -87,6 +87,8 @@ impl Collector for ScrapeCollector {
         gauge(to, "bytes_limit", "Limit of bytes in memory (memory.max_bytes)", &limit)?;
         counter(to, "evictions", "Entries evicted to make room", &vec![(Vec::new(), usage.evicted)])?;
         counter(to, "expirations", "Entries removed after expiry", &vec![(Vec::new(), usage.swept)])?;
+        let help = "Log lines dropped, because the reader of stderr was too slow";
+        counter(to, "log_lines_dropped", help, &vec![(Vec::new(), logs::dropped_lines())])?;
         let help = "Overflows of the invalidation ledger, which made entries unverified";
         counter(to, "ledger_overflows", help, &vec![(Vec::new(), shared.invalidations.overflows())])?;
         self.redis(to)?;

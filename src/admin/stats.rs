@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Admin;
 use crate::policy::outcome::ShadowResult;
+use crate::telemetry::logs;
 
 pub(super) async fn stats(State(admin): State<Arc<Admin>>) -> Json<Value> {
     let shared = admin.shared();
@@ -30,6 +31,7 @@ pub(super) async fn stats(State(admin): State<Arc<Admin>>) -> Json<Value> {
         "rules": rules(&admin),
         "rehearsals": shadow_results(&admin),
         "memory": shared.memory.usage(),
+        "log_lines_dropped": logs::dropped_lines(),
         "ledger_overflows": shared.invalidations.overflows(),
         "inflight": { "fetches": shared.coalescer.running(), "bytes": shared.inflight.held() },
     }))

@@ -13,7 +13,7 @@ use crate::config::Flags;
 use crate::process::print_line;
 
 /// The order in which the fields are printed.
-const ORDER: [&str; 15] = [
+const ORDER: [&str; 16] = [
     "request",
     "upstream",
     "goes_to",
@@ -23,6 +23,7 @@ const ORDER: [&str; 15] = [
     "why",
     "entry",
     "not_stored",
+    "paused",
     "being_fetched",
     "key",
     "tags",

@@ -23,14 +23,14 @@ pub(super) async fn run(flags: Flags) -> Result<ExitCode, String> {
     let (traces, besides) = traces::start()?.unzip();
     #[cfg(not(feature = "otlp"))]
     let besides = None;
-    logs::start(&config.log, redis::DRIVER_LOG_FILTER, besides)?;
+    let _flush = logs::start(&config.log, redis::DRIVER_LOG_FILTER, besides)?;
     let stop = stop_signal()?;
     let app = App::bind(config)?;
     let file = flags.config.clone().or_else(|| Some(PathBuf::from("sidecache.toml")).filter(|file| file.exists()));
     app.reload_from(ConfigSource { file, load: Box::new(move || load(&flags)) });
-    for line in app.lines() {
-        print_line(line);
-    }
+    let lines = app.lines().to_vec();
+    // A reader of stdout that stands still must not keep the sidecar from starting.
+    std::thread::spawn(move || lines.iter().for_each(print_line));
     let cut = app.run(stop).await;
     #[cfg(feature = "otlp")]
     if let Some(traces) = traces {

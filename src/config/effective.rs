@@ -56,7 +56,12 @@ pub fn effective_json(config: &Config) -> Value {
         })),
         "probes": config.probes.map(|listen| json!({ "listen": listen.to_string() })),
         "shutdown": { "grace": duration(config.grace) },
-        "log": { "filter": config.log.filter, "format": if config.log.json { "json" } else { "human" } },
+        "log": {
+            "filter": config.log.filter,
+            "format": if config.log.json { "json" } else { "human" },
+            "requests": config.log.requests.name(),
+            "slow": config.log.slow.map(duration),
+        },
     })
 }
 

@@ -235,6 +235,8 @@ pub(super) struct Shutdown {
 pub(super) struct Log {
     pub(super) filter: Option<String>,
     pub(super) format: Option<Spanned<String>>,
+    pub(super) requests: Option<Spanned<String>>,
+    pub(super) slow: Option<OptionalDuration>,
 }
 
 /// A profile: default settings and rules.

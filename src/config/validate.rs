@@ -24,7 +24,7 @@ use crate::policy::mode;
 use crate::policy::mode::Mode;
 use crate::secret::{Secret, SecretSource};
 use crate::store::memory::MemoryLimits;
-use crate::telemetry::logs::LogConfig;
+use crate::telemetry::logs::{LogConfig, LoggedRequests};
 
 /// Reads, merges, validates and compiles the configuration.
 ///
@@ -287,7 +287,22 @@ impl Validator<'_> {
                 false
             }
         };
-        LogConfig { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json }
+        let requests = match &given.requests {
+            None => LoggedRequests::Failures,
+            Some(given) => {
+                let known = LoggedRequests::NAMES.into_iter().find(|(name, _)| name == given.get_ref());
+                if known.is_none() {
+                    let names = LoggedRequests::NAMES.map(|(name, _)| name);
+                    self.fault(
+                        &given.span(),
+                        format!("log.requests = {:?}: write one of {names:?}", given.get_ref()),
+                    );
+                }
+                known.map_or(LoggedRequests::Failures, |(_, requests)| requests)
+            }
+        };
+        let slow = given.slow.map_or(Some(Duration::from_secs(5)), |slow| slow.0);
+        LogConfig { filter: given.filter.clone().unwrap_or_else(|| "info".into()), json, requests, slow }
     }
 }
 

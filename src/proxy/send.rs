@@ -104,6 +104,11 @@ impl Sender {
             let response = self.send_through_breaker(outgoing, request.destination).await;
             attempts += 1;
             let error = response.as_ref().err();
+            // The HTTP library reports a stream that it has begun and given up at a GOAWAY like one that the upstream has
+            // not processed. Without content, the request may have been whole.
+            let may_be_whole = matches!(copy, Some(Body::Empty)) && !request.parts.method.is_idempotent();
+            let unclear = |error: &SendError| error.retry_safety == RetrySafety::Unprocessed && may_be_whole;
+            let error = error.filter(|error| !unclear(error));
             let pause = error.and_then(|error| self.retry_pause(&request.parts.method, error, attempts));
             if let (Some(pause), Some(copy)) = (pause, copy) {
                 fresh = error.is_some_and(|error| error.retry_safety == RetrySafety::ReusedConnectionDied);
