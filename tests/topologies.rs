@@ -3,6 +3,8 @@
 use nix::sys::signal::Signal;
 use redis::Commands;
 
+use sidecache::store::redis_tier::PurgedRecords;
+
 use crate::support::redis::{Cluster, Sentinels, cli, folder};
 use crate::support::{Origin, Redis, Reply, Sidecar, soon, until};
 
@@ -28,6 +30,11 @@ async fn works(one: &Sidecar, other: &Sidecar, origin: &Origin, name: &str) {
     // A failover starts a new epoch of the log, which makes entries stored earlier unverified.
     one.settled().await;
     other.settled().await;
+    // Until the log has read back the purges that they log once more, records are unverified.
+    for sidecar in [one, other] {
+        let confirmed = || sidecar.shared.invalidations.is_settled().then_some(());
+        until("the log has all purges", confirmed).await;
+    }
     let mut shared = Vec::new();
     for number in 0..200 {
         let target = format!("/{name}/{number}");
