@@ -17,6 +17,8 @@ const only = process.env.CONFORMANCE_TEST
 
 const variants = {
   default: {},
+  // Two required tests want Set-Cookie in responses from the cache.
+  'set-cookie': { rule: '[[upstream.rule]]\npath = "/**"\ncache = "http"\nset_cookie = "store"\n' },
   everyone: { partition: 'partition = "everyone"\n' },
   redis: { redis: true },
   'redis-only': { redis: true, memory: '[memory]\nmax_bytes = "0B"\n' }
@@ -54,7 +56,7 @@ for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exi
 
 // The suite keeps results in its modules: each variant runs in a separate process.
 const runVariant = async name => {
-  const { partition = '', memory = '', redis } = variants[name]
+  const { partition = '', rule = '', memory = '', redis } = variants[name]
   const [port, originPort, redisPort] = [await freePort(), await freePort(), await freePort()]
   const folder = mkdtempSync(join(tmpdir(), 'sidecache-conformance-'))
   try {
@@ -66,7 +68,7 @@ const runVariant = async name => {
     }
     const config = join(folder, 'config.toml')
     writeFileSync(config, `[[upstream]]\nname = "suite"\nurl = "http://127.0.0.1:${originPort}"\n` +
-      `listen = "127.0.0.1:${port}"\n${partition}[admin]\nlisten = "off"\n` +
+      `listen = "127.0.0.1:${port}"\n${partition}${rule}[admin]\nlisten = "off"\n` +
       `[log]\nfilter = "error"\n${memory}${shared}`)
     start(process.env.SIDECACHE, ['--config', config])
     await listens(port, 'the sidecar')
