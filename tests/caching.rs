@@ -347,6 +347,10 @@ async fn requests_that_differ_in_a_header_share_an_override_response_only_if_it_
     let rule = "[[upstream.rule]]\npath = \"/**\"\nttl = \"1h\"\nkey = { ignore_headers = [\"X-Ignored\"] }\n";
     let sidecar = Sidecar::before(&origin, rule);
     let plain = sidecar.get("/a").await.text();
+    for option in ["close", "keep-alive", "Upgrade, HTTP2-Settings"] {
+        let answer = sidecar.get_with("/a", &[("Connection", option)]).await;
+        assert_eq!((answer.status, answer.text()), (200, plain.clone()), "{option}");
+    }
     for name in ["User-Agent", "traceparent", "X-Request-Id", "X-Forwarded-For", "X-Ignored", "Cache-Control"] {
         assert_eq!(sidecar.get_with("/a", &[(name, "a")]).await.text(), plain, "{name}");
     }

@@ -93,8 +93,8 @@ pub struct UpstreamState {
     pub breaker_config: BreakerConfig,
     /// Circuit breakers by host.
     pub breakers: Arc<Breakers>,
-    /// Request headers that carry credentials, which are part of keys.
-    credential_headers: HashSet<HeaderName>,
+    /// Request headers that are part of some key: credentials, and those that a rule lists.
+    keyed_headers: HashSet<HeaderName>,
     /// The destination of all requests, if there is only one.
     fixed_destination: Option<Destination>,
     identity_hasher: RandomState,
@@ -115,8 +115,9 @@ impl UpstreamState {
             client_scheme,
             adds_via,
         } = settings;
-        let credential_headers =
-            router.rules().iter().flat_map(|rule| rule.key.credentials.iter()).cloned().collect();
+        let keyed =
+            router.rules().iter().flat_map(|rule| rule.key.headers.listed().iter().chain(&*rule.key.credentials));
+        let keyed_headers = keyed.cloned().collect();
         let metrics = Arc::new(UpstreamMetrics::default());
         router.set_counters(|rule| metrics.rule_counters(rule));
         UpstreamState {
@@ -139,7 +140,7 @@ impl UpstreamState {
             budgets: Arc::new(Budgets::new(budget)),
             breaker_config: breaker,
             breakers: Arc::default(),
-            credential_headers,
+            keyed_headers,
             identity_hasher: RandomState::new(),
         }
     }
@@ -164,10 +165,9 @@ impl UpstreamState {
         digest.finish()
     }
 
-    /// Returns true if a request header is part of some key.
+    /// Returns true if a request header is part of some key by its name.
     pub fn is_keyed(&self, name: &HeaderName) -> bool {
-        self.credential_headers.contains(name)
-            || self.router.rules().iter().any(|rule| rule.key.headers.contains(name))
+        self.keyed_headers.contains(name)
     }
 
     /// Returns the destination of a request, from its target, `X-Forwarded-Host` and `Host`.

@@ -5,10 +5,11 @@
 //! conditions and ranges, of tracing, of forwarding and client addresses, of the client's identification, and those
 //! that `Vary` handles (`Accept-Encoding`).
 
-use http::header::{ACCEPT, HeaderMap, HeaderName};
+use http::header::{ACCEPT, CONNECTION, HeaderMap, HeaderName};
 use smallvec::SmallVec;
 
 use super::cache_key::{CacheKey, KeySecret, looks_like_credential, push_field};
+use crate::policy::http::hop_by_hop::connection_options;
 
 /// Which request header fields are part of the key, in addition to credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +32,14 @@ impl KeyHeaders {
         match self {
             KeyHeaders::Listed(names) => names.contains(name),
             KeyHeaders::AllBut(ignored) => !is_inert(name.as_str()) && !ignored.contains(name),
+        }
+    }
+
+    /// Returns the names of the list, if there is one.
+    pub fn listed(&self) -> &[HeaderName] {
+        match self {
+            KeyHeaders::Listed(names) => names,
+            KeyHeaders::AllBut(_) => &[],
         }
     }
 
@@ -61,6 +70,11 @@ impl KeyHeaders {
                         && (*name != ACCEPT || !accepts_anything(headers))
                 };
                 let mut names: SmallVec<[&HeaderName; 8]> = headers.keys().filter(selects).collect();
+                if !names.is_empty() && headers.contains_key(CONNECTION) {
+                    // The upstream does not get what `Connection` names.
+                    let removed: SmallVec<[HeaderName; 4]> = connection_options(headers).collect();
+                    names.retain(|name| !removed.contains(name));
+                }
                 if names.is_empty() {
                     key.push(0);
                     return;
@@ -197,6 +211,14 @@ mod tests {
         for name in INERT.split_whitespace() {
             assert_eq!(pushed(&[(name, "a")]), none, "{name}");
         }
+    }
+
+    #[test]
+    fn headers_that_connection_names_are_not_keyed() {
+        for option in ["close", "keep-alive", "X-Hop", "close, X-Hop"] {
+            assert_eq!(pushed(&[("connection", option)]), pushed(&[]), "{option}");
+        }
+        assert_eq!(pushed(&[("connection", "X-Hop"), ("x-hop", "1"), ("x-a", "1")]), pushed(&[("x-a", "1")]));
     }
 
     #[test]
